@@ -1,0 +1,50 @@
+# make shakespeare   everything: set up, get the text, train for five minutes, speak
+# make test          set up, check the code, run all tests
+# make check         set up, check the code: lint, format, types
+# PYTHON=python3.12 after any of them chooses the Python that makes the virtual environment.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+LOG := $(VENV)/install.log
+
+.PHONY: shakespeare test check
+
+# A run that was interrupted goes on; one that is finished only speaks.
+shakespeare: $(VENV)/ready
+	@resume=$$(test -f runs/shakespeare/latest && echo --resume); $(BIN)/python train.py shakespeare $$resume
+	@$(BIN)/python sample.py --run runs/shakespeare --prompt "ROMEO:" --num-samples 3 --tokens 150
+
+test: check
+	@rm -f .coverage*
+	@$(BIN)/coverage run -m pytest
+	@$(BIN)/coverage combine -q
+	@$(BIN)/coverage report
+
+check: $(VENV)/ready-dev
+	@$(BIN)/ruff check -q .
+	@$(BIN)/ruff format -q --check .
+	@$(BIN)/mypy
+
+$(VENV)/ready: requirements.txt pyproject.toml
+	@$(call install,.)
+
+$(VENV)/ready-dev: requirements.txt pyproject.toml
+	@$(call install,.[dev])
+	@touch $(VENV)/ready
+
+# Make the virtual environment and install $(1) into it; when that fails, say in one line why.
+define install
+fail() { echo "heed: $$1" >&2; exit 1; }; \
+$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null \
+  || fail "needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1 | tail -n 1). Try: make PYTHON=python3.12 ..."; \
+test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) > /dev/null 2>&1 \
+  || { rm -rf $(VENV); fail "$(PYTHON) -m venv $(VENV) failed: is the disk full, or is the package python3-venv missing?"; }; \
+echo "heed: installing into $(VENV), some minutes the first time ..."; \
+$(BIN)/pip install --disable-pip-version-check -c requirements.txt -e '$(1)' > $(LOG) 2>&1 || { \
+  grep -qi "no space left" $(LOG) && fail "the disk is full: an installation takes 3 GB, or 8 GB with CUDA"; \
+  grep -qiE "connection|resolve|network|timed out|retrying|no matching distribution" $(LOG) \
+    && fail "the packages could not be downloaded: is there a network? pip said: $$(grep -i error $(LOG) | tail -n 1)"; \
+  fail "pip failed: $$(grep -i error $(LOG) | tail -n 1) (all of it: $(LOG))"; }; \
+touch $@
+endef
