@@ -1,0 +1,63 @@
+"""What several tests share: a small text on disk, a small run trained on it, and the front doors as commands."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from model import GPT, ModelConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+
+TINY = ModelConfig(vocab_size=97, context=32, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, head_dim=16, n_ffn=48)
+
+
+def randomized(config: ModelConfig, seed: int = 0) -> GPT:
+    """A model in evaluation mode whose every weight, gains included, is random and large enough to matter."""
+    torch.manual_seed(seed)
+    model = GPT(config).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, mean=1.0 if p.ndim == 1 else 0.0, std=0.3 if p.ndim == 1 else 0.15)
+    return model
+
+
+def command(script: str, *words: str, where: Path, stdin: str = "", **environment: str) -> subprocess.CompletedProcess:
+    """Run a front door as a user does, with its runs/ in the folder `where`."""
+    env = os.environ | {"HEED_RUNS": str(where), "OMP_NUM_THREADS": "1"} | environment
+    return subprocess.run(
+        [sys.executable, str(ROOT / script), *words], cwd=ROOT, env=env, input=stdin, capture_output=True, text=True
+    )
+
+
+SMALL = [
+    "--model.n_layer=2", "--model.n_embd=32", "--model.n_head=2", "--model.n_kv_head=1", "--model.head_dim=16",
+    "--model.n_ffn=64", "--model.context=32", "--train.batch_tokens=256", "--train.micro_batch=4",
+    "--train.compile=off", "--data.val_fraction=0.2", "--data.vocab_size=300", "--train.prompt=",
+    "--optim.warmup_steps=2",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of 200 short documents with something to learn in them."""
+    path = tmp_path_factory.mktemp("text") / "songs.txt"
+    lines = (
+        f"Song {n}: the {n % 7} birds sing to the {n % 5} bees, and the bees to the {n % 3} ants.\n" for n in range(600)
+    )
+    path.write_text("<|endoftext|>\n".join("".join(next(lines) for _ in range(3)) for _ in range(200)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
+    """A runs/ folder with one small finished run, `songs`."""
+    where = tmp_path_factory.mktemp("runs")
+    done = command(
+        "train.py", "shakespeare", "--name=songs", f"--data.source={text}", *SMALL, "--train.steps=30",
+        "--train.evals=2", where=where,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return where

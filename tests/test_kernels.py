@@ -1,0 +1,148 @@
+"""Attention against its definition, written out once more: loops over positions, in fp64, sharing nothing."""
+
+import math
+
+import pytest
+import torch
+
+from kernels import CAUSAL, FULL, Pattern, attention
+
+BACKENDS = ("reference", "sdpa")
+
+
+def truth(q, k, v, sees, scale):
+    """out and log-sum-exp; sees(b, t, s) says whether query t of sequence b sees key s. Differentiable, fp64."""
+    B, T, H, D = q.shape
+    S, K = k.shape[1:3]
+    out, lse = torch.zeros(B, T, H, D, dtype=torch.float64), torch.full((B, T, H), -math.inf, dtype=torch.float64)
+    for b in range(B):
+        for t in range(T):
+            keys = [s for s in range(S) if sees(b, t, s)]
+            for h in range(H if keys else 0):
+                group = h * K // H
+                scores = torch.stack([(q[b, t, h] * k[b, s, group]).sum() * scale for s in keys])
+                out[b, t, h] = sum(p * v[b, s, group] for p, s in zip(scores.softmax(0), keys, strict=True))
+                lse[b, t, h] = torch.log(scores.exp().sum())
+    return out, lse
+
+
+def draw(B, T, S, H, K, D, seed=0, dtype=torch.float32):
+    g = torch.Generator().manual_seed(seed)
+    shapes = (B, T, H, D), (B, S, K, D), (B, S, K, D)
+    return [torch.randn(shape, generator=g, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def seen_by_distance(pattern, T, S):
+    def sees(b, t, s):
+        back = S - T + t - s  # how far the key lies behind the query
+        if pattern.causal and back < 0:
+            return False
+        return pattern.window is None or abs(back) <= pattern.window - 1
+
+    return sees
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("pattern", [CAUSAL, FULL, Pattern(True, 1), Pattern(True, 5), Pattern(False, 3)])
+@pytest.mark.parametrize(("T", "S"), [(1, 1), (7, 7), (1, 9), (4, 11), (9, 5)])
+@pytest.mark.parametrize(("H", "K"), [(4, 4), (4, 2), (3, 1)])
+def test_attention_and_its_gradients_equal_the_definition(backend, pattern, T, S, H, K):
+    q, k, v = (x.requires_grad_() for x in draw(2, T, S, H, K, 6))
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    expected, _ = truth(*exact, seen_by_distance(pattern, T, S), 6**-0.5)
+    got = attention(q, k, v, pattern, backend=backend)
+    assert got.shape == q.shape
+    torch.testing.assert_close(got.double(), expected, atol=2e-6, rtol=1e-5)
+    weight = torch.randn(expected.shape, dtype=torch.float64)
+    (got.double() * weight).sum().backward()
+    (expected * weight).sum().backward()
+    for ours, theirs in zip((q, k, v), exact, strict=True):
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, atol=5e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("written", [(1, 3), (8, 5), (9, 16), (23, 8)])
+def test_a_cache_is_read_by_position_also_when_it_is_a_ring(backend, window, written):
+    T, S = 1 if min(written) < 3 else 3, 8
+    q, k, v = draw(2, T, S, 4, 2, 6)
+    slots = [{p % S: p for p in range(n)} for n in written]  # what writing one token after another leaves in each slot
+
+    def sees(b, t, s):
+        query = written[b] - T + t
+        return s in slots[b] and slots[b][s] <= query and (window is None or query - slots[b][s] < window)
+
+    expected, _ = truth(*(x.double() for x in (q, k, v)), sees, 6**-0.5)
+    got = attention(q, k, v, Pattern(True, window), lengths=torch.tensor(written), backend=backend)
+    torch.testing.assert_close(got.double(), expected, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_documents_do_not_see_each_other(backend):
+    q, k, v = draw(1, 9, 9, 2, 1, 4)
+    ids = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2, 2]])
+    expected, _ = truth(*(x.double() for x in (q, k, v)), lambda b, t, s: s <= t and ids[b, t] == ids[b, s], 0.5)
+    torch.testing.assert_close(
+        attention(q, k, v, documents=ids, backend=backend).double(), expected, atol=2e-6, rtol=1e-5
+    )
+
+
+def test_log_sum_exp_and_scale():
+    q, k, v = draw(2, 5, 7, 4, 2, 6)
+    expected, lse = truth(*(x.double() for x in (q, k, v)), seen_by_distance(CAUSAL, 5, 7), 0.3)
+    got, got_lse = attention(q, k, v, scale=0.3, return_lse=True)
+    torch.testing.assert_close(got.double(), expected, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(got_lse.double(), lse, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_without_keys_is_zero(backend):
+    q, k, v = draw(1, 5, 2, 2, 2, 4)
+    out = attention(q, k, v, backend=backend)
+    assert out[:, :3].eq(0).all()
+    assert out[:, 3:].ne(0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_as_good_as_its_dtype(dtype):
+    q, k, v = draw(2, 33, 33, 4, 2, 16, dtype=dtype)
+    exact, _ = truth(*(x.double() for x in (q, k, v)), seen_by_distance(CAUSAL, 33, 33), 0.25)
+    rounding = (exact.to(dtype).double() - exact).abs().max()
+    out = attention(q, k, v, backend="reference")
+    assert out.dtype == dtype
+    assert (out.double() - exact).abs().max() <= 2 * rounding
+
+
+def test_views_that_are_not_contiguous():
+    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in draw(2, 5, 5, 4, 2, 6))
+    for backend in BACKENDS:
+        torch.testing.assert_close(
+            attention(q, k, v, backend=backend),
+            attention(q.contiguous(), k.contiguous(), v.contiguous(), backend="reference"),
+        )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"backend": "cuda"}, "'cuda' is not one of reference, sdpa"),
+        ({"backend": "sdpa", "return_lse": True}, "cannot return the log-sum-exp"),
+        ({"lengths": torch.tensor([1])}, r"lengths has shape \(1,\)"),
+        ({"documents": torch.zeros(2, 3)}, r"documents has shape \(2, 3\)"),
+        ({"lengths": torch.tensor([4, 4]), "documents": torch.zeros(2, 4)}, "do not go together"),
+    ],
+)
+def test_mistakes_are_named(arguments, says):
+    q, k, v = draw(2, 4, 4, 4, 2, 6)
+    with pytest.raises(ValueError, match=says):
+        attention(q, k, v, **arguments)
+
+
+def test_wrong_shapes_are_named():
+    q, k, v = draw(2, 4, 4, 4, 2, 6)
+    with pytest.raises(ValueError, match="2 key/value heads do not divide 3 query heads"):
+        attention(q[:, :, :3], k, v)
+    with pytest.raises(ValueError, match=r"wants q \(B, T, H, D\)"):
+        attention(q, k, v[:, :3])
+    with pytest.raises(ValueError, match="at least 1"):
+        Pattern(window=0)
