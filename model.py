@@ -1,0 +1,356 @@
+"""heed's model: a decoder-only transformer that is, parameter for parameter, Hugging Face's Qwen3ForCausalLM.
+
+    tokens -> embedding -> n_layer x [ x + attention(norm(x));  x + swiglu(norm(x)) ] -> norm -> logits
+
+Read from the bottom up or the top down; every class is one idea. Shapes in the comments:
+B batch, T time (tokens in this call), C width (n_embd), H query heads, K key/value heads, D head size, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels import CAUSAL, Pattern, attention
+
+# 1. Configuration ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that decides what the model computes; saved beside its weights."""
+
+    vocab_size: int = 0
+    """tokens in the vocabulary; 0 takes the tokenizer's size"""
+    context: int = 256
+    """tokens seen at once, in training and in sampling"""
+    n_layer: int = 6
+    """transformer blocks"""
+    n_head: int = 6
+    """query heads a layer"""
+    n_kv_head: int = 6
+    """key/value heads a layer; fewer than n_head is grouped-query attention, 1 is multi-query"""
+    n_embd: int = 384
+    """width of the residual stream"""
+    head_dim: int = 64
+    """size of one head; n_head * head_dim need not be n_embd"""
+    n_ffn: int = 1024
+    """hidden width of the feed-forward (SwiGLU) layer"""
+    tie_embeddings: bool = True
+    """use the token embedding as the output head, too"""
+    dropout: float = 0.0
+    """probability of zeroing an activation after the embedding, each attention and each feed-forward, in training"""
+    window: int = 0
+    """keys that a sliding-window layer sees, the query's own included; needed when layer_pattern has an S"""
+    layer_pattern: str = "L"
+    """repeated over the layers: L sees the whole context, S a sliding window ("SSSL": three short, one long)"""
+    gate: bool = False
+    """multiply attention's output by a learned sigmoid gate of its input"""
+    rope_theta: float = 10000.0
+    """base of the rotary wavelengths"""
+    yarn_factor: float = 1.0
+    """stretch RoPE by this factor with YaRN, to read further than yarn_original_context; 1 is off"""
+    yarn_original_context: int = 0
+    """the context that the weights were trained at, when yarn_factor is not 1"""
+    norm_eps: float = 1e-6
+    """added to the mean square in RMSNorm"""
+
+    def __post_init__(self) -> None:
+        def must(holds: bool, field: str, why: str) -> None:
+            if not holds:
+                raise ValueError(f"model.{field} = {getattr(self, field)!r}: {why}")
+
+        for field in ("context", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_ffn"):
+            must(getattr(self, field) >= 1, field, "must be at least 1")
+        must(self.vocab_size >= 0, "vocab_size", "must be at least 1, or 0 for the tokenizer's size")
+        must(self.n_head % self.n_kv_head == 0, "n_kv_head", f"must divide model.n_head = {self.n_head}")
+        must(self.head_dim % 2 == 0, "head_dim", "must be even: RoPE turns pairs of dimensions")
+        must(0.0 <= self.dropout < 1.0, "dropout", "must be at least 0 and below 1")
+        must(bool(self.layer_pattern) and set(self.layer_pattern) <= set("LS"), "layer_pattern", "only letters L and S")
+        must(self.window >= 1 or "S" not in self.layer_pattern, "window", "must be at least 1: layer_pattern has an S")
+        must(self.window == 0 or "S" in self.layer_pattern, "window", "has no effect: layer_pattern has no S")
+        must(self.rope_theta > 1.0, "rope_theta", "must be above 1")
+        must(self.norm_eps > 0.0, "norm_eps", "must be above 0")
+        must(self.yarn_factor >= 1.0, "yarn_factor", "must be at least 1")
+        stretched = self.yarn_factor > 1.0
+        must(stretched == (self.yarn_original_context > 0), "yarn_original_context", "goes with yarn_factor above 1")
+
+    def pattern(self, layer: int) -> Pattern:
+        """What layer number `layer` may see."""
+        letter = self.layer_pattern[layer % len(self.layer_pattern)]
+        return Pattern(causal=True, window=self.window) if letter == "S" else CAUSAL
+
+
+# 2. Positions: rotary embeddings ------------------------------------------------------------------------------------
+
+
+def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
+    """Angle per position of each pair of dimensions, (D/2,) fp32 in radians, and the factor on cos and sin.
+
+    Plain RoPE (Su et al. 2021, eq. 15): theta ** (-2i / D). YaRN (Peng et al. 2023, section 3.2 and eq. 22): pairs
+    that turn more than 32 times within the original context keep their angle, pairs that turn less than once are
+    slowed by the factor, those between are blended along a line; attention's temperature is a factor on cos and sin.
+    """
+    D, theta = config.head_dim, config.rope_theta
+    frequencies = theta ** (-torch.arange(0, D, 2, dtype=torch.float32) / D)  # (D/2,), fastest first
+    if config.yarn_factor == 1.0:
+        return frequencies, 1.0
+
+    def pair_that_turns(times: float) -> float:
+        return D * math.log(config.yarn_original_context / (times * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = max(math.floor(pair_that_turns(32)), 0), min(math.ceil(pair_that_turns(1)), D - 1)
+    slowed = ((torch.arange(D // 2) - low) / max(high - low, 1e-3)).clamp(0, 1)  # (D/2,) 0 keeps, 1 slows
+    return frequencies * (1 - slowed + slowed / config.yarn_factor), 0.1 * math.log(config.yarn_factor) + 1.0
+
+
+def rope_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """cos and sin for every position of the context, (context, D) fp32 each; the second half of D repeats the first."""
+    frequencies, factor = rope_frequencies(config)
+    angles = torch.outer(torch.arange(config.context, dtype=torch.float32), frequencies).repeat(1, 2)
+    return angles.cos() * factor, angles.sin() * factor
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn dimension i together with i + D/2 by its position's angle. x (B, T, H, D); cos, sin (B or 1, T, 1, D)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+# 3. The key/value cache ---------------------------------------------------------------------------------------------
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, preallocated: no shape ever changes, nothing waits for the device.
+
+    Layers only write; the caller calls `advance` once a step. A layer with a window keeps a ring: slot = position
+    modulo its size, just large enough that `CHUNK` tokens can be written at once without overwriting what they see.
+    """
+
+    CHUNK = 256  # tokens at most in one call of the model
+
+    def __init__(
+        self, config: ModelConfig, batch: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.lengths = torch.zeros(batch, dtype=torch.long, device=device)  # (B,) tokens written
+        self.layers: list[tuple[Tensor, Tensor]] = []
+        for layer in range(config.n_layer):
+            window = config.pattern(layer).window
+            size = config.context if window is None else min(config.context, window + self.CHUNK - 1)
+            shape = (batch, size, config.n_kv_head, config.head_dim)  # (B, S, K, D)
+            self.layers.append(
+                (torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+            )
+
+    def positions(self, T: int) -> Tensor:
+        """Positions of the next T tokens, (B, T)."""
+        return self.lengths[:, None] + torch.arange(T, device=self.lengths.device)
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Put k and v (B, T, K, D) at the next T positions of a layer; returns its whole buffers (B, S, K, D)."""
+        keys, values = self.layers[layer]
+        B, T = k.shape[:2]
+        slots = self.positions(T) % keys.shape[1]  # (B, T)
+        rows = torch.arange(B, device=k.device)[:, None]  # (B, 1)
+        keys[rows, slots] = k.to(keys.dtype)
+        values[rows, slots] = v.to(values.dtype)
+        return keys, values
+
+    def advance(self, T: int) -> None:
+        """Count T more tokens as written, in every layer."""
+        self.lengths += T
+
+    def clear(self) -> None:
+        """Forget everything; the memory stays."""
+        self.lengths.zero_()
+
+    def repeat(self, times: int) -> "KVCache":
+        """A cache of times * B sequences, each sequence `times` times in a row: one prefill serves many samples."""
+        copy = object.__new__(KVCache)
+        copy.lengths = self.lengths.repeat_interleave(times)
+        copy.layers = [(k.repeat_interleave(times, 0), v.repeat_interleave(times, 0)) for k, v in self.layers]
+        return copy
+
+
+# 4. The transformer -------------------------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (Ainslie et al. 2023) with RMS-normed queries and keys (Henry et al. 2020), then RoPE.
+
+    With `gate`, q_proj also makes a gate for each head's output (Qiu et al. 2025, arXiv 2505.06708, "G1"), laid out
+    as in Qwen3-Next: a head's D query rows, then its D gate rows.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        C, H, K, D = config.n_embd, config.n_head, config.n_kv_head, config.head_dim
+        self.layer, self.head_dim, self.gate, self.pattern = layer, D, config.gate, config.pattern(layer)
+        self.q_proj = nn.Linear(C, H * D * (2 if config.gate else 1), bias=False)
+        self.k_proj = nn.Linear(C, K * D, bias=False)
+        self.v_proj = nn.Linear(C, K * D, bias=False)
+        self.o_proj = nn.Linear(H * D, C, bias=False)
+        self.q_norm = nn.RMSNorm(D, eps=config.norm_eps)
+        self.k_norm = nn.RMSNorm(D, eps=config.norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim * (2 if self.gate else 1))  # (B, T, H*D) -> (B, T, H, D or 2D)
+        if self.gate:
+            q, gate = q.chunk(2, dim=-1)  # (B, T, H, D) each
+        k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K*D) -> (B, T, K, D)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K*D) -> (B, T, K, D)
+        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        if cache is None:
+            out = attention(q, k, v, self.pattern)  # (B, T, H, D)
+        else:
+            keys, values = cache.write(self.layer, k, v)  # (B, S, K, D)
+            out = attention(q, keys, values, self.pattern, lengths=cache.lengths + T)
+        if self.gate:
+            out = out * gate.sigmoid()
+        return self.o_proj(out.reshape(B, T, -1))  # (B, T, H, D) -> (B, T, H*D) -> (B, T, C)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer 2020): down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.n_embd, config.n_ffn, bias=False)
+        self.up_proj = nn.Linear(config.n_embd, config.n_ffn, bias=False)
+        self.down_proj = nn.Linear(config.n_ffn, config.n_embd, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (B, T, C) -> (B, T, n_ffn) -> (B, T, C)
+
+
+class Block(nn.Module):
+    """One layer: what the tokens tell each other, then what each makes of it."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.mlp = FeedForward(config)
+        self.dropout = config.dropout
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None) -> Tensor:
+        attended = self.self_attn(self.input_layernorm(x), cos, sin, cache)
+        x = x + F.dropout(attended, self.dropout, self.training)
+        return x + F.dropout(self.mlp(self.post_attention_layernorm(x)), self.dropout, self.training)
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and the last norm; under the name `model`, as in Hugging Face's checkpoints."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        cos, sin = rope_tables(config)
+        self.register_buffer("cos", cos, persistent=False)  # (context, D)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """tokens (B, T) -> what the head reads, (B, T, C)."""
+        x = F.dropout(self.embed_tokens(tokens), self.dropout, self.training)  # (B, T) -> (B, T, C)
+        T = tokens.shape[1]
+        if cache is None:
+            cos, sin = self.cos[None, :T], self.sin[None, :T]  # (1, T, D)
+        else:
+            positions = cache.positions(T)  # (B, T)
+            cos, sin = self.cos[positions], self.sin[positions]  # (B, T, D)
+        cos, sin = cos[:, :, None].to(x.dtype), sin[:, :, None].to(x.dtype)  # (B or 1, T, 1, D): the same for all heads
+        for layer in self.layers:
+            x = layer(x, cos, sin, cache)
+        return self.norm(x)
+
+
+class GPT(nn.Module):
+    """The whole model: `logits = model(tokens)`, `loss = model.loss(tokens, targets)`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        """Raises ValueError when vocab_size is still 0: a model needs to know its tokenizer's size."""
+        super().__init__()
+        if config.vocab_size == 0:
+            raise ValueError("model.vocab_size = 0: a model needs its tokenizer's size")
+        self.config = config
+        self.model = Decoder(config)
+        # Tied, there is no second matrix and so none in the checkpoint.
+        self.lm_head = None if config.tie_embeddings else nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Every weight's first value, in one place.
+
+        Matrices are normal with standard deviation 1/sqrt(fan-in), so that a unit input gives a unit output; the two
+        that write to the residual stream are divided by sqrt(2 n_layer), so that the sum of all layers stays near one
+        (Radford et al. 2019, section 2.3). Embedding and head are small, so that the logits start near 0.
+        """
+        for name, p in self.named_parameters():
+            if p.ndim == 1:
+                nn.init.ones_(p)  # RMSNorm gains
+            elif name.endswith(("embed_tokens.weight", "lm_head.weight")):
+                nn.init.normal_(p, std=0.02)
+            else:
+                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(p, std=(p.shape[1] * (2 * self.config.n_layer if residual else 1)) ** -0.5)
+
+    def head(self, x: Tensor) -> Tensor:
+        """(..., C) -> logits (..., V)."""
+        return F.linear(x, self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight)
+
+    def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Logits for the token after each one.
+
+        Args:
+            tokens: (B, T) integers; T at most the context, and with a cache at most KVCache.CHUNK.
+            cache: read and written, not advanced; the tokens follow those that it holds. The caller sees to it that
+                they fit into the context: to check here would mean to wait for the device.
+        Returns:
+            (B, T, V).
+        Raises:
+            ValueError: more tokens than may be given at once.
+        """
+        most = self.config.context if cache is None else min(self.config.context, KVCache.CHUNK)
+        if tokens.shape[1] > most:
+            raise ValueError(f"{tokens.shape[1]} tokens at once, but at most {most} fit")
+        return self.head(self.model(tokens, cache))
+
+    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Sum of the cross-entropies of targets (B, T), in nats, fp32; a target of -100 does not count."""
+        logits = self(tokens).float()  # (B, T, V)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+
+
+# 5. What it costs ---------------------------------------------------------------------------------------------------
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """Learned numbers, without building the model."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in GPT(config).parameters())
+
+
+def flops_per_token(config: ModelConfig) -> float:
+    """Floating-point operations to train on one token at full context: forward, and twice that backward.
+
+    Counts the matrix products alone, 2 a multiply-add (Kaplan et al. 2020, section 2.1): with attention's own two
+    over the keys that each query really sees and the output head, without the embedding, which is a look-up.
+    """
+    C, H, K, D, T = config.n_embd, config.n_head, config.n_kv_head, config.head_dim, config.context
+    matrices = C * D * (H * (3 if config.gate else 2) + 2 * K) + 3 * C * config.n_ffn
+    products = float(config.n_layer * matrices + C * config.vocab_size)
+    for layer in range(config.n_layer):
+        W = min(config.pattern(layer).window or T, T)
+        keys = (W * (W + 1) / 2 + (T - W) * W) / T  # the average over the context of min(position, W)
+        products += 2 * H * D * keys
+    return 3 * 2 * products

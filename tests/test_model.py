@@ -1,0 +1,285 @@
+"""The model against transformers' Qwen3, and its cache against itself without a cache."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+import transformers
+from torch.utils.flop_counter import FlopCounterMode
+
+from model import GPT, KVCache, ModelConfig, count_parameters, flops_per_token, rope_frequencies, rope_tables, rotate
+from tests.conftest import TINY, randomized
+
+
+def qwen3(config: ModelConfig) -> transformers.PreTrainedModel:
+    """transformers' model of the same configuration, in their words."""
+    kinds = {"L": "full_attention", "S": "sliding_attention"}
+    theirs = transformers.Qwen3Config(
+        vocab_size=config.vocab_size,
+        hidden_size=config.n_embd,
+        intermediate_size=config.n_ffn,
+        num_hidden_layers=config.n_layer,
+        num_attention_heads=config.n_head,
+        num_key_value_heads=config.n_kv_head,
+        head_dim=config.head_dim,
+        max_position_embeddings=config.context,
+        rms_norm_eps=config.norm_eps,
+        tie_word_embeddings=config.tie_embeddings,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        use_sliding_window=config.window > 0,
+        sliding_window=config.window or None,
+        layer_types=[kinds[config.layer_pattern[i % len(config.layer_pattern)]] for i in range(config.n_layer)],
+    )
+    return transformers.Qwen3ForCausalLM(theirs).eval()
+
+
+def change(**fields) -> ModelConfig:
+    return dataclasses.replace(TINY, **fields)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("H", "K"), [(4, 4), (4, 2), (4, 1), (6, 3), (6, 2)])
+def test_the_weights_are_a_qwen3_with_the_same_logits(H, K, tied):
+    config = change(n_head=H, n_kv_head=K, tie_embeddings=tied, rope_theta=5000.0, norm_eps=1e-5)
+    ours, theirs = randomized(config), qwen3(config)
+    missing, unexpected = theirs.load_state_dict(ours.state_dict(), strict=False)
+    assert unexpected == []
+    assert missing == (["lm_head.weight"] if tied else [])
+    theirs.tie_weights()
+    tokens = torch.randint(0, 97, (3, 32))
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+        torch.testing.assert_close(ours(tokens), expected, atol=1e-4 * expected.abs().max().item(), rtol=0)
+
+
+def test_sliding_window_layers_see_what_qwen3s_see():
+    config = change(n_layer=4, layer_pattern="SSSL", window=5)
+    ours, theirs = randomized(config), qwen3(config)
+    theirs.load_state_dict(ours.state_dict(), strict=False)
+    theirs.tie_weights()
+    tokens = torch.randint(0, 97, (2, 32))
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+        torch.testing.assert_close(ours(tokens), expected, atol=1e-4 * expected.abs().max().item(), rtol=0)
+
+
+def test_the_gate_is_qwen3_nexts():
+    config = change(gate=True)
+    ours = randomized(config)
+    theirs = transformers.Qwen3NextForCausalLM(
+        transformers.Qwen3NextConfig(
+            vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=16, partial_rotary_factor=1.0, tie_word_embeddings=True,
+            layer_types=["full_attention"] * 2, mlp_only_layers=[0, 1], max_position_embeddings=32,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
+        )
+    ).eval()  # fmt: skip
+    weights = {k: v - 1 if v.ndim == 1 else v for k, v in ours.state_dict().items()}  # their gains are stored less one
+    _, unexpected = theirs.load_state_dict(weights, strict=False)
+    assert unexpected == []
+    theirs.tie_weights()
+    tokens = torch.randint(0, 97, (2, 32))
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+        torch.testing.assert_close(ours(tokens), expected, atol=1e-4 * expected.abs().max().item(), rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("factor", "original", "D", "theta"), [(4.0, 256, 64, 1e4), (2.5, 4096, 128, 1e6), (8.0, 64, 16, 1e4)]
+)
+def test_yarn_has_transformers_numbers(factor, original, D, theta):
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    config = change(
+        context=int(factor * original), head_dim=D, rope_theta=theta, yarn_factor=factor, yarn_original_context=original
+    )
+    theirs = transformers.Qwen3Config(
+        hidden_size=D, num_attention_heads=1, head_dim=D, max_position_embeddings=config.context,
+        rope_parameters={
+            "rope_type": "yarn", "rope_theta": theta, "factor": factor, "original_max_position_embeddings": original,
+        },
+    )  # fmt: skip
+    expected, scaling = ROPE_INIT_FUNCTIONS["yarn"](theirs, torch.device("cpu"))
+    ours, factor_on_tables = rope_frequencies(config)
+    torch.testing.assert_close(ours, expected, rtol=1e-6, atol=0)
+    assert factor_on_tables == pytest.approx(scaling)
+
+
+def test_yarn_keeps_the_fast_dimensions_and_slows_the_slow_ones():
+    plain, _ = rope_frequencies(change(head_dim=64))
+    stretched, _ = rope_frequencies(change(head_dim=64, context=1024, yarn_factor=4.0, yarn_original_context=256))
+    ratio = plain / stretched
+    assert ratio[0] == 1.0
+    assert ratio[-1] == pytest.approx(4.0)
+    assert (ratio.diff() >= -1e-6).all()
+    turns = 256 * plain / (2 * math.pi)  # within the original context
+    assert (ratio[turns > 33] == 1.0).all()
+    assert ratio[turns < 0.9].numpy() == pytest.approx(4.0)
+
+
+def test_rope_depends_on_distance_alone():
+    config = change(head_dim=16, context=64)
+    cos, sin = (table[:, None] for table in rope_tables(config))  # (T, 1, D)
+    q, k = torch.randn(2, 1, 1, 16)
+
+    def score(i: int, j: int) -> float:
+        return (rotate(q, cos[i], sin[i]) * rotate(k, cos[j], sin[j])).sum().item()
+
+    assert score(5, 2) == pytest.approx(score(60, 57), abs=1e-5)
+    assert score(5, 2) != pytest.approx(score(5, 3), abs=1e-3)
+
+
+FLAGS = {
+    "plain": {},
+    "untied": {"tie_embeddings": False},
+    "multi-query": {"n_kv_head": 1},
+    "window": {"layer_pattern": "SL", "window": 7},
+    "all window": {"layer_pattern": "S", "window": 1},
+    "gate": {"gate": True},
+    "yarn": {"yarn_factor": 4.0, "yarn_original_context": 80},
+    "dropout": {"dropout": 0.5},
+    "everything": {"layer_pattern": "SL", "window": 9, "gate": True, "yarn_factor": 4.0, "yarn_original_context": 80},
+}
+
+
+@pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
+def test_with_and_without_the_cache_the_logits_agree(flags, monkeypatch):
+    monkeypatch.setattr(KVCache, "CHUNK", 16)  # so that a window's ring is far smaller than the context
+    config = change(context=320, **flags)
+    model = randomized(config)
+    tokens = torch.randint(0, 97, (2, 320))
+    cache = KVCache(config, 2)
+    parts = (1, 16, 3, 1, 1, 16, 16, 7) + (1,) * 40 + (16,) * 13 + (11,)
+    with torch.no_grad():
+        expected = model(tokens)
+        got = []
+        for piece in tokens.split(parts, dim=1):
+            got.append(model(piece, cache))
+            cache.advance(piece.shape[1])
+    torch.testing.assert_close(torch.cat(got, 1), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_windows_cache_is_a_ring_and_nothing_is_allocated_in_a_step(monkeypatch):
+    monkeypatch.setattr(KVCache, "CHUNK", 16)
+    config = change(context=320, layer_pattern="SL", window=7)
+    cache = KVCache(config, 1)
+    assert [keys.shape[1] for keys, _ in cache.layers] == [7 + 16 - 1, 320]
+    before = [x.data_ptr() for pair in cache.layers for x in pair] + [cache.lengths.data_ptr()]
+    model = randomized(config)
+    with torch.no_grad():
+        for _ in range(40):
+            model(torch.zeros(1, 1, dtype=torch.long), cache)
+            cache.advance(1)
+    assert before == [x.data_ptr() for pair in cache.layers for x in pair] + [cache.lengths.data_ptr()]
+    assert cache.lengths.tolist() == [40]
+
+
+def test_a_repeated_cache_goes_on_like_the_original_and_a_cleared_one_like_a_new_one():
+    model = randomized(TINY)
+    tokens = torch.randint(0, 97, (1, 12))
+    cache = KVCache(TINY, 1)
+    with torch.no_grad():
+        first = model(tokens, cache)
+        cache.advance(12)
+        three = cache.repeat(3)
+        following = torch.tensor([[5], [6], [5]])
+        logits = model(following, three)
+        torch.testing.assert_close(
+            logits[1:2], model(torch.cat([tokens, following[1:2]], 1))[:, -1:], atol=1e-4, rtol=1e-4
+        )
+        torch.testing.assert_close(logits[0], logits[2])
+        cache.clear()
+        torch.testing.assert_close(model(tokens, cache), first)
+
+
+def test_the_future_is_not_seen():
+    model = randomized(TINY)
+    tokens = torch.randint(0, 97, (1, 32))
+    changed = tokens.clone()
+    changed[0, 20:] = torch.randint(0, 97, (12,))
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens)[:, :20], model(changed)[:, :20])
+
+
+def test_loss_is_the_summed_cross_entropy_of_the_targets_that_count():
+    model = randomized(TINY)
+    tokens, targets = torch.randint(0, 97, (2, 2, 9))
+    targets[1, 4:] = -100
+    with torch.no_grad():
+        logs = model(tokens).double().log_softmax(-1)
+        expected = -sum(logs[b, t, targets[b, t]] for b in range(2) for t in range(9) if targets[b, t] >= 0)
+        assert model.loss(tokens, targets).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_new_model_knows_nothing_and_every_weight_is_initialized():
+    torch.manual_seed(0)
+    config = change(vocab_size=1000, n_layer=6, n_embd=128, tie_embeddings=False)
+    model = GPT(config)
+    tokens = torch.randint(0, 1000, (4, 32))
+    with torch.no_grad():
+        assert model.loss(tokens, tokens.roll(-1, 1)).item() / 128 == pytest.approx(math.log(1000), abs=0.1)
+    for name, p in model.named_parameters():
+        assert (p == 1).all() if p.ndim == 1 else p.std() > 0, name
+        with torch.no_grad():
+            p.fill_(math.nan)
+    model.init_weights()
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_dropout_drops_in_training_only():
+    config = change(dropout=0.4, n_layer=1)
+    model = randomized(config)
+    tokens = torch.randint(0, 97, (1, 32))
+    with torch.no_grad():
+        exact = model(tokens)
+        torch.testing.assert_close(model(tokens), exact)
+        model.train()
+        assert not torch.allclose(model(tokens), exact)
+
+
+@pytest.mark.parametrize(
+    "flags", [{}, {"tie_embeddings": False, "gate": True, "n_kv_head": 1}, {"layer_pattern": "SL", "window": 5}]
+)
+def test_costs_are_those_of_the_real_thing(flags):
+    config = change(**flags)
+    model = GPT(config)
+    assert count_parameters(config) == sum(p.numel() for p in model.parameters())
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        model(torch.zeros(1, config.context, dtype=torch.long))
+    counted = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
+    products = sum(n for op, n in counted.items() if "attention" not in op and "bmm" not in op)
+    seen = 0  # query-key pairs, counted one by one
+    for layer in range(config.n_layer):
+        window = config.pattern(layer).window or config.context
+        seen += sum(1 for t in range(config.context) for s in range(t + 1) if t - s < window)
+    expected = 3 * (products + 2 * 2 * seen * config.n_head * config.head_dim) / config.context
+    assert flops_per_token(config) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"n_kv_head": 3}, "model.n_kv_head = 3: must divide model.n_head = 4"),
+        ({"context": 0}, "model.context = 0: must be at least 1"),
+        ({"head_dim": 15}, "model.head_dim = 15: must be even"),
+        ({"dropout": 1.0}, "model.dropout = 1.0: must be at least 0 and below 1"),
+        ({"layer_pattern": "SXL"}, "model.layer_pattern = 'SXL': only letters L and S"),
+        ({"layer_pattern": "SL"}, "model.window = 0: must be at least 1"),
+        ({"window": 4}, "model.window = 4: has no effect"),
+        ({"yarn_factor": 2.0}, "model.yarn_original_context = 0: goes with yarn_factor"),
+        ({"vocab_size": -1}, "model.vocab_size = -1"),
+    ],
+)
+def test_impossible_models_are_refused_by_field(fields, says):
+    with pytest.raises(ValueError, match=says.replace("(", r"\(")):
+        change(**fields)
+
+
+def test_too_many_tokens_and_a_missing_vocabulary_are_refused():
+    model = randomized(TINY)
+    with pytest.raises(ValueError, match="33 tokens at once, but at most 32 fit"):
+        model(torch.zeros(1, 33, dtype=torch.long))
+    with pytest.raises(ValueError, match="vocab_size = 0"):
+        GPT(change(vocab_size=0))
