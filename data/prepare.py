@@ -1,0 +1,232 @@
+"""Corpus -> tokenizer -> shards of token ids on disk: done once, found again by content, read by `loader.py`.
+
+Three promises are kept here.
+
+**An honest validation set.** Which side a piece of text belongs to is told by the sha256 of its own words. So adding
+text never moves a piece from one side to the other, and two copies of a text are always on the same side: the model is
+not examined on what it has read. Every document ends with the end-of-text token, and so does every place where a piece
+was taken out to the other side: no split joins text across a gap.
+
+**Constant memory.** Text is tokenized a few MB at a time and written as it comes, whatever the size of the corpus.
+
+**All or nothing.** The result is a folder `<cache>/tokens/<key>/` (its files: see `shards.py`), where the key is a hash
+of everything that determines the content. It appears under that name by one rename, when it is whole and on the disk:
+a process that is killed at any moment leaves nothing that could be taken for finished.
+"""
+
+import dataclasses
+import errno
+import hashlib
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from data.corpora import CACHE, Corpus, CorpusError, open_corpus
+from data.cutting import Piece
+from data.shards import FORMAT_VERSION, Manifest, Writer, sync, whole
+from data.tokenizer import KINDS, Tokenizer, get_tokenizer
+
+BATCH = 1 << 20  # characters that are tokenized at once (a token costs the library 100 bytes while it works)
+SAMPLE = 64 << 20  # characters of training text that a BPE is made from, at most
+DAY = 86_400
+
+Log = Callable[[str], None]
+
+
+def prepare(
+    source: str,
+    *,
+    val_source: str = "",
+    val_fraction: float = 0.05,
+    tokenizer: str = "bpe",
+    vocab_size: int = 4096,
+    split: str = "train",
+    text_column: str = "text",
+    limit: int = 0,
+    cache: Path = CACHE,
+    log: Log = print,
+) -> Path:
+    """Tokens of `source`, split in two; returns their folder, at once if it was made before.
+
+    `val_fraction`: the share of the pieces that goes to validation, chosen by hash. With a `val_source`, that is the
+    validation text instead, and training loses the pieces that also stand in it. `tokenizer`: see `get_tokenizer`; a
+    BPE is trained on a sample of the training side, `char` takes the characters of both sides. The other arguments are
+    those of `open_corpus`. Raises CorpusError and TokenizerError, one line each.
+    """
+    if not val_source and not 0 < val_fraction <= 0.5:
+        raise CorpusError(f"data.val_fraction = {val_fraction}: must be above 0 and at most 0.5, or name a val_source")
+    corpus = open_corpus(source, split=split, text_column=text_column, limit=limit, cache=cache)
+    held = None
+    if val_source:
+        held = open_corpus(val_source, split=split, text_column=text_column, cache=cache, field="val_source")
+    ready = None if tokenizer in KINDS else get_tokenizer(tokenizer)
+    made_with = ready.sha256 if ready else (tokenizer, vocab_size if tokenizer == "bpe" else 0)
+    val = held.fingerprint if held else val_fraction
+    key = hashlib.sha256(repr((FORMAT_VERSION, corpus.fingerprint, val, made_with)).encode()).hexdigest()[:24]
+    folder = cache / "tokens" / key
+    if whole(folder):
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for old in folder.parent.glob(".tmp-*"):
+        if time.time() - old.stat().st_mtime > DAY:  # left by a process that was killed
+            shutil.rmtree(old, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".tmp-{key}-"))
+    try:
+        sides = Sides(corpus, held, val_fraction)
+        made = ready or learn(tokenizer, vocab_size, sides, log)
+        made.save(temporary / "tokenizer.json")
+        manifest = write(temporary, sides, made, log)
+        (temporary / "manifest.json").write_text(json.dumps(dataclasses.asdict(manifest), indent=2) + "\n")
+        publish(temporary, folder)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise CorpusError(
+            f"data.source = {source!r}: the disk of {cache} is full; free some, or set HEED_CACHE"
+        ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+class Sides:
+    """All pieces, each with the side it belongs to: "train", "val", or None (in training's source, but held out)."""
+
+    def __init__(self, corpus: Corpus, held: Corpus | None, fraction: float):
+        self.corpus, self.held, self.below = corpus, held, int(fraction * 2**64)
+        self.known = {text_hash(piece.text) for piece in held.pieces()} if held else set[int]()
+        self._settle()
+
+    def __iter__(self) -> Iterator[tuple[str | None, Piece]]:
+        if self.held:
+            yield from (("val", piece) for piece in self.held.pieces())
+        for piece in self.corpus.pieces():
+            if self.held:
+                yield (None if text_hash(piece.text) in self.known else "train"), piece
+            else:
+                yield ("val" if text_hash(piece.text) < self.below else "train"), piece
+
+    def _settle(self) -> None:
+        """See that neither side is empty. In a text of a few pieces chance can leave one so: then the piece with the
+        smallest hash, alone, is the validation."""
+        seen = set[str | None]()
+        for side, _ in self:
+            seen.add(side)
+            if {"train", "val"} <= seen:
+                return
+        if self.held:
+            raise CorpusError(
+                "data.val_source: holds all that data.source does, nothing is left to train on; name another"
+            )
+        hashes = sorted({text_hash(piece.text) for piece in self.corpus.pieces()})
+        if len(hashes) < 2:
+            raise CorpusError(
+                f"data.source = {self.corpus.name!r}: too short to hold out a part for validation; "
+                "bring more text (20 KB is a start), or name a data.val_source"
+            )
+        self.below = hashes[0] + 1
+
+
+def text_hash(text: str) -> int:
+    """The first 64 bits of the sha256 of a text."""
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
+
+
+def learn(kind: str, vocab_size: int, sides: Sides, log: Log) -> Tokenizer:
+    """Train a tokenizer. A BPE sees SAMPLE characters of training text: spread evenly where the size of the corpus is
+    known, from its head where it is not (the hub)."""
+    rate = min(1.0, SAMPLE / sides.corpus.size) if sides.corpus.size else 1.0
+
+    def sample() -> Iterator[str]:
+        left, owed = SAMPLE, 0.0
+        for side, piece in sides:
+            owed += rate * (side == "train")
+            if owed >= 1:
+                owed, left = owed - 1, left - len(piece.text)
+                yield piece.text
+            if left <= 0:
+                return
+
+    def everything() -> Iterator[str]:
+        return (piece.text for _, piece in sides)
+
+    log(f"tokenizer: learning {kind} from {sides.corpus.name}")
+    started = time.perf_counter()
+    made = get_tokenizer(kind, everything if kind == "char" else sample, vocab_size)
+    log(f"tokenizer: {made.kind}, {made.vocab_size} entries, {time.perf_counter() - started:.1f} s")
+    if kind == "bpe" and made.vocab_size < vocab_size:
+        log(f"tokenizer: the text holds no more than that to merge, so {vocab_size} was not reached")
+    return made
+
+
+def write(folder: Path, sides: Sides, tokenizer: Tokenizer, log: Log) -> Manifest:
+    """Tokenize everything into `folder`; returns its manifest."""
+    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+    writers = {split: Writer(folder, split, dtype, tokenizer.eot) for split in ("train", "val")}
+    started = told = time.perf_counter()
+    done, total = 0, f" of {sides.corpus.size / 1e6:.0f}" if sides.corpus.size else ""
+    for batch in batches(sides):
+        encoded = tokenizer.encode_batch([piece.text for _, piece in batch])
+        for (side, piece), ids in zip(batch, encoded, strict=True):
+            for split, writer in writers.items():
+                if split != side:
+                    writer.end()  # here is a gap: the text goes on, elsewhere
+            size = len(piece.text.encode())
+            done += size
+            if side:
+                writers[side].add(ids, size)
+                if piece.ends:
+                    writers[side].end()
+        now = time.perf_counter()
+        if now - told > 2:
+            told = now
+            log(f"tokens: {done / 1e6:.0f}{total} MB, {done / 1e6 / (now - started):.1f} MB/s")
+    splits: dict[str, Any] = {split: writer.finish() for split, writer in writers.items()}
+    counts = ", ".join(f"{split} {s['tokens']:,} ({s['documents']:,} documents)" for split, s in splits.items())
+    log(f"tokens: {counts}, {done / 1e6:.1f} MB in {time.perf_counter() - started:.1f} s")
+    corpus = sides.corpus
+    about = (
+        tokenizer.sha256,
+        tokenizer.vocab_size,
+        tokenizer.eot,
+        dtype,
+        corpus.name,
+        corpus.licence,
+        corpus.fingerprint,
+    )
+    return Manifest(FORMAT_VERSION, *about, splits)
+
+
+def batches(sides: Sides) -> Iterator[list[tuple[str | None, Piece]]]:
+    """Runs of pieces of about BATCH characters together."""
+    batch: list[tuple[str | None, Piece]] = []
+    size = 0
+    for side, piece in sides:
+        batch.append((side, piece))
+        size += len(piece.text)
+        if size >= BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def publish(temporary: Path, folder: Path) -> None:
+    """Make the finished folder appear under its name, at once and for good; if another process was first, let it be."""
+    temporary.chmod(0o755)
+    for path in (*temporary.iterdir(), temporary):
+        sync(path)
+    if folder.exists() and not whole(folder):
+        broken = temporary.with_suffix(".broken")
+        folder.rename(broken)
+        shutil.rmtree(broken, ignore_errors=True)
+    try:
+        temporary.rename(folder)
+    except OSError:
+        if not whole(folder):
+            raise
+    sync(folder.parent)

@@ -1,0 +1,193 @@
+"""Text <-> token ids, on the `tokenizers` library, saved as the one file every other tool reads: tokenizer.json.
+
+Three kinds can be trained here, and any existing tokenizer.json can be used instead.
+
+    char  one id a character that occurs in the corpus. The smallest vocabulary, the longest sequences. It cannot
+          encode a character that it has not seen, and says so: nothing is silently replaced.
+    byte  one id a byte of UTF-8: 256, and nothing is ever unseen.
+    bpe   starts from bytes and merges the pair of neighbours that is most frequent in the training sample, until the
+          vocabulary is full. Text is first split into words, numbers and punctuation by GPT-2's pattern, which merges
+          never cross. About 3.2 bytes a token at 4,096 entries.
+
+Every vocabulary has one more entry, `<|endoftext|>`: the mark between documents. It is never produced from text: if a
+text contains those 13 characters, they are encoded as 13 characters.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import tokenizers
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+
+EOT = "<|endoftext|>"
+END_MARKS = ("</s>", "<eos>", "<|im_end|>", "<|end_of_text|>", "<|end|>", "<end_of_turn>")  # EOT's names elsewhere
+KINDS = ("char", "byte", "bpe")
+
+
+class TokenizerError(ValueError):
+    """A tokenizer that cannot be made, found or used, or a text that it cannot encode. One line, for the user."""
+
+
+class Tokenizer:
+    """One vocabulary. `vocab_size`: number of ids; `eot`: the id of end of text; `sha256`: of its canonical JSON."""
+
+    def __init__(self, inner: tokenizers.Tokenizer, where: str = "tokenizer"):
+        inner.encode_special_tokens = True  # a user's text holds no special tokens; tokenizer.json cannot keep this
+        inner.no_truncation()
+        inner.no_padding()
+        self.inner = inner
+        vocab = inner.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocab.values()) + 1
+        self.eot = vocab[end_of_text(vocab, where)]
+        content = json.loads(inner.to_str())
+        self.sha256 = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        self._chars = None
+        if content["model"]["type"] == "WordLevel" and all(len(token) == 1 or token == EOT for token in vocab):
+            self.kind, self._chars = "char", {token: i for token, i in vocab.items() if len(token) == 1}
+        elif content["model"]["type"] == "BPE":
+            self.kind = "bpe" if content["model"]["merges"] else "byte"
+        else:
+            self.kind = content["model"]["type"].lower()
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`. Raises TokenizerError for lone surrogates, and (char) for an unseen character."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """The ids of each text; on all cores. Raises like `encode`."""
+        try:
+            if self._chars is not None:
+                return [[self._chars[char] for char in text] for text in texts]
+            return [done.ids for done in self.inner.encode_batch_fast(texts, add_special_tokens=False)]
+        except (KeyError, TypeError, UnicodeEncodeError):
+            for text in texts:
+                self._refuse(text)
+            raise
+
+    def _refuse(self, text: str) -> None:
+        """Say what in `text` cannot be encoded, and where."""
+        for at, char in enumerate(text):
+            if "\ud800" <= char <= "\udfff":
+                raise TokenizerError(
+                    f"character {at} is {char!a}, half of a surrogate pair: not text; remove or decode it"
+                )
+            if self._chars is not None and char not in self._chars:
+                unseen = "".join(sorted({c for c in text if c not in self._chars}))
+                raise TokenizerError(
+                    f"character {at} is {char!r}, none of the {len(self._chars)} characters that this char tokenizer "
+                    f"knows (all such here: {unseen!r}); leave it out, or train with tokenizer byte or bpe"
+                )
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`: the exact inverse of `encode`. End of text and other special tokens are left out; bytes
+        that are not UTF-8 (a model can write them) become U+FFFD."""
+        return self.inner.decode(list(ids), skip_special_tokens=True)
+
+    def stream(self) -> "Stream":
+        """A decoder for ids that come one at a time."""
+        return Stream(self)
+
+    def save(self, path: Path) -> None:
+        """Write tokenizer.json; transformers reads it as `PreTrainedTokenizerFast(tokenizer_file=...)`."""
+        path.write_text(self.inner.to_str(pretty=True), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> "Tokenizer":
+        """From a tokenizer.json, or a folder with one. Raises TokenizerError if it is not there or not readable."""
+        path = path / "tokenizer.json" if path.is_dir() else path
+        if not path.exists():
+            raise TokenizerError(
+                f"data.tokenizer = {str(path)!r}: no such file; name a tokenizer.json or one of {KINDS}"
+            )
+        try:
+            inner = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise TokenizerError(
+                f"data.tokenizer = {str(path)!r}: not a tokenizer.json ({' '.join(str(error).split())})"
+            ) from None
+        return cls(inner, str(path))
+
+    @classmethod
+    def train(cls, kind: str, texts: Iterable[str], vocab_size: int = 4096) -> "Tokenizer":
+        """A new vocabulary from `texts` (read once, not kept). `vocab_size` counts all ids and matters to bpe only; a
+        text too small for so many merges gives fewer: ask the result. Raises TokenizerError for a size below 257."""
+        if kind == "char":
+            seen = set[str]()
+            for text in texts:
+                seen.update(text)
+            inner = tokenizers.Tokenizer(models.WordLevel({t: i for i, t in enumerate([EOT, *sorted(seen)])}))
+            inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+            inner.decoder = decoders.Fuse()
+            inner.add_special_tokens([EOT])
+        elif kind in ("byte", "bpe"):
+            size = 257 if kind == "byte" else vocab_size
+            if size < 257:
+                raise TokenizerError(f"data.vocab_size = {size}: bpe needs at least 257, every byte and {EOT}")
+            inner = tokenizers.Tokenizer(models.BPE())
+            inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+            inner.decoder = decoders.ByteLevel()
+            alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # the 256 bytes, as printable characters
+            trainer = trainers.BpeTrainer(
+                vocab_size=size, special_tokens=[EOT], initial_alphabet=alphabet, show_progress=False
+            )
+            inner.train_from_iterator(texts if kind == "bpe" else [], trainer)
+        else:
+            raise TokenizerError(f"data.tokenizer = {kind!r}: not a kind that can be trained; use one of {KINDS}")
+        return cls(inner)
+
+
+class Stream:
+    """Token by token to text, holding back bytes until they make whole characters: an emoji is several tokens."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._decoder = decoders.DecodeStream(skip_special_tokens=True)
+        self._held: list[int] = []
+
+    def push(self, token: int) -> str:
+        """The text that became complete with this id; often `""`."""
+        self._held.append(token)
+        text = self._decoder.step(self._tokenizer.inner, token)
+        if text is None:
+            return ""
+        self._held = []
+        return text
+
+    def flush(self) -> str:
+        """What is still held back when no more ids come, its broken bytes as U+FFFD."""
+        held, self._held = self._held, []
+        self._decoder = decoders.DecodeStream(skip_special_tokens=True)
+        return self._tokenizer.decode(held)
+
+
+def end_of_text(vocab: dict[str, int], where: str) -> str:
+    """The token that ends a document: EOT, or the one name for it that the vocabulary has."""
+    if EOT in vocab:
+        return EOT
+    found = [mark for mark in END_MARKS if mark in vocab]
+    if len(found) == 1:
+        return found[0]
+    among = f"several that might serve: {found}" if found else f"nor any of {list(END_MARKS)}"
+    raise TokenizerError(f"data.tokenizer = {where!r}: has no {EOT}, {among}; add {EOT} to its added_tokens")
+
+
+def get_tokenizer(spec: str, texts: Callable[[], Iterator[str]] | None = None, vocab_size: int = 4096) -> Tokenizer:
+    """What `spec` names: `char`, `byte`, `bpe` (trained on `texts()`), a tokenizer.json or its folder, or a hub name.
+
+    Raises TokenizerError, one line, if it cannot be had.
+    """
+    if spec in KINDS:
+        return Tokenizer.train(spec, texts() if texts else iter(()), vocab_size)
+    if Path(spec).exists() or spec.endswith(".json") or spec.startswith((".", "/", "~")):
+        return Tokenizer.load(Path(spec).expanduser())
+    try:
+        return Tokenizer(tokenizers.Tokenizer.from_pretrained(spec), spec)
+    except TokenizerError:
+        raise
+    except Exception as error:  # the library raises bare Exception for anything: no network, no such name, no access
+        reason = " ".join(str(error).split())[:200]
+        raise TokenizerError(
+            f"data.tokenizer = {spec!r}: neither one of {KINDS}, nor a file here, nor to be had from the hub ({reason})"
+        ) from None
