@@ -1,0 +1,1 @@
+"""What a run needs beside the model: configuration, machine, optimizers, checkpoints, metrics."""

@@ -1,0 +1,121 @@
+"""Checkpoints that a kill at any moment cannot break.
+
+    runs/NAME/step-000500/model.safetensors   weights, under Hugging Face's names
+                          optimizer.pt        what the optimizers remember (tensors and numbers: nothing that runs code)
+                          state.json          step, counters and configuration, and the SHA-256 of the two files above
+    runs/NAME/latest, runs/NAME/best          the name of a step folder, as text
+
+A folder is written under another name, flushed to the disk, then renamed; a pointer is replaced in one step. So what a
+pointer names was complete before the pointer named it.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is not there, not whole, or not for this run; the message is one line."""
+
+
+def save(
+    run: Path, step: int, model: nn.Module, optimizers: list[torch.optim.Optimizer], state: dict[str, Any]
+) -> Path:
+    """Write run/step-NNNNNN and point `latest` at it; returns the folder. `state` must be JSON."""
+    folder = run / f"step-{step:06d}"
+    draft = run / f".draft-{folder.name}"
+    for leftover in (*run.glob(".draft-*"), folder):  # of a run that was killed in here: no pointer names it
+        shutil.rmtree(leftover, ignore_errors=True)
+    draft.mkdir(parents=True)
+    save_file(model.state_dict(), draft / "model.safetensors", metadata={"format": "pt"})
+    torch.save([optimizer.state_dict() for optimizer in optimizers], draft / "optimizer.pt")
+    hashes = {name: _sha256(draft / name) for name in ("model.safetensors", "optimizer.pt")}
+    (draft / "state.json").write_text(json.dumps({"step": step, **state, "sha256": hashes}, indent=1))
+    for path in (*draft.iterdir(), draft):
+        _flush(path)
+    draft.rename(folder)
+    _flush(run)
+    point(run, "latest", folder)
+    return folder
+
+
+def point(run: Path, pointer: str, folder: Path) -> None:
+    """Make run/pointer name the folder, in one step."""
+    draft = run / f".draft-pointer-{pointer}"
+    draft.write_text(folder.name + "\n")
+    _flush(draft)
+    draft.replace(run / pointer)
+    _flush(run)
+
+
+def find(run: Path, which: str) -> Path:
+    """The checkpoint that a pointer (latest, best) or its own name (step-000500) means. Raises CheckpointError."""
+    if not run.is_dir():
+        raise CheckpointError(f"{run}: no such run")
+    pointer = run / which
+    folder = run / pointer.read_text().strip() if pointer.is_file() else pointer
+    if not (folder / "state.json").is_file():
+        there = ", ".join(sorted(p.name for p in run.glob("step-*"))) or "none"
+        raise CheckpointError(f"{run}: no checkpoint {which!r}; there are: {there}")
+    return folder
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """state.json, after both files were found to be what it says. Raises CheckpointError."""
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        hashes = state["sha256"]
+        for name, expected in hashes.items():
+            if _sha256(folder / name) != expected:
+                raise CheckpointError(
+                    f"{folder / name}: damaged, its SHA-256 is not the one in state.json; take another"
+                )
+    except (OSError, json.JSONDecodeError, KeyError) as error:
+        raise CheckpointError(f"{folder}: damaged checkpoint ({type(error).__name__}: {error}); take another") from None
+    return state
+
+
+def load_weights(folder: Path, model: nn.Module) -> None:
+    """Put the weights into the model, every name and shape as it expects. Raises CheckpointError."""
+    try:
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+    except (SafetensorError, RuntimeError) as error:
+        first = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{folder / 'model.safetensors'}: does not fit this model: {first}") from None
+
+
+def load_optimizers(folder: Path, optimizers: list[torch.optim.Optimizer]) -> None:
+    """Put back what the optimizers remembered."""
+    states = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
+    for optimizer, state in zip(optimizers, states, strict=True):
+        optimizer.load_state_dict(state)
+
+
+def prune(run: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints and those that a pointer names."""
+    named = {(run / pointer).read_text().strip() for pointer in ("latest", "best") if (run / pointer).is_file()}
+    for folder in sorted(run.glob("step-*"))[:-keep]:
+        if folder.name not in named:
+            shutil.rmtree(folder)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's entries, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

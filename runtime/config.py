@@ -1,0 +1,304 @@
+"""A run's configuration: typed dataclasses, filled from a TOML recipe, then from the command line, both strictly.
+
+    recipe file  ->  checked key by key  ->  --section.field overrides, checked the same way  ->  one frozen Config
+
+A wrong key, type or value is a ConfigError of one line that names the file and line (or the flag), the value and what
+would be right. The docstring under a field is its documentation, here and in `--help`.
+"""
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import json
+import re
+import tomllib
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from model import ModelConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPES = ROOT / "configs"
+
+
+class ConfigError(ValueError):
+    """A mistake in a recipe or on the command line; the message is one line for its author."""
+
+
+def _require(config: Any, section: str, **rules: tuple[bool, str]) -> None:
+    for name, (holds, why) in rules.items():
+        if not holds:
+            raise ValueError(f"{section}.{name} = {getattr(config, name)!r}: {why}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which text, and how it becomes tokens."""
+
+    source: str = "shakespeare"
+    """shakespeare | kjv | wiki, a .txt/.jsonl/.parquet file, a folder, a glob, or hf:NAME for a hub dataset"""
+    split: str = "train"
+    """split of a hub dataset"""
+    text_column: str = "text"
+    """column that holds the text, in .jsonl, .parquet and hub datasets"""
+    limit: int = 0
+    """read at most so many documents; 0 reads all"""
+    val_source: str = ""
+    """a separate source to validate on; empty holds out val_fraction of the source"""
+    val_fraction: float = 0.05
+    """share of the source's text that is held out for validation"""
+    tokenizer: str = "bpe"
+    """bpe | byte | char, trained on the source; or a tokenizer.json, or a hub name"""
+    vocab_size: int = 4096
+    """tokens in a bpe vocabulary; the other tokenizers know their own size"""
+
+    def __post_init__(self) -> None:
+        _require(
+            self,
+            "data",
+            source=(bool(self.source), "must name a text"),
+            limit=(self.limit >= 0, "must be at least 0"),
+            val_fraction=(0.0 < self.val_fraction <= 0.5, "must be above 0 and at most 0.5"),
+            vocab_size=(self.vocab_size >= 257, "must be at least 257: 256 bytes and the end-of-text token"),
+        )
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """How the weights move."""
+
+    optimizer: str = "muon"
+    """muon (for the blocks' matrices, with AdamW for the rest) | adamw (for all)"""
+    lr: float = 3e-3
+    """AdamW's peak learning rate"""
+    muon_lr: float = 0.02
+    """Muon's peak learning rate: its updates are scaled to AdamW's usual size (root mean square 0.2)"""
+    weight_decay: float = 0.1
+    """decoupled decay of matrices, times the learning rate, each step"""
+    beta1: float = 0.9
+    """AdamW's memory of the gradient"""
+    beta2: float = 0.95
+    """AdamW's memory of the squared gradient"""
+    momentum: float = 0.95
+    """Muon's memory of the gradient"""
+    warmup_steps: int = 20
+    """steps over which the learning rates rise from 0"""
+    decay: float = 0.6
+    """share of all steps, at the end, over which the learning rates fall linearly to 0"""
+    clip: float = 1.0
+    """gradients are scaled down to at most this norm"""
+
+    def __post_init__(self) -> None:
+        _require(
+            self,
+            "optim",
+            optimizer=(self.optimizer in ("muon", "adamw"), "must be muon or adamw"),
+            lr=(self.lr > 0, "must be above 0"),
+            muon_lr=(self.muon_lr > 0, "must be above 0"),
+            weight_decay=(self.weight_decay >= 0, "must be at least 0"),
+            beta1=(0 <= self.beta1 < 1, "must be at least 0 and below 1"),
+            beta2=(0 <= self.beta2 < 1, "must be at least 0 and below 1"),
+            momentum=(0 <= self.momentum < 1, "must be at least 0 and below 1"),
+            warmup_steps=(self.warmup_steps >= 0, "must be at least 0"),
+            decay=(0 <= self.decay <= 1, "must be from 0 to 1"),
+            clip=(self.clip > 0, "must be above 0"),
+        )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, how much at once, on what, and what is kept."""
+
+    seed: int = 0
+    """decides the weights' first values, the order of the batches and what dropout drops"""
+    steps: int = 0
+    """optimizer steps; exactly one of steps and minutes is above 0"""
+    minutes: float = 0.0
+    """wall-clock budget: the first steps are timed, then the number of steps is fixed to end in time"""
+    batch_tokens: int = 16384
+    """tokens in one optimizer step, over all devices; a multiple of model.context"""
+    micro_batch: int = 16
+    """sequences at once on one device: lower it when memory runs out, the result stays the same"""
+    evals: int = 4
+    """times to save, validate and show a sample, evenly spaced, the last one at the end"""
+    keep: int = 2
+    """newest checkpoints to keep, beside the best"""
+    prompt: str = ""
+    """how the sample at every evaluation begins; empty begins a new document"""
+    device: str = "auto"
+    """auto | cpu | cuda | mps"""
+    dtype: str = "auto"
+    """auto (bfloat16 where this machine multiplies it faster) | float32 | bfloat16"""
+    compile: str = "auto"
+    """auto (where a compiler is there and it pays) | on | off"""
+    wandb: str = "off"
+    """off | offline | online; metrics.jsonl is always written"""
+
+    def __post_init__(self) -> None:
+        _require(
+            self,
+            "train",
+            seed=(0 <= self.seed < 2**31, "must be from 0 to 2147483647"),
+            steps=(
+                self.steps >= 0 and (self.steps > 0) != (self.minutes > 0),
+                "one of steps and minutes must be above 0",
+            ),
+            minutes=(self.minutes >= 0, "must be at least 0"),
+            batch_tokens=(self.batch_tokens >= 1, "must be at least 1"),
+            micro_batch=(self.micro_batch >= 1, "must be at least 1"),
+            evals=(self.evals >= 1, "must be at least 1: the last one is the result"),
+            keep=(self.keep >= 1, "must be at least 1"),
+            device=(self.device in ("auto", "cpu", "cuda", "mps"), "must be auto, cpu, cuda or mps"),
+            dtype=(self.dtype in ("auto", "float32", "bfloat16"), "must be auto, float32 or bfloat16"),
+            compile=(self.compile in ("auto", "on", "off"), "must be auto, on or off"),
+            wandb=(self.wandb in ("off", "offline", "online"), "must be off, offline or online"),
+        )
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run. `name` is its folder under runs/."""
+
+    name: str
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=1000))
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
+            raise ValueError(f"name = {self.name!r}: must be a folder name of letters, digits, '.', '_' and '-'")
+        if self.train.batch_tokens % self.model.context:
+            why = f"must be a multiple of model.context = {self.model.context}"
+            raise ValueError(f"train.batch_tokens = {self.train.batch_tokens}: {why}")
+
+
+SECTIONS: dict[str, type] = {"model": ModelConfig, "data": DataConfig, "optim": OptimConfig, "train": TrainConfig}
+
+
+def fields(section: str) -> dict[str, type]:
+    """Field name -> type (int, float, str or bool) of a section."""
+    return {f.name: f.type for f in dataclasses.fields(SECTIONS[section]) if isinstance(f.type, type)}
+
+
+def documentation(section: str) -> dict[str, str]:
+    """Field name -> the docstring under it."""
+    found = {}
+    for above, below in pairwise(ast.parse(inspect.getsource(SECTIONS[section])).body[0].body):  # type: ignore[attr-defined]
+        if isinstance(above, ast.AnnAssign) and isinstance(below, ast.Expr):
+            found[ast.unparse(above.target)] = ast.literal_eval(below.value)
+    return found
+
+
+def recipes() -> dict[str, str]:
+    """Recipe name -> the first line of its header."""
+    return {f.stem: f.read_text().partition("\n")[0].lstrip("# ") for f in sorted(RECIPES.glob("*.toml"))}
+
+
+def load(recipe: str, overrides: dict[str, str] | None = None) -> Config:
+    """The recipe (a name in configs/ or a path to a TOML file), changed by overrides {"model.n_layer": "8"}.
+
+    Raises ConfigError.
+    """
+    path = Path(recipe) if recipe.endswith(".toml") else RECIPES / f"{recipe}.toml"
+    if not path.is_file():
+        wrong = "no such file" if recipe.endswith(".toml") else "no such recipe"
+        raise ConfigError(f"{recipe}: {wrong}{_closest(recipe, recipes())}; there are {', '.join(recipes())}")
+    text = path.read_text()
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from None
+
+    values: dict[str, Any] = {"name": path.stem}
+    for key, value in tree.items():
+        table = value if isinstance(value, dict) else {"": value}
+        for inner, leaf in table.items():
+            dotted = f"{key}.{inner}" if inner else key
+            values[dotted] = _check(dotted, leaf, _place(path, text, dotted))
+    for dotted, word in (overrides or {}).items():
+        values[dotted] = _check(dotted, _parse(dotted, word), f"--{dotted}")
+    # A budget given on the command line replaces the recipe's, whichever kind it was.
+    for given, other in (("train.steps", "train.minutes"), ("train.minutes", "train.steps")):
+        if overrides and given in overrides and other not in overrides:
+            values.pop(other, None)
+    return _build(values, lambda dotted: f"--{dotted}" if dotted in (overrides or {}) else _place(path, text, dotted))
+
+
+def dump(config: Config) -> str:
+    """The resolved configuration as TOML that `load` reads back to an equal Config."""
+    lines = [f"name = {json.dumps(config.name)}"]
+    for section in SECTIONS:
+        lines.append(f"\n[{section}]")
+        # JSON's strings, numbers and booleans are TOML's, too
+        lines += [f"{k} = {json.dumps(v)}" for k, v in dataclasses.asdict(getattr(config, section)).items()]
+    return "\n".join(lines) + "\n"
+
+
+def _build(values: dict[str, Any], place: Any) -> Config:
+    """Dotted values to dataclasses; their own checks' messages ("model.n_head = 3: ...") get the place in front."""
+    try:
+        parts: dict[str, Any] = {"name": values["name"]}
+        for section, kind in SECTIONS.items():
+            own = {k.partition(".")[2]: v for k, v in values.items() if k.startswith(f"{section}.")}
+            if section == "train" and not {"steps", "minutes"} & own.keys():
+                own["steps"] = Config("x").train.steps
+            parts[section] = kind(**own)
+        return Config(**parts)
+    except ValueError as error:
+        raise ConfigError(f"{place(str(error).partition(' ')[0])}: {error}") from None
+
+
+def _check(dotted: str, value: Any, place: str) -> Any:
+    """The value, if the field exists and has the value's type; an int serves as a float."""
+    section, _, name = dotted.partition(".")
+    if dotted == "name":
+        expected: type = str
+    elif dotted in SECTIONS:
+        raise ConfigError(f"{place}: {dotted} = {value!r}: must be a section, [{dotted}]")
+    elif section not in SECTIONS:
+        raise ConfigError(f"{place}: {section}: no such section{_closest(section, SECTIONS)}")
+    elif name not in fields(section):
+        raise ConfigError(f"{place}: {dotted}: no such field{_closest(name, fields(section), section + '.')}")
+    else:
+        expected = fields(section)[name]
+    if expected is float and type(value) is int:
+        return float(value)
+    if type(value) is not expected:
+        raise ConfigError(f"{place}: {dotted} = {value!r}: must be {_named(expected)}, is {_named(type(value))}")
+    return value
+
+
+def _parse(dotted: str, word: str) -> Any:
+    """A command-line word as the TOML value that it looks like, except that a string field takes it as it stands."""
+    section, _, name = dotted.partition(".")
+    if section not in SECTIONS or fields(section).get(name) is str:
+        return word
+    try:
+        return tomllib.loads(f"x = {word}")["x"]
+    except tomllib.TOMLDecodeError:
+        return word
+
+
+def _named(kind: type) -> str:
+    return {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}.get(kind, kind.__name__)
+
+
+def _closest(word: str, candidates: Any, prefix: str = "") -> str:
+    near = difflib.get_close_matches(word, list(candidates), 1, 0.5)
+    return f"; did you mean {prefix}{near[0]}?" if near else ""
+
+
+def _place(path: Path, text: str, dotted: str) -> str:
+    """`file:line` of a dotted key in a TOML text; only the file where the key does not stand in it."""
+    section, _, name = dotted.rpartition(".")
+    current = ""
+    for number, line in enumerate(text.splitlines(), 1):
+        if header := re.match(r"\s*\[\s*([\w.-]+)\s*\]", line):
+            current = header[1]
+        elif current == section and re.match(rf"\s*[\"']?{re.escape(name)}[\"']?\s*=", line):
+            return f"{path}:{number}"
+    return str(path)

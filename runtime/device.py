@@ -1,0 +1,99 @@
+"""Device, precision and compiler: chosen once by asking the machine, each with the reason that a run prints."""
+
+import platform
+import shutil
+import time
+from dataclasses import dataclass
+
+import torch
+
+from runtime.config import ConfigError, TrainConfig
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where and how a run computes; `why` is one line for each choice."""
+
+    device: torch.device
+    dtype: torch.dtype
+    compile: bool
+    why: tuple[str, ...]
+
+    def autocast(self) -> torch.autocast:
+        """Products in `dtype`; weights, sums and norms stay fp32."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+
+def choose(config: TrainConfig, local_rank: int = 0) -> Machine:
+    """Raises ConfigError when the configuration demands what this machine does not have."""
+    device, why_device = _device(config.device, local_rank)
+    dtype, why_dtype = _dtype(config.dtype, device)
+    compiled, why_compiled = _compile(config, device)
+    return Machine(device, dtype, compiled, (why_device, why_dtype, why_compiled))
+
+
+def _device(asked: str, local_rank: int) -> tuple[torch.device, str]:
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    kind = asked if asked != "auto" else next(k for k in ("cuda", "mps", "cpu") if there[k])
+    if not there[kind]:
+        raise ConfigError(
+            f"train.device = {kind!r}: not on this machine, or not in this build of torch; auto finds what is"
+        )
+    if kind == "cuda":
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        return device, f"device {device}: {torch.cuda.get_device_name(device)}"
+    name = f"{platform.machine()}, {torch.get_num_threads()} threads" if kind == "cpu" else "Apple GPU"
+    return torch.device(kind), f"device {kind}: {name}"
+
+
+def _dtype(asked: str, device: torch.device) -> tuple[torch.dtype, str]:
+    if asked != "auto":
+        return getattr(torch, asked), f"precision {asked}: asked for"
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        # is_bf16_supported() also says yes to emulation, on a T4 for one; the tensor cores know bf16 from 8.0 on
+        fast, fact = major >= 8 or torch.version.hip is not None, f"compute capability {major}.{minor}"
+    elif device.type == "cpu":
+        ratio = _bf16_gain()
+        fast, fact = ratio > 1.5, f"its products run {ratio:.2g} times as fast as fp32's here, measured"
+    else:
+        fast, fact = False, "bfloat16 is not tried on this device"
+    dtype = torch.bfloat16 if fast else torch.float32
+    return dtype, f"precision {str(dtype).removeprefix('torch.')}: bfloat16: {fact}"
+
+
+def _bf16_gain() -> float:
+    """How many times faster this CPU multiplies in bf16 than in fp32, from a few small products (some 50 ms)."""
+
+    def seconds(dtype: torch.dtype) -> float:
+        a = torch.ones(256, 256, dtype=dtype)
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            a @ a
+            times.append(time.perf_counter() - start)
+        return min(times[1:])  # the first one pays for set-up
+
+    return seconds(torch.float32) / seconds(torch.bfloat16)
+
+
+def _compile(config: TrainConfig, device: torch.device) -> tuple[bool, str]:
+    if config.compile != "auto":
+        return config.compile == "on", f"compile {config.compile}: asked for"
+    if device.type == "mps":
+        return False, "compile off: not tried on this device"
+    if device.type == "cuda":
+        try:
+            import triton  # noqa: F401
+        except ImportError:
+            return False, "compile off: triton is not installed"
+        return True, "compile on: triton is installed"
+    if not (shutil.which("g++") or shutil.which("clang++")):
+        return False, "compile off: no C++ compiler (g++ or clang++) on this machine"
+    if 0 < config.minutes < 2 or 0 < config.steps * config.batch_tokens < SHORT:
+        return False, "compile off: the run is too short to win back the time"
+    return True, "compile on: a C++ compiler is there, one block is compiled and serves all layers"
+
+
+SHORT = 500_000  # tokens of a run under which compiling on a CPU (half a minute) does not pay
