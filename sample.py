@@ -1,0 +1,252 @@
+"""heed's voice: `python sample.py --prompt "ROMEO:"` finds the newest run and streams what its model says next.
+
+    prompt -> tokens -> [ model reads what is new -> logits -> one token is drawn ] -> text, whole characters only
+
+`generate` makes tokens, `speak` makes text of them; both are generators that a program can call:
+
+    model, tokenizer = load(newest_run())
+    for _, text in speak(model, tokenizer, "ROMEO:"):
+        print(text, end="")
+
+Shapes: B samples side by side, V vocabulary.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+RUNS = Path(os.environ.get("HEED_RUNS") or Path(__file__).resolve().parent / "runs")
+
+
+def read_arguments() -> argparse.Namespace:
+    """The command line."""
+    p = argparse.ArgumentParser(description="Let a trained model speak.", allow_abbrev=False)
+    p.add_argument("--prompt", default="", help="how the text begins; - reads standard input; default: a new document")
+    p.add_argument("--run", type=Path, help="folder of the run; default: the newest under runs/")
+    p.add_argument("--checkpoint", default="best", help="best, latest or a step such as step-000500; default: best")
+    p.add_argument("--tokens", type=int, default=200, help="tokens to make at most, a sample; default: 200")
+    p.add_argument("--num-samples", type=int, default=1, help="samples, made side by side; default: 1")
+    p.add_argument("--temperature", type=float, default=0.8, help="below 1 surer, above 1 wilder; default: 0.8")
+    p.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest tokens; default: 0, all")
+    p.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest that sum to p; default: 1, all")
+    p.add_argument("--min-p", type=float, default=0.0, help="leave out tokens below p times the likeliest; default: 0")
+    p.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: avoid what was said; default: 1")
+    p.add_argument("--greedy", action="store_true", help="always take the likeliest token")
+    p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
+    p.add_argument("--seed", type=int, default=0, help="same seed, same text; default: 0")
+    p.add_argument("--interactive", action="store_true", help="ask for one prompt after another; Ctrl-D ends")
+    return p.parse_args()
+
+
+if __name__ == "__main__":
+    ARGUMENTS = read_arguments()  # before torch is imported: --help and a typo answer at once
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from data.tokenizer import Tokenizer, TokenizerError  # noqa: E402
+from model import GPT, KVCache, ModelConfig  # noqa: E402
+from runtime.checkpoint import CheckpointError, find, load_weights, read_state  # noqa: E402
+
+# 1. Drawing one token -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn from the model's probabilities; the fields do what the flags of the same names say."""
+
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    greedy: bool = False
+
+    def __post_init__(self) -> None:
+        for name, holds, right in (
+            ("temperature", self.temperature > 0, "above 0 (greedy takes the likeliest each time)"),
+            ("top_k", self.top_k >= 0, "at least 0"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
+            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+        ):
+            if not holds:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be {right}")
+
+    def probabilities(self, logits: Tensor, seen: Tensor) -> Tensor:
+        """(B, V) fp32 logits -> (B, V) probabilities to draw from. seen (B, V): the tokens of the text so far."""
+        if self.repetition_penalty != 1.0:  # Keskar et al. 2019 (CTRL), section 4.1, away from zero on either side
+            penalized = torch.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)
+            logits = torch.where(seen, penalized, logits)
+        if self.greedy:
+            return torch.zeros_like(logits).scatter_(1, logits.argmax(1, keepdim=True), 1.0)
+        logits = logits / self.temperature
+        if 0 < self.top_k < logits.shape[1]:  # Fan et al. 2018
+            kth = logits.topk(self.top_k, dim=1).values[:, -1:]  # (B, 1)
+            logits = logits.masked_fill(logits < kth, float("-inf"))
+        if self.top_p < 1.0:  # Holtzman et al. 2020: the fewest likeliest tokens that reach p, always one
+            ordered, order = logits.softmax(1).sort(1, descending=True)
+            beyond = ordered.cumsum(1) - ordered >= self.top_p  # what is likelier already reaches p
+            logits = logits.masked_fill(torch.zeros_like(beyond).scatter_(1, order, beyond), float("-inf"))
+        probabilities = logits.softmax(1)
+        if self.min_p > 0.0:  # Nguyen et al. 2024
+            likeliest = probabilities.amax(1, keepdim=True)
+            probabilities = probabilities.masked_fill(probabilities < self.min_p * likeliest, 0.0)
+            probabilities = probabilities / probabilities.sum(1, keepdim=True)
+        return probabilities
+
+
+# 2. Tokens, one after another ---------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def generate(
+    model: GPT, prompt: Sequence[int], *, tokens: int, samples: int = 1, sampling: Sampling = Sampling(), seed: int = 0
+) -> Iterator[Tensor]:
+    """Yield `tokens` times the next token of every sample, (samples,) int64. The prompt must have a token.
+
+    The prompt is read once, for all samples. The model sees at most its context: of a longer prompt, the last `context`
+    tokens. When the window is full it drops its older half and reads the rest again, from position 0, as in training;
+    so text can go on for ever, and each token sees between half a context and a whole one.
+    """
+    context, device = model.config.context, model.model.cos.device
+    random = torch.Generator(device).manual_seed(seed)
+    text = torch.zeros(samples, len(prompt) + tokens, dtype=torch.long, device=device)  # prompt and all that follows
+    text[:, : len(prompt)] = torch.tensor(prompt)
+    seen = torch.zeros(samples, model.config.vocab_size, dtype=torch.bool, device=device)
+    seen[:, list(set(prompt))] = True
+
+    cache = KVCache(model.config, 1, device=device, dtype=model.model.embed_tokens.weight.dtype)
+    start = read = max(0, len(prompt) - context)  # where the window begins, and up to where it has been read
+    for end in range(len(prompt), len(prompt) + tokens):
+        if end - start > context:
+            start = read = end - max(1, context // 2)
+            cache.clear()
+        rows = text[:1] if end == len(prompt) else text
+        for piece in rows[:, read:end].split(KVCache.CHUNK, dim=1):  # after the prompt, a single token
+            hidden = model.model(piece, cache)  # (B, T, C)
+            cache.advance(piece.shape[1])
+        logits = model.head(hidden[:, -1]).float()  # (B, C) -> (B, V)
+        if end == len(prompt):
+            cache, logits = cache.repeat(samples), logits.expand(samples, -1)
+        token = torch.multinomial(sampling.probabilities(logits, seen), 1, generator=random)  # (B, 1)
+        text[:, end : end + 1] = token
+        seen.scatter_(1, token, True)
+        read = end
+        yield token[:, 0]
+
+
+# 3. Text, as soon as it is sure -------------------------------------------------------------------------------------
+
+
+class Voice:
+    """One sample's text: whole characters only, nothing of a stop text, and no more once it has ended."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+        self.eot, self.stop = tokenizer.eot, stop
+        self.stream = tokenizer.stream()
+        self.held = ""  # text that may turn out to be the beginning of a stop text
+        self.ended = False
+
+    def push(self, token: int, last: bool) -> str:
+        """What can be said now that `token` is known; `last`: none follows."""
+        self.ended = last or token == self.eot
+        self.held += "" if token == self.eot else self.stream.push(token)
+        if self.ended:
+            self.held += self.stream.flush()
+        stops = [at for text in self.stop if (at := self.held.find(text)) >= 0]
+        if stops:
+            self.held, self.ended = self.held[: min(stops)], True
+        begun = (n for text in self.stop for n in range(1, len(text)) if self.held.endswith(text[:n]))
+        keep = 0 if self.ended else max(begun, default=0)
+        sure, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
+        return sure
+
+
+def speak(
+    model: GPT, tokenizer: Tokenizer, prompt: str = "", *, tokens: int = 200, samples: int = 1,
+    sampling: Sampling = Sampling(), seed: int = 0, stop: Sequence[str] = (),
+) -> Iterator[tuple[int, str]]:  # fmt: skip
+    """Yield (sample, text) for every token made; the texts of one sample, joined, follow the prompt.
+
+    A sample ends with the end-of-text token, before a stop text, or after `tokens` tokens. An empty prompt begins a
+    new document. Raises TokenizerError when the tokenizer cannot spell the prompt.
+    """
+    ids = tokenizer.encode(prompt) or [tokenizer.eot]
+    voices = [Voice(tokenizer, stop) for _ in range(samples)]
+    made = generate(model, ids, tokens=tokens, samples=samples, sampling=sampling, seed=seed)
+    for number, step in enumerate(made, 1):
+        for sample, token in enumerate(step.tolist()):
+            if not voices[sample].ended:
+                yield sample, voices[sample].push(token, last=number == tokens)
+        if all(voice.ended for voice in voices):
+            return
+
+
+# 4. The command -----------------------------------------------------------------------------------------------------
+
+
+def newest_run() -> Path:
+    """The run under runs/ that was saved last. Raises CheckpointError when there is none."""
+    runs = sorted(RUNS.glob("*/latest"), key=lambda pointer: pointer.stat().st_mtime)
+    if not runs:
+        raise CheckpointError("runs/: no trained model is there yet; python train.py shakespeare makes one")
+    return runs[-1].parent
+
+
+def load(run: Path, checkpoint: str = "best") -> tuple[GPT, Tokenizer]:
+    """Model, ready to speak, and tokenizer of a run. While no checkpoint is the best yet, best means the latest.
+
+    Raises CheckpointError.
+    """
+    folder = find(run, "latest" if checkpoint == "best" and not (run / "best").exists() else checkpoint)
+    config = ModelConfig(**read_state(folder)["config"]["model"])
+    load_weights(folder, model := GPT(config).eval())
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), Tokenizer.load(run / "tokenizer.json")
+
+
+def say(model: GPT, tokenizer: Tokenizer, prompt: str, sampling: Sampling, a: argparse.Namespace) -> None:
+    """Print the prompt and what follows it: one sample as it is made, several one after another."""
+    stream, texts = a.num_samples == 1, [prompt] * a.num_samples
+    made, first, start = 0, 0.0, time.perf_counter()
+    print(prompt if stream else "", end="", flush=True)
+    asked = {"tokens": a.tokens, "samples": a.num_samples, "sampling": sampling, "seed": a.seed, "stop": a.stop}
+    for sample, text in speak(model, tokenizer, prompt, **asked):
+        made, first = made + 1, first or time.perf_counter() - start
+        texts[sample] += text
+        print(text if stream else "", end="", flush=True)
+    print("" if stream else f"\n{'-' * 60}\n".join(texts))
+    took = time.perf_counter() - start
+    speed = f"{made / took:,.0f} tokens/s, the first after {first * 1000:,.0f} ms"
+    print(f"[{made} tokens in {took:.2f} s: {speed}]", file=sys.stderr)
+
+
+def main(a: argparse.Namespace) -> None:
+    """Load a run and say what was asked for."""
+    sampling = Sampling(a.temperature, a.top_k, a.top_p, a.min_p, a.repetition_penalty, a.greedy)
+    if min(a.tokens, a.num_samples) < 1:
+        raise ValueError(f"tokens = {a.tokens}, num_samples = {a.num_samples}: both must be at least 1")
+    model, tokenizer = load(a.run or newest_run(), a.checkpoint)
+    if not a.interactive:
+        say(model, tokenizer, sys.stdin.read() if a.prompt == "-" else a.prompt, sampling, a)
+    while a.interactive:
+        try:
+            say(model, tokenizer, input("> "), sampling, a)
+        except TokenizerError as error:
+            print(error, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    try:
+        main(ARGUMENTS)
+    except ValueError as error:  # a wrong flag, run, checkpoint or prompt: each names itself
+        print(f"sample.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except EOFError:  # Ctrl-D ends the conversation
+        print()
+    except (KeyboardInterrupt, BrokenPipeError):
+        sys.exit(130)

@@ -1,0 +1,235 @@
+"""Speaking: probabilities against transformers' processors, tokens against a model without a cache, text by eye."""
+
+import pytest
+import torch
+from transformers import LogitsProcessorList
+from transformers.generation import logits_process as theirs
+
+from data.tokenizer import EOT, Tokenizer
+from model import KVCache
+from sample import Sampling, Voice, generate, load, speak
+from tests.conftest import TINY, command, randomized
+
+# Probabilities ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"temperature": 0.3},
+        {"top_k": 5},
+        {"top_k": 500},
+        {"top_p": 0.6},
+        {"top_p": 0.01},
+        {"min_p": 0.2},
+        {"repetition_penalty": 1.7},
+        {"temperature": 1.4, "top_k": 20, "top_p": 0.8, "min_p": 0.05, "repetition_penalty": 1.3},
+    ],
+)
+def test_probabilities_are_transformers(how):
+    how = {"temperature": 1.0} | how
+    torch.manual_seed(1)
+    logits, text = torch.randn(4, 60) * 3, torch.randint(0, 60, (4, 12))
+    processors = LogitsProcessorList()
+    if "repetition_penalty" in how:
+        processors.append(theirs.RepetitionPenaltyLogitsProcessor(how["repetition_penalty"]))
+    processors.append(theirs.TemperatureLogitsWarper(how["temperature"]))
+    if "top_k" in how:
+        processors.append(theirs.TopKLogitsWarper(how["top_k"]))
+    if "top_p" in how:
+        processors.append(theirs.TopPLogitsWarper(how["top_p"]))
+    if "min_p" in how:
+        processors.append(theirs.MinPLogitsWarper(how["min_p"]))
+    seen = torch.zeros(4, 60, dtype=torch.bool).scatter_(1, text, True)
+    torch.testing.assert_close(Sampling(**how).probabilities(logits, seen), processors(text, logits.clone()).softmax(1))
+
+
+def test_greedy_is_certain_of_the_likeliest():
+    logits = torch.tensor([[0.0, 3.0, 2.9], [5.0, -1.0, 4.0]])
+    seen = torch.tensor([[False, True, False], [False, False, False]])
+    assert Sampling(greedy=True).probabilities(logits, seen).argmax(1).tolist() == [1, 0]
+    assert Sampling(greedy=True, repetition_penalty=2.0).probabilities(logits, seen).tolist() == [[0, 0, 1], [1, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    "how", [{"temperature": 0.0}, {"top_k": -1}, {"top_p": 0.0}, {"min_p": 1.5}, {"repetition_penalty": 0.0}]
+)
+def test_impossible_sampling_is_refused_by_name(how):
+    with pytest.raises(ValueError, match=f"{next(iter(how))} = .*: must be"):
+        Sampling(**how)
+
+
+# Tokens -------------------------------------------------------------------------------------------------------------
+
+
+def greedy_without_cache(model, prompt, tokens):
+    """What the docstring of `generate` promises, spelled out: every token from the whole window, read anew."""
+    text, start = list(prompt), max(0, len(prompt) - model.config.context)
+    for _ in range(tokens):
+        if len(text) - start > model.config.context:
+            start = len(text) - max(1, model.config.context // 2)
+        with torch.no_grad():
+            text.append(int(model(torch.tensor([text[start:]]))[0, -1].argmax()))
+    return text[len(prompt) :]
+
+
+@pytest.mark.parametrize("length", [1, 5, 31, 32, 33, 80])
+def test_tokens_are_those_of_a_model_without_a_cache_also_beyond_the_context(length):
+    model = randomized(TINY, seed=3)
+    prompt = torch.randint(0, 97, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+    got = [int(t) for t in generate(model, prompt, tokens=70, sampling=Sampling(greedy=True))]
+    assert got == greedy_without_cache(model, prompt, 70)
+    assert len(set(got)) > 5  # not a text that any model would give
+
+
+def test_same_seed_same_text_and_another_seed_another():
+    model = randomized(TINY)
+
+    def text(seed: int, samples: int = 1) -> list[list[int]]:
+        return torch.stack(list(generate(model, [1, 2], tokens=50, samples=samples, seed=seed))).T.tolist()
+
+    assert text(0) == text(0)
+    assert text(0) != text(1)
+    many = text(0, samples=4)
+    assert many == text(0, samples=4)
+    assert len({tuple(sample) for sample in many}) == 4
+
+
+def test_the_prompt_is_read_once_for_all_samples(monkeypatch):
+    read = []
+    write = KVCache.write
+    monkeypatch.setattr(KVCache, "write", lambda self, n, k, v: (read.append(k.shape[:2]), write(self, n, k, v))[1])
+    list(generate(randomized(TINY), list(range(20)), tokens=3, samples=5))
+    assert read == [(1, 20)] * 2 + [(5, 1)] * 4  # two layers; the last token is never read
+
+
+def test_samples_of_a_batch_are_drawn_from_the_models_probabilities():
+    model = randomized(TINY)
+    with torch.no_grad():
+        expected = (model(torch.tensor([[7, 8]]))[0, -1] / 2.0).softmax(0)
+    first = next(iter(generate(model, [7, 8], tokens=1, samples=20000, sampling=Sampling(temperature=2.0))))
+    counted = torch.bincount(first, minlength=97) / 20000
+    torch.testing.assert_close(counted, expected, atol=0.015, rtol=0)
+
+
+# Text ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bytes_tokenizer() -> Tokenizer:
+    return Tokenizer.train("byte", iter([]), 257)
+
+
+def said(tokenizer: Tokenizer, text: str, stop: list[str]) -> list[str]:
+    voice, parts = Voice(tokenizer, stop), []
+    ids = tokenizer.encode(text)
+    for number, token in enumerate(ids, 1):
+        parts.append(voice.push(token, last=number == len(ids)))
+        if voice.ended:
+            break
+    return parts
+
+
+def test_characters_come_whole(bytes_tokenizer):
+    text = "naïve 语言 🙂👩‍🚀 end"
+    parts = said(bytes_tokenizer, text, [])
+    assert "".join(parts) == text
+    assert "🙂" in parts
+    assert not any("\ufffd" in part for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("stop", "expected"),
+    [
+        (["ROMEO:"], "Hark! RO ROM "),
+        (["x", "! "], "Hark"),
+        (["ROMEO:", "ROM "], "Hark! RO "),
+        (["zzz"], None),
+        (["H"], ""),
+    ],
+)
+def test_text_ends_before_a_stop_text_and_shows_nothing_of_it(bytes_tokenizer, stop, expected):
+    text = "Hark! RO ROM ROMEO: my"
+    assert "".join(said(bytes_tokenizer, text, stop)) == (text if expected is None else expected)
+
+
+def test_end_of_text_ends_a_sample_and_an_empty_prompt_begins_a_document(bytes_tokenizer):
+    config = type(TINY)(**{**vars(TINY), "vocab_size": 257})
+    model = randomized(config)
+    asked = []
+    head = model.head
+    model.head = lambda x: head(x).index_fill_(
+        -1, torch.tensor([bytes_tokenizer.eot]), 1e4 if len(asked) == 3 else -1e4
+    )
+    embed = model.model.embed_tokens.forward
+    model.model.embed_tokens.forward = lambda tokens: (asked.append(tokens.tolist()), embed(tokens))[1]
+    spoken = list(speak(model, bytes_tokenizer, "", tokens=50))
+    assert asked[0] == [[bytes_tokenizer.eot]]
+    assert len(spoken) == 3
+    assert EOT not in "".join(text for _, text in spoken)
+
+
+# The command --------------------------------------------------------------------------------------------------------
+
+
+def test_the_newest_run_speaks_and_says_how_fast(runs):
+    done = command("sample.py", "--prompt", "Song", "--tokens", "20", where=runs)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Song")
+    assert "20 tokens in" in done.stderr
+    again = command("sample.py", "--prompt", "-", "--tokens", "20", where=runs, stdin="Song")
+    assert again.stdout == done.stdout
+    model, tokenizer = load(runs / "songs")
+    text = "Song" + "".join(part for _, part in speak(model, tokenizer, "Song", tokens=20))
+    assert done.stdout == text + "\n"
+
+
+def test_flags_reach_the_model(runs):
+    plain = command("sample.py", "--prompt", "Song", "--tokens", "30", "--greedy", where=runs).stdout
+    three = command(
+        "sample.py", "--prompt", "Song", "--tokens", "30", "--greedy", "--num-samples", "3", where=runs
+    ).stdout
+    assert three == f"\n{'-' * 60}\n".join([plain.removesuffix("\n")] * 3) + "\n"
+    stopped = command(
+        "sample.py", "--prompt", "Song", "--tokens", "30", "--greedy", "--stop", plain[8:10], where=runs
+    ).stdout
+    assert stopped == plain[: plain.index(plain[8:10], 4)] + "\n"
+
+
+def test_a_conversation_goes_on_after_a_mistake_until_its_end(runs):
+    done = command("sample.py", "--interactive", "--tokens", "5", where=runs, stdin="Song\n\nthe bees\n")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("> ") == 4
+    assert done.stderr.count("5 tokens in") == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--temperature", "0"], "temperature = 0.0: must be above 0"),
+        (["--tokens", "0"], "tokens = 0, num_samples = 1: both must be at least 1"),
+        (["--run", "runs/nothing"], "runs/nothing: no such run"),
+        (["--checkpoint", "step-9"], "no checkpoint 'step-9'; there are: step-0000"),
+        (["--tokens", "many"], "invalid int value: 'many'"),
+        (["--top_k", "3"], "unrecognized arguments: --top_k"),
+    ],
+)
+def test_mistakes_are_one_line(runs, words, says):
+    done = command("sample.py", *words, where=runs)
+    assert done.returncode == 2
+    assert says in done.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_without_a_run_there_is_a_hint(tmp_path):
+    done = command("sample.py", where=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "python train.py shakespeare makes one" in done.stderr
+
+
+def test_help_does_not_wait_for_torch(runs):
+    done = command("sample.py", "--help", where=runs, PYTHONVERBOSE="1")
+    assert done.returncode == 0
+    assert "--repetition-penalty" in done.stdout
+    assert "import 'torch'" not in done.stderr
