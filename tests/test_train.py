@@ -1,0 +1,352 @@
+"""The loop, on a small text: what it promises about budgets, resuming, signals, processes and mistakes."""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from data.loader import Loader
+from data.shards import Shards
+from data.tokenizer import Tokenizer
+from model import GPT, ModelConfig
+from runtime import checkpoint, metrics
+from runtime.config import load
+from tests.conftest import ROOT, SMALL, command
+
+
+@pytest.fixture
+def learn(text, tmp_path, monkeypatch):
+    """learn(name, "--train.steps=8", ...) trains in this process and returns the run's folder."""
+    monkeypatch.setattr(train, "RUNS", tmp_path)
+
+    def run(name: str, *words: str, resume: bool = False, overwrite: bool = False) -> Path:
+        flags = dict(word.removeprefix("--").split("=", 1) for word in (*SMALL, f"--data.source={text}", *words))
+        train.train(load("shakespeare", {"name": name, **flags}), resume, overwrite)
+        return tmp_path / name
+
+    return run
+
+
+def losses(run: Path, key: str = "loss") -> dict[int, float]:
+    return {r["step"]: r[key] for r in metrics.read(run / "metrics.jsonl") if key in r}
+
+
+def weights(run: Path, which: str = "latest") -> bytes:
+    return (checkpoint.find(run, which) / "model.safetensors").read_bytes()
+
+
+def test_a_run_learns_and_leaves_everything_in_its_folder(runs):
+    run = runs / "songs"
+    names = {p.name for p in run.iterdir()}
+    assert {"config.toml", "tokenizer.json", "metrics.jsonl", "loss.png", "latest", "best"} <= names
+    curve = losses(run)
+    assert list(curve) == list(range(1, 31))
+    assert curve[1] == pytest.approx(math.log(300), abs=0.2)
+    assert curve[30] < curve[1] - 1.5
+    assert list(losses(run, "val_loss")) == [15, 30]
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_validation_is_over_every_token_and_in_bits_per_byte(runs, monkeypatch, tmp_path, text):
+    """Against the definition: each validation token given at most `context` tokens before it, one window at a time."""
+    run = runs / "songs"
+    folder = checkpoint.find(run, "latest")
+    model = GPT(ModelConfig(**checkpoint.read_state(folder)["config"]["model"])).eval()
+    checkpoint.load_weights(folder, model)
+    tokenizer = Tokenizer.load(run / "tokenizer.json")
+    prepared = train.prepare(**dataclasses.asdict(train.load(str(run / "config.toml")).data))
+    val = Shards(prepared, "val")
+    stream = [tokenizer.eot, *val.window(0, val.tokens).tolist()]
+    nats, context = 0.0, model.config.context
+    for start in range(0, val.tokens, context):
+        piece = torch.tensor(stream[start : start + context + 1])
+        with torch.no_grad():
+            logs = model(piece[None, :-1])[0].double().log_softmax(-1)
+        nats -= logs.gather(1, piece[1:, None]).sum().item()
+    last = [r for r in metrics.read(run / "metrics.jsonl") if "val_loss" in r][-1]
+    assert last["val_loss"] == pytest.approx(nats / val.tokens, rel=1e-5)
+    size = len(tokenizer.decode(stream).encode())
+    assert last["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+
+
+def test_killed_and_resumed_equals_never_killed_bit_for_bit(learn, text, tmp_path):
+    words = ("--train.steps=24", "--train.evals=3", "--model.dropout=0.1")
+    whole = learn("whole", *words)
+    flags = [*SMALL, f"--data.source={text}", *words]
+    started = [sys.executable, str(ROOT / "train.py"), "shakespeare", "--name=killed", *flags]
+    process = subprocess.Popen(
+        started, cwd=ROOT, env=os.environ | {"HEED_RUNS": str(tmp_path)}, stdout=subprocess.DEVNULL
+    )
+    killed = tmp_path / "killed"
+    while not (killed / "latest").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert checkpoint.read_state(checkpoint.find(killed, "latest"))["step"] < 24
+    learn("killed", *words, resume=True)
+    assert losses(killed) == losses(whole)
+    assert losses(killed, "val_loss") == losses(whole, "val_loss")
+    assert weights(killed) == weights(whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_leaves_and_the_run_goes_on_exactly(learn, text, tmp_path, number):
+    words = ("--train.steps=300", "--train.evals=1")
+    started = [
+        sys.executable,
+        "-u",
+        str(ROOT / "train.py"),
+        "shakespeare",
+        "--name=stopped",
+        *SMALL,
+        f"--data.source={text}",
+    ]
+    process = subprocess.Popen(
+        [*started, *words], cwd=ROOT, env=os.environ | {"HEED_RUNS": str(tmp_path)}, stdout=subprocess.PIPE, text=True
+    )
+    assert any(line.startswith("step 1/300") for line in process.stdout)
+    process.send_signal(number)
+    said = process.stdout.read()
+    assert process.wait() == 128 + number
+    run = tmp_path / "stopped"
+    step = checkpoint.read_state(checkpoint.find(run, "latest"))["step"]
+    assert 1 <= step < 300
+    assert f"stopped and saved at step {step}; go on with --resume" in said
+    assert "Traceback" not in said
+    assert list(losses(run)) == list(range(1, step + 1))
+
+
+def test_micro_batches_change_memory_and_not_the_result(learn):
+    at_once = learn("at-once", "--train.steps=4", "--train.micro_batch=8")
+    one_by_one = learn("one-by-one", "--train.steps=4", "--train.micro_batch=1")
+    for step, loss in losses(at_once).items():
+        assert losses(one_by_one)[step] == pytest.approx(loss, rel=1e-4)
+
+
+def test_two_processes_train_what_one_does(learn, text, tmp_path):
+    alone = learn("alone", "--train.steps=6", "--train.evals=2", "--train.micro_batch=2")
+    words = [*SMALL, f"--data.source={text}", "--train.steps=6", "--train.evals=2", "--train.micro_batch=2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "train.py"),
+         "shakespeare", "--name=both", *words],
+        cwd=ROOT, env=os.environ | {"HEED_RUNS": str(tmp_path), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("step 6: validation") == 1
+    assert "= 2 devices x 2 micro-batches x 2 sequences x 32 tokens" in done.stdout
+    for key in ("loss", "val_loss"):
+        assert losses(tmp_path / "both", key) == pytest.approx(losses(alone, key), rel=1e-4)
+
+
+def test_the_number_of_steps_is_fixed_to_end_in_time(learn, capsys):
+    run = learn("timed", "--train.minutes=0.15", "--train.evals=2")
+    steps = int(re.search(r"([\d,]+) steps end in 0.15 minutes", capsys.readouterr().out)[1].replace(",", ""))
+    assert steps > train.TIMED_STEPS
+    assert max(losses(run)) == steps
+    assert list(losses(run, "val_loss")) == [round(steps / 2), steps]
+    rates = [r["lr"] for r in metrics.read(run / "metrics.jsonl") if "lr" in r]
+    assert rates[-1] < 0.1 * max(rates)  # the schedule reached its end
+
+
+def test_steps_in_time_is_what_the_budget_leaves():
+    config = load("shakespeare", {"train.minutes": "2", "train.evals": "3", "train.batch_tokens": "8192"})
+    val = type("Val", (), {"tokens": 8192})()
+    # 120 s * 0.98, less 10 s spent, less 3 validations of 0.5 * 8192 / 8192 / 3 + 1 s, at 0.5 s a step, after 7 steps
+    assert train.steps_in_time(config, val, 0.5, 7, 10.0) == 7 + int((117.6 - 10 - 3 * (0.5 / 3 + 1)) / 0.5)
+    assert train.steps_in_time(config, val, 500.0, 7, 10.0) == 10  # at least one step for each validation
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(learn, monkeypatch):
+    loss = GPT.loss
+    calls = 0
+
+    def poisoned(self, tokens, targets):
+        nonlocal calls
+        calls += self.training
+        return loss(self, tokens, targets) * (math.nan if calls == 2 * 7 else 1.0)  # two micro-batches a step
+
+    monkeypatch.setattr(GPT, "loss", poisoned)
+    with pytest.raises(train.Diverged, match="step 7: the loss is nan"):
+        learn("bad", "--train.steps=12", "--train.evals=4")
+    run = train.RUNS / "bad"
+    folder = checkpoint.find(run, "latest")
+    assert checkpoint.read_state(folder)["step"] == 6
+    assert all(p.isfinite().all() for p in load_file(folder / "model.safetensors").values())
+    assert max(losses(run)) == 6
+
+
+def test_save_comes_before_validate(learn, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(train, "validate", fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        learn("kept", "--train.steps=4", "--train.evals=1")
+    assert checkpoint.read_state(checkpoint.find(train.RUNS / "kept", "latest"))["step"] == 4
+    monkeypatch.undo()
+
+
+def test_a_validation_that_a_kill_prevented_is_made_up_for(learn, monkeypatch):
+    real = train.validate
+    monkeypatch.setattr(train, "validate", lambda *_: (_ for _ in ()).throw(RuntimeError("killed")))
+    with pytest.raises(RuntimeError):
+        learn("owed", "--train.steps=4", "--train.evals=2")
+    monkeypatch.setattr(train, "validate", real)
+    assert list(losses(learn("owed", "--train.steps=4", "--train.evals=2", resume=True), "val_loss")) == [2, 4]
+
+
+def test_a_run_is_not_overwritten_unless_asked(learn):
+    run = learn("mine", "--train.steps=2", "--train.evals=1")
+    before = weights(run)
+    with pytest.raises(checkpoint.CheckpointError, match="runs/mine is there: --resume goes on"):
+        learn("mine", "--train.steps=3", "--train.evals=1")
+    assert weights(run) == before
+    learn("mine", "--train.steps=3", "--train.evals=1", overwrite=True)
+    assert max(losses(run)) == 3
+    finished = learn(
+        "mine", "--train.steps=3", "--train.evals=1", resume=True
+    )  # resuming what is finished changes nothing
+    assert max(losses(finished)) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("--model.n_ffn=96", "model.n_ffn was 64, is 96"),
+        ("--data.vocab_size=310", "the tokenizer's hash was"),
+        ("--data.val_fraction=0.3", "the text's hash was"),
+    ],
+)
+def test_resume_refuses_another_model_tokenizer_or_text(learn, change, says):
+    learn("mine", "--train.steps=2", "--train.evals=1")
+    with pytest.raises(checkpoint.CheckpointError, match=says):
+        learn("mine", "--train.steps=4", "--train.evals=1", change, resume=True)
+
+
+def test_best_is_the_best_and_old_checkpoints_go(learn, monkeypatch):
+    scores = iter([3.0, 1.0, 2.0, 2.5, 2.2])
+    monkeypatch.setattr(train, "validate", lambda *_: next(scores))
+    run = learn("five", "--train.steps=5", "--train.evals=5", "--train.keep=1")
+    assert sorted(p.name for p in run.glob("step-*")) == ["step-000002", "step-000005"]
+    assert checkpoint.find(run, "best").name == "step-000002"
+
+
+def test_compiled_blocks_learn_the_same(learn):
+    eager = learn("eager", "--train.steps=3", "--train.evals=1")
+    compiled = learn("compiled", "--train.steps=3", "--train.evals=1", "--train.compile=on")
+    assert losses(compiled) == pytest.approx(losses(eager), rel=1e-3)
+    assert set(load_file(checkpoint.find(compiled, "latest") / "model.safetensors")) == set(
+        load_file(checkpoint.find(eager, "latest") / "model.safetensors")
+    )
+
+
+def test_bf16_learns_with_fp32_weights(learn):
+    exact = learn("fp32", "--train.steps=3", "--train.evals=1")
+    half = learn("bf16", "--train.steps=3", "--train.evals=1", "--train.dtype=bfloat16")
+    assert losses(half) == pytest.approx(losses(exact), rel=0.02)
+    assert losses(half) != losses(exact)
+    assert all(
+        p.dtype == torch.float32 for p in load_file(checkpoint.find(half, "latest") / "model.safetensors").values()
+    )
+
+
+def test_adamw_alone_learns_too(learn):
+    curve = losses(learn("adamw", "--train.steps=10", "--train.evals=1", "--optim.optimizer=adamw"))
+    assert curve[10] < curve[1] - 0.3
+
+
+def test_wandb_offline_records_and_cannot_stop_a_run(learn, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run = learn("watched", "--train.steps=2", "--train.evals=1", "--train.wandb=offline")
+    assert list(run.glob("wandb/offline-run-*/*.wandb"))
+    import wandb
+
+    monkeypatch.setattr(wandb, "init", lambda **_: (_ for _ in ()).throw(RuntimeError("no such project")))
+    run = learn("unwatched", "--train.steps=2", "--train.evals=1", "--train.wandb=offline")
+    assert "wandb did not start, so it is off: no such project" in capsys.readouterr().out
+    assert list(losses(run)) == [1, 2]
+
+
+def test_epochs_and_batches_come_from_the_loader(learn, monkeypatch):
+    """Resume needs only the step: the loop asks for batches by number and for nothing else."""
+    asked = []
+    batch = Loader.batch
+    monkeypatch.setattr(Loader, "batch", lambda self, *a: (asked.append(a), batch(self, *a))[1])
+    learn("asks", "--train.steps=3", "--train.evals=1")
+    assert asked == [(0, 8, 0, 1), (1, 8, 0, 1), (2, 8, 0, 1)]
+
+
+# The command line ---------------------------------------------------------------------------------------------------
+
+
+def test_without_words_the_recipes_are_listed(tmp_path):
+    done = command("train.py", where=tmp_path)
+    assert done.returncode == 0
+    for name in ("shakespeare", "shakespeare-char", "tinystories", "gpt2-124m"):
+        assert re.search(rf"^  {name} +\S.{{20}}", done.stdout, re.M)
+
+
+def test_help_documents_every_field_with_its_default(capsys):
+    with pytest.raises(SystemExit) as left:
+        train.read_arguments(["shakespeare", "--help"])
+    assert left.value.code == 0
+    said = " ".join(capsys.readouterr().out.split()).replace("grouped- query", "grouped-query")
+    assert "--model.n_kv_head INT key/value heads a layer; fewer than n_head is grouped-query attention" in said
+    assert f"default: {load('shakespeare').model.n_embd}" in said
+    assert said.count("default:") > 45
+
+
+def test_print_config_prints_what_would_run(capsys):
+    assert train.read_arguments(["shakespeare", "--model.n_layer", "8", "--print-config"]) is None
+    assert "n_layer = 8\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["shakespear"], "shakespear: no such recipe; did you mean shakespeare?"),
+        (["shakespeare", "--model.n_layr", "3"], "--model.n_layr: no such option; did you mean --model.n_layer?"),
+        (["shakespeare", "--model.n_layer", "six"], "model.n_layer = 'six': must be a whole number"),
+        (["shakespeare", "--data.source", "no.txt"], "data.source = 'no.txt': no such file"),
+        (["shakespeare", "--resume", "--overwrite"], "--resume and --overwrite: one or the other"),
+        (["shakespeare", "--name", "nothing", "--resume"], "nothing: no such run"),
+        (["shakespeare", "--model.vocab_size", "50"], "model.vocab_size = 50: smaller than the tokenizer's"),
+        (
+            ["shakespeare", "--train.micro_batch", "3"],
+            "do not divide into 1 devices x micro-batches of train.micro_batch = 3",
+        ),
+        (["shakespeare", "--train.device", "cuda"], "train.device = 'cuda': not on this machine"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(text, tmp_path, words, says, monkeypatch, capsys):
+    monkeypatch.setattr(train, "RUNS", tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    source = [] if "--data.source" in words or words == ["shakespear"] else ["--data.source", str(text)]
+    monkeypatch.setattr(sys, "argv", ["train.py", *words, *source])
+    with pytest.raises(SystemExit) as left:
+        train.main()
+    assert left.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("train.py: ")
+    assert says in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cut_metrics_line_is_left_out_and_lost_work_is_forgotten(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.5}\n{"step": 3, "lo')
+    assert [r["step"] for r in metrics.read(path)] == [1, 2]
+    metrics.Metrics(tmp_path, 1, "off", {}).close()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"step": 1, "loss": 2.0}]
