@@ -36,15 +36,15 @@ $(VENV)/ready-dev: requirements.txt pyproject.toml
 # Make the virtual environment and install $(1) into it; when that fails, say in one line why.
 define install
 fail() { echo "heed: $$1" >&2; exit 1; }; \
-$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null \
-  || fail "needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1 | tail -n 1). Try: make PYTHON=python3.12 ..."; \
+command -v $(PYTHON) > /dev/null || fail "there is no $(PYTHON) here: it needs Python 3.11 or newer"; \
+$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || fail "needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.12 ..."; \
 test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) > /dev/null 2>&1 \
   || { rm -rf $(VENV); fail "$(PYTHON) -m venv $(VENV) failed: is the disk full, or is the package python3-venv missing?"; }; \
 echo "heed: installing into $(VENV), some minutes the first time ..."; \
 $(BIN)/pip install --disable-pip-version-check -c requirements.txt -e '$(1)' > $(LOG) 2>&1 || { \
   grep -qi "no space left" $(LOG) && fail "the disk is full: an installation takes 3 GB, or 8 GB with CUDA"; \
   grep -qiE "connection|resolve|network|timed out|retrying|no matching distribution" $(LOG) \
-    && fail "the packages could not be downloaded: is there a network? pip said: $$(grep -i error $(LOG) | tail -n 1)"; \
-  fail "pip failed: $$(grep -i error $(LOG) | tail -n 1) (all of it: $(LOG))"; }; \
+    && fail "the packages could not be downloaded: is there a network? pip said: $$(grep ERROR $(LOG) | tail -n 1)"; \
+  fail "pip failed: $$(grep ERROR $(LOG) | tail -n 1) (all of it: $(LOG))"; }; \
 touch $@
 endef

@@ -260,9 +260,12 @@ class Decoder(nn.Module):
         self.register_buffer("sin", sin, persistent=False)
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """tokens (B, T) -> what the head reads, (B, T, C)."""
+        """tokens (B, T) -> what the head reads, (B, T, C). Raises ValueError: more tokens than may be given at once."""
+        T, context = tokens.shape[1], self.cos.shape[0]
+        most = context if cache is None else min(context, KVCache.CHUNK)
+        if most < T:
+            raise ValueError(f"{T} tokens at once, but at most {most} fit")
         x = F.dropout(self.embed_tokens(tokens), self.dropout, self.training)  # (B, T) -> (B, T, C)
-        T = tokens.shape[1]
         if cache is None:
             cos, sin = self.cos[None, :T], self.sin[None, :T]  # (1, T, D)
         else:
@@ -320,15 +323,16 @@ class GPT(nn.Module):
         Raises:
             ValueError: more tokens than may be given at once.
         """
-        most = self.config.context if cache is None else min(self.config.context, KVCache.CHUNK)
-        if tokens.shape[1] > most:
-            raise ValueError(f"{tokens.shape[1]} tokens at once, but at most {most} fit")
         return self.head(self.model(tokens, cache))
+
+    def score(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Head and loss in one piece, which a compiler fuses: what the head reads (B, T, C) -> as `loss`."""
+        logits = self.head(x).float().flatten(0, 1)  # (B, T, C) -> (B * T, V)
+        return F.cross_entropy(logits, targets.flatten(), ignore_index=-100, reduction="sum")
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Sum of the cross-entropies of targets (B, T), in nats, fp32; a target of -100 does not count."""
-        logits = self(tokens).float()  # (B, T, V)
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+        return self.score(self.model(tokens), targets)
 
 
 # 5. What it costs ---------------------------------------------------------------------------------------------------

@@ -118,7 +118,7 @@ def generate(
     text = torch.zeros(samples, len(prompt) + tokens, dtype=torch.long, device=device)  # prompt and all that follows
     text[:, : len(prompt)] = torch.tensor(prompt)
     seen = torch.zeros(samples, model.config.vocab_size, dtype=torch.bool, device=device)
-    seen[:, list(set(prompt))] = True
+    seen.index_fill_(1, text[0, : len(prompt)], True)
 
     cache = KVCache(model.config, 1, device=device, dtype=model.model.embed_tokens.weight.dtype)
     start = read = max(0, len(prompt) - context)  # where the window begins, and up to where it has been read
@@ -149,8 +149,7 @@ class Voice:
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
         self.eot, self.stop = tokenizer.eot, stop
         self.stream = tokenizer.stream()
-        self.held = ""  # text that may turn out to be the beginning of a stop text
-        self.ended = False
+        self.held, self.ended = "", False  # held: it may turn out to be the beginning of a stop text
 
     def push(self, token: int, last: bool) -> str:
         """What can be said now that `token` is known; `last`: none follows."""
@@ -199,10 +198,7 @@ def newest_run() -> Path:
 
 
 def load(run: Path, checkpoint: str = "best") -> tuple[GPT, Tokenizer]:
-    """Model, ready to speak, and tokenizer of a run. While no checkpoint is the best yet, best means the latest.
-
-    Raises CheckpointError.
-    """
+    """A run's model and tokenizer; best means latest while there is no best yet. Raises CheckpointError."""
     folder = find(run, "latest" if checkpoint == "best" and not (run / "best").exists() else checkpoint)
     config = ModelConfig(**read_state(folder)["config"]["model"])
     load_weights(folder, model := GPT(config).eval())

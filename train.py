@@ -32,7 +32,8 @@ from data.tokenizer import Tokenizer, TokenizerError
 from model import GPT, count_parameters, flops_per_token
 from runtime import checkpoint, device, metrics, optim, parallel
 from runtime.checkpoint import CheckpointError
-from runtime.config import SECTIONS, Config, ConfigError, documentation, dump, fields, load, recipes
+from runtime.config import SECTIONS, Config, ConfigError
+from runtime.recipes import documentation, dump, fields, load, recipes
 from sample import RUNS, speak
 
 TIMED_STEPS = (
@@ -75,6 +76,7 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
     if machine.compile:
         for layer in model.model.layers:
             layer.compile()  # all layers run the code of the first
+        model.score = torch.compile(model.score)  # type: ignore[method-assign]
     optimizers = optim.build(model, config.optim, machine.dtype)
     loader = Loader(train_text, context=context, seed=config.train.seed)
     sequences = share * world.size

@@ -11,7 +11,6 @@ pointer names was complete before the pointer named it.
 
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+
+from data.shards import sync
 
 
 class CheckpointError(ValueError):
@@ -40,9 +41,9 @@ def save(
     hashes = {name: _sha256(draft / name) for name in ("model.safetensors", "optimizer.pt")}
     (draft / "state.json").write_text(json.dumps({"step": step, **state, "sha256": hashes}, indent=1))
     for path in (*draft.iterdir(), draft):
-        _flush(path)
+        sync(path)
     draft.rename(folder)
-    _flush(run)
+    sync(run)
     point(run, "latest", folder)
     return folder
 
@@ -51,9 +52,9 @@ def point(run: Path, pointer: str, folder: Path) -> None:
     """Make run/pointer name the folder, in one step."""
     draft = run / f".draft-pointer-{pointer}"
     draft.write_text(folder.name + "\n")
-    _flush(draft)
+    sync(draft)
     draft.replace(run / pointer)
-    _flush(run)
+    sync(run)
 
 
 def find(run: Path, which: str) -> Path:
@@ -110,12 +111,3 @@ def prune(run: Path, keep: int) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's entries, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import train
 from model import GPT, ModelConfig
+from runtime import checkpoint, metrics
+from runtime.recipes import load
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -61,3 +64,24 @@ def runs(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return where
+
+
+@pytest.fixture
+def learn(text, tmp_path, monkeypatch):
+    """learn(name, "--train.steps=8", ...) trains in this process and returns the run's folder."""
+    monkeypatch.setattr(train, "RUNS", tmp_path)
+
+    def run(name: str, *words: str, resume: bool = False, overwrite: bool = False) -> Path:
+        flags = dict(word.removeprefix("--").split("=", 1) for word in (*SMALL, f"--data.source={text}", *words))
+        train.train(load("shakespeare", {"name": name, **flags}), resume, overwrite)
+        return tmp_path / name
+
+    return run
+
+
+def losses(run: Path, key: str = "loss") -> dict[int, float]:
+    return {r["step"]: r[key] for r in metrics.read(run / "metrics.jsonl") if key in r}
+
+
+def weights(run: Path, which: str = "latest") -> bytes:
+    return (checkpoint.find(run, which) / "model.safetensors").read_bytes()

@@ -7,19 +7,8 @@ from pathlib import Path
 import pytest
 
 from model import ModelConfig, count_parameters, flops_per_token
-from runtime import config as c
-from runtime.config import (
-    RECIPES,
-    SECTIONS,
-    Config,
-    ConfigError,
-    TrainConfig,
-    documentation,
-    dump,
-    fields,
-    load,
-    recipes,
-)
+from runtime.config import SECTIONS, Config, ConfigError, TrainConfig
+from runtime.recipes import RECIPES, documentation, dump, fields, load, recipes
 
 
 @pytest.fixture
@@ -147,7 +136,7 @@ def test_every_field_is_documented_and_of_a_plain_type():
 
 def test_the_defaults_are_a_configuration_that_runs():
     assert Config("x").train == TrainConfig(steps=1000)
-    assert c.load("shakespeare").model.vocab_size == 0
+    assert load("shakespeare").model.vocab_size == 0
 
 
 @pytest.mark.parametrize("name", recipes())

@@ -79,6 +79,14 @@ def test_commands_run(line, place, text, tmp_path):
     assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
 
 
+def test_files_are_as_short_as_promised():
+    for path in [ROOT / name for name in ("model.py", "train.py", "sample.py")] + [
+        file for room in ("kernels", "data", "runtime", "tests") for file in (ROOT / room).glob("*.py")
+    ]:
+        limit = {"model.py": 400, "train.py": 400, "sample.py": 250}.get(path.name, 300)
+        assert len(path.read_text().splitlines()) <= limit, path
+
+
 def test_links_between_pages_lead_somewhere():
     for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):

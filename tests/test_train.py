@@ -1,7 +1,6 @@
 """The loop, on a small text: what it promises about budgets, resuming, signals, processes and mistakes."""
 
 import dataclasses
-import json
 import math
 import os
 import re
@@ -9,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,29 +19,8 @@ from data.shards import Shards
 from data.tokenizer import Tokenizer
 from model import GPT, ModelConfig
 from runtime import checkpoint, metrics
-from runtime.config import load
-from tests.conftest import ROOT, SMALL, command
-
-
-@pytest.fixture
-def learn(text, tmp_path, monkeypatch):
-    """learn(name, "--train.steps=8", ...) trains in this process and returns the run's folder."""
-    monkeypatch.setattr(train, "RUNS", tmp_path)
-
-    def run(name: str, *words: str, resume: bool = False, overwrite: bool = False) -> Path:
-        flags = dict(word.removeprefix("--").split("=", 1) for word in (*SMALL, f"--data.source={text}", *words))
-        train.train(load("shakespeare", {"name": name, **flags}), resume, overwrite)
-        return tmp_path / name
-
-    return run
-
-
-def losses(run: Path, key: str = "loss") -> dict[int, float]:
-    return {r["step"]: r[key] for r in metrics.read(run / "metrics.jsonl") if key in r}
-
-
-def weights(run: Path, which: str = "latest") -> bytes:
-    return (checkpoint.find(run, which) / "model.safetensors").read_bytes()
+from runtime.recipes import load
+from tests.conftest import ROOT, SMALL, losses, weights
 
 
 def test_a_run_learns_and_leaves_everything_in_its_folder(runs):
@@ -266,18 +243,6 @@ def test_adamw_alone_learns_too(learn):
     assert curve[10] < curve[1] - 0.3
 
 
-def test_wandb_offline_records_and_cannot_stop_a_run(learn, monkeypatch, capsys):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    run = learn("watched", "--train.steps=2", "--train.evals=1", "--train.wandb=offline")
-    assert list(run.glob("wandb/offline-run-*/*.wandb"))
-    import wandb
-
-    monkeypatch.setattr(wandb, "init", lambda **_: (_ for _ in ()).throw(RuntimeError("no such project")))
-    run = learn("unwatched", "--train.steps=2", "--train.evals=1", "--train.wandb=offline")
-    assert "wandb did not start, so it is off: no such project" in capsys.readouterr().out
-    assert list(losses(run)) == [1, 2]
-
-
 def test_epochs_and_batches_come_from_the_loader(learn, monkeypatch):
     """Resume needs only the step: the loop asks for batches by number and for nothing else."""
     asked = []
@@ -285,68 +250,3 @@ def test_epochs_and_batches_come_from_the_loader(learn, monkeypatch):
     monkeypatch.setattr(Loader, "batch", lambda self, *a: (asked.append(a), batch(self, *a))[1])
     learn("asks", "--train.steps=3", "--train.evals=1")
     assert asked == [(0, 8, 0, 1), (1, 8, 0, 1), (2, 8, 0, 1)]
-
-
-# The command line ---------------------------------------------------------------------------------------------------
-
-
-def test_without_words_the_recipes_are_listed(tmp_path):
-    done = command("train.py", where=tmp_path)
-    assert done.returncode == 0
-    for name in ("shakespeare", "shakespeare-char", "tinystories", "gpt2-124m"):
-        assert re.search(rf"^  {name} +\S.{{20}}", done.stdout, re.M)
-
-
-def test_help_documents_every_field_with_its_default(capsys):
-    with pytest.raises(SystemExit) as left:
-        train.read_arguments(["shakespeare", "--help"])
-    assert left.value.code == 0
-    said = " ".join(capsys.readouterr().out.split()).replace("grouped- query", "grouped-query")
-    assert "--model.n_kv_head INT key/value heads a layer; fewer than n_head is grouped-query attention" in said
-    assert f"default: {load('shakespeare').model.n_embd}" in said
-    assert said.count("default:") > 45
-
-
-def test_print_config_prints_what_would_run(capsys):
-    assert train.read_arguments(["shakespeare", "--model.n_layer", "8", "--print-config"]) is None
-    assert "n_layer = 8\n" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [
-        (["shakespear"], "shakespear: no such recipe; did you mean shakespeare?"),
-        (["shakespeare", "--model.n_layr", "3"], "--model.n_layr: no such option; did you mean --model.n_layer?"),
-        (["shakespeare", "--model.n_layer", "six"], "model.n_layer = 'six': must be a whole number"),
-        (["shakespeare", "--data.source", "no.txt"], "data.source = 'no.txt': no such file"),
-        (["shakespeare", "--resume", "--overwrite"], "--resume and --overwrite: one or the other"),
-        (["shakespeare", "--name", "nothing", "--resume"], "nothing: no such run"),
-        (["shakespeare", "--model.vocab_size", "50"], "model.vocab_size = 50: smaller than the tokenizer's"),
-        (
-            ["shakespeare", "--train.micro_batch", "3"],
-            "do not divide into 1 devices x micro-batches of train.micro_batch = 3",
-        ),
-        (["shakespeare", "--train.device", "cuda"], "train.device = 'cuda': not on this machine"),
-    ],
-)
-def test_mistakes_are_one_line_and_leave_nothing(text, tmp_path, words, says, monkeypatch, capsys):
-    monkeypatch.setattr(train, "RUNS", tmp_path)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    source = [] if "--data.source" in words or words == ["shakespear"] else ["--data.source", str(text)]
-    monkeypatch.setattr(sys, "argv", ["train.py", *words, *source])
-    with pytest.raises(SystemExit) as left:
-        train.main()
-    assert left.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith("train.py: ")
-    assert says in error
-    assert error.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_cut_metrics_line_is_left_out_and_lost_work_is_forgotten(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.5}\n{"step": 3, "lo')
-    assert [r["step"] for r in metrics.read(path)] == [1, 2]
-    metrics.Metrics(tmp_path, 1, "off", {}).close()
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"step": 1, "loss": 2.0}]

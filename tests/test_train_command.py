@@ -1,0 +1,65 @@
+"""train.py as a command: what it lists, explains and refuses."""
+
+import re
+import sys
+
+import pytest
+import torch
+
+import train
+from runtime.recipes import load
+from tests.conftest import command
+
+
+def test_without_words_the_recipes_are_listed(tmp_path):
+    done = command("train.py", where=tmp_path)
+    assert done.returncode == 0
+    for name in ("shakespeare", "shakespeare-char", "tinystories", "gpt2-124m"):
+        assert re.search(rf"^  {name} +\S.{{20}}", done.stdout, re.M)
+
+
+def test_help_documents_every_field_with_its_default(capsys):
+    with pytest.raises(SystemExit) as left:
+        train.read_arguments(["shakespeare", "--help"])
+    assert left.value.code == 0
+    said = " ".join(capsys.readouterr().out.split()).replace("grouped- query", "grouped-query")
+    assert "--model.n_kv_head INT key/value heads a layer; fewer than n_head is grouped-query attention" in said
+    assert f"default: {load('shakespeare').model.n_embd}" in said
+    assert said.count("default:") > 45
+
+
+def test_print_config_prints_what_would_run(capsys):
+    assert train.read_arguments(["shakespeare", "--model.n_layer", "8", "--print-config"]) is None
+    assert "n_layer = 8\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["shakespear"], "shakespear: no such recipe; did you mean shakespeare?"),
+        (["shakespeare", "--model.n_layr", "3"], "--model.n_layr: no such option; did you mean --model.n_layer?"),
+        (["shakespeare", "--model.n_layer", "six"], "model.n_layer = 'six': must be a whole number"),
+        (["shakespeare", "--data.source", "no.txt"], "data.source = 'no.txt': no such file"),
+        (["shakespeare", "--resume", "--overwrite"], "--resume and --overwrite: one or the other"),
+        (["shakespeare", "--name", "nothing", "--resume"], "nothing: no such run"),
+        (["shakespeare", "--model.vocab_size", "50"], "model.vocab_size = 50: smaller than the tokenizer's"),
+        (
+            ["shakespeare", "--train.micro_batch", "3"],
+            "do not divide into 1 devices x micro-batches of train.micro_batch = 3",
+        ),
+        (["shakespeare", "--train.device", "cuda"], "train.device = 'cuda': not on this machine"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(text, tmp_path, words, says, monkeypatch, capsys):
+    monkeypatch.setattr(train, "RUNS", tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    source = [] if "--data.source" in words or words == ["shakespear"] else ["--data.source", str(text)]
+    monkeypatch.setattr(sys, "argv", ["train.py", *words, *source])
+    with pytest.raises(SystemExit) as left:
+        train.main()
+    assert left.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("train.py: ")
+    assert says in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
