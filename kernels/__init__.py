@@ -1,19 +1,22 @@
 """Attention's one door. Every layer of every model calls `attention`; only this file chooses who computes it.
 
-Backends: `reference` (kernels/reference.py, the definition) and `sdpa` (torch's fused attention, the default).
+Backends: `reference` (kernels/reference.py, the definition), `sdpa` (torch's fused attention), and heed's own in
+Triton: `flash` (kernels/flash.py, whole sequences, with gradients) and `decode` (kernels/decode.py, over a cache).
 Shapes: B batch, T queries, S keys, H query heads, K key/value heads, D head size.
 """
 
+import functools
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.reference import CAUSAL, FULL, Pattern, reference_attention, visible
+from kernels.reference import CAUSAL, FULL, Pattern, distances, reference_attention, visible
 
-__all__ = ["CAUSAL", "FULL", "Pattern", "attention"]
+__all__ = ["CAUSAL", "FULL", "Pattern", "attention", "preferred"]
 
-BACKENDS = ("reference", "sdpa")
+BACKENDS = ("reference", "sdpa", "flash", "decode")
 
 
 def attention(
@@ -24,7 +27,10 @@ def attention(
     *,
     scale: float | None = None,
     lengths: Tensor | None = None,
+    pages: Tensor | None = None,
     documents: Tensor | None = None,
+    slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
     backend: str | None = None,
     return_lse: bool = False,
 ) -> Any:
@@ -34,55 +40,120 @@ def attention(
         q: (B, T, H, D). k, v: (B, S, K, D), H a multiple of K; query head h reads key/value head h // (H / K).
         pattern: what may be seen, see `Pattern`. The queries stand at the last T positions: query T-1 at key S-1.
         scale: multiplies the scores; D ** -0.5 if None.
-        lengths: (B,) integers: k and v are a cache that has seen so many tokens, the queries' own last; see `visible`.
-        documents: (B, S) integers: a query sees only keys with its own number (packed documents).
+        lengths: (B,) integers: k and v are a cache that has seen so many tokens, the queries' last; see `distances`.
+        pages: (B, N) int32, with lengths: k and v are a pool of pages (P, page, K, D); position p of sequence b is in
+            page pages[b, p // page] (Kwon et al. 2023, section 4.1). Entries beyond a sequence's length are not read.
+        documents: (B, S) integers: packed documents, each a run of one number; a query sees only its own run.
+        slopes: (H,) fp32, ALiBi: |distance| times the slope is taken off the scores (Press et al. 2022, section 3).
+        sinks: (H,) fp32, a score in every row's softmax that has no value (gpt-oss, arXiv 2508.10925, section 2.3).
         backend: None chooses; a name demands, and is an error where that backend cannot do what is asked.
-        return_lse: also return the log-sum-exp of every row's scaled scores, (B, T, H), fp32 or wider.
+        return_lse: also return the log-sum-exp of every row's scores, sink included, (B, T, H), fp32 or wider.
     Returns:
         Tensor (B, T, H, D) in q's dtype, 0 in rows that see no key; with return_lse a pair, it and the log-sum-exp.
     Raises:
         ValueError: shapes that do not fit, or a backend that cannot run this call; the message says which and why.
     """
-    _check(q, k, v, lengths, documents)
+    _check(q, k, v, lengths, pages, documents, slopes, sinks)
     if backend is None:
-        backend = "reference" if return_lse else "sdpa"
+        backend, _ = preferred(q.device)
+        if backend == "flash" and lengths is not None:
+            backend = "decode"
+        if backend == "sdpa" and (return_lse or pattern.softcap is not None or sinks is not None):
+            backend = "reference"
     if backend not in BACKENDS:
         raise ValueError(f"backend = {backend!r} is not one of {', '.join(BACKENDS)}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
 
-    if backend == "reference":
-        out, lse, _ = reference_attention(q, k, v, pattern, scale, lengths, documents)
-        return (out, lse) if return_lse else out
-    if return_lse:
-        raise ValueError("backend = 'sdpa' cannot return the log-sum-exp: torch's attention does not hand it out")
-    return _sdpa(q, k, v, pattern, scale, lengths, documents)
+    if backend == "flash":
+        from kernels.flash import flash_attention
+
+        if lengths is not None:
+            raise ValueError("backend = 'flash' reads whole sequences; over a cache with lengths it is 'decode'")
+        out, lse = flash_attention(q, k, v, pattern, scale, documents, slopes, sinks)
+    elif backend == "decode":
+        from kernels.decode import decode_attention
+
+        if lengths is None:
+            raise ValueError("backend = 'decode' reads a cache: it needs lengths")
+        out, lse = decode_attention(q, k, v, pattern, scale, lengths, pages, slopes, sinks)
+    else:
+        if pages is not None:  # (P, page, K, D)[(B, N)] -> (B, N, page, K, D) -> (B, N * page, K, D): one cache each
+            read = pages.clamp(0, k.shape[0] - 1)  # what lies beyond a sequence's length may be anything
+            k, v = k[read].flatten(1, 2), v[read].flatten(1, 2)
+        if backend == "sdpa":
+            if return_lse:
+                raise ValueError("backend = 'sdpa' cannot return the log-sum-exp: torch keeps it")
+            if pattern.softcap is not None or sinks is not None:
+                raise ValueError("backend = 'sdpa' has neither softcap nor sinks")
+            return _sdpa(q, k, v, pattern, scale, lengths, documents, slopes)
+        out, lse, _ = reference_attention(q, k, v, pattern, scale, lengths, documents, slopes, sinks)
+    return (out, lse) if return_lse else out
+
+
+@functools.cache
+def preferred(device: torch.device) -> tuple[str, str]:
+    """The backend that is chosen on a device, and the reason, which a run prints."""
+    if device.type != "cuda":
+        return "sdpa", f"heed's kernels run on a GPU, this is a {device.type}"
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return "sdpa", "triton is not installed"
+    if torch.version.hip is not None:
+        return "flash", "an AMD GPU"
+    major, minor = torch.cuda.get_device_capability(device)
+    name = f"an NVIDIA GPU of compute capability {major}.{minor}"
+    return ("flash", name) if major >= 8 else ("sdpa", f"{name}; heed's kernels need 8.0")
 
 
 def _sdpa(
-    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float, lengths: Tensor | None, documents: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    scale: float,
+    lengths: Tensor | None,
+    documents: Tensor | None,
+    slopes: Tensor | None,
 ) -> Tensor:
     """torch's scaled_dot_product_attention. It has fast paths for no mask and for the square causal one: use them."""
     T, S, gqa = q.shape[1], k.shape[1], q.shape[2] != k.shape[2]
-    plain = pattern.window is None and lengths is None and documents is None
+    plain = pattern.window is None and lengths is None and documents is None and slopes is None
     square_causal = plain and pattern.causal and T == S
     unmasked = plain and (not pattern.causal or T == 1)
     # (B or 1, T, S) -> (B or 1, 1, T, S): one mask for all heads
     mask = None if square_causal or unmasked else visible(pattern, T, S, q.device, lengths, documents)[:, None]
+    if slopes is not None and mask is not None:
+        distance, _ = distances(T, S, q.device, lengths)  # (B or 1, T, S)
+        bias = -slopes[:, None, None] * distance.abs()[:, None]  # (B or 1, H, T, S)
+        mask = bias.masked_fill(~mask, float("-inf")).to(q.dtype)
     # (B, T, H, D) -> (B, H, T, D): the layout that SDPA wants, a view
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=square_causal, scale=scale, enable_gqa=gqa)
     return out.transpose(1, 2)  # (B, H, T, D) -> (B, T, H, D)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, documents: Tensor | None) -> None:
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor | None,
+    pages: Tensor | None,
+    documents: Tensor | None,
+    slopes: Tensor | None,
+    sinks: Tensor | None,
+) -> None:
     """A caller's mistakes with shapes, in the caller's terms; nothing here waits for the device."""
-    if q.ndim != 4 or k.shape != v.shape or k.ndim != 4 or (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]):
+    fits = q.ndim == 4 == k.ndim and k.shape == v.shape and q.shape[3] == k.shape[3]
+    if not fits or (pages is None and q.shape[0] != k.shape[0]):
         got = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
         raise ValueError(f"attention wants q (B, T, H, D) and k, v (B, S, K, D); got {got}")
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"{k.shape[2]} key/value heads do not divide {q.shape[2]} query heads")
     if lengths is not None and lengths.shape != q.shape[:1]:
         raise ValueError(f"lengths has shape {tuple(lengths.shape)}; one number a sequence is ({q.shape[0]},)")
+    if pages is not None and (lengths is None or pages.ndim != 2 or pages.shape[0] != q.shape[0]):
+        raise ValueError(f"pages has shape {tuple(pages.shape)}; it is ({q.shape[0]}, pages a sequence), with lengths")
     if documents is not None and (documents.shape != k.shape[:2] or q.shape[1] > k.shape[1]):
         raise ValueError(
             f"documents has shape {tuple(documents.shape)}; it must number all keys, {tuple(k.shape[:2])}, "
@@ -90,3 +161,6 @@ def _check(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, documents: T
         )
     if lengths is not None and documents is not None:
         raise ValueError("lengths (a cache) and documents (a packed batch) do not go together")
+    for name, x in (("slopes", slopes), ("sinks", sinks)):
+        if x is not None and x.shape != q.shape[2:3]:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; one number a query head is ({q.shape[2]},)")

@@ -14,16 +14,20 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Pattern:
-    """Which keys a query may see, by distance alone.
+    """Which keys a query may see, by distance alone, and the bound on its scores: all that is fixed in a layer.
 
     causal: a query sees no later key. window: it sees fewer than `window` positions away, itself included, so that a
-    causal window of W shows exactly W keys (both sides count when not causal); None is no limit.
+    causal window of W shows exactly W keys (both sides count when not causal); None is no limit. softcap: scaled
+    scores become softcap * tanh(score / softcap), as in Gemma 2 (arXiv 2408.00118, section 2); None leaves them.
     """
 
     causal: bool = True
     window: int | None = None
+    softcap: float | None = None
 
     def __post_init__(self) -> None:
+        if self.softcap is not None and not self.softcap > 0:
+            raise ValueError(f"softcap = {self.softcap}: it bounds the scores, so it is above 0")
         if self.window is not None and self.window < 1:
             raise ValueError(f"window = {self.window}: a window counts the query's own key, so it is at least 1")
 
@@ -32,10 +36,8 @@ CAUSAL = Pattern()
 FULL = Pattern(causal=False)
 
 
-def visible(
-    pattern: Pattern, queries: int, keys: int, device: torch.device, lengths: Tensor | None, documents: Tensor | None
-) -> Tensor:
-    """Which query may see which key: bool (B or 1, T, S).
+def distances(queries: int, keys: int, device: torch.device, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    """How far back each key lies from each query, int (B or 1, T, S), and which slots hold a key, bool (B or 1, S).
 
     Without `lengths`, key j stands at position j and the queries are the last T of the S positions, so that the causal
     diagonal ends in the lower right corner. With `lengths` (B,) the keys are a cache into which `lengths` tokens have
@@ -46,15 +48,22 @@ def visible(
     last = last.view(-1, 1)
     key_at = last - (last - torch.arange(keys, device=device)) % keys  # (B, S) position in each slot; < 0: empty
     query_at = last + 1 - queries + torch.arange(queries, device=device)  # (B, T)
-    distance = query_at[:, :, None] - key_at[:, None, :]  # (B, T, S) how far back the key lies
+    return query_at[:, :, None] - key_at[:, None, :], key_at >= 0
 
-    mask = (key_at >= 0)[:, None, :].expand_as(distance)
+
+def visible(
+    pattern: Pattern, queries: int, keys: int, device: torch.device, lengths: Tensor | None, documents: Tensor | None
+) -> Tensor:
+    """Which query may see which key, bool (B or 1, T, S). Positions: see `distances`."""
+    distance, written = distances(queries, keys, device, lengths)
+    mask = written[:, None, :].expand_as(distance)
     if pattern.causal:
         mask = mask & (distance >= 0)
     if pattern.window is not None:
         mask = mask & (distance.abs() < pattern.window)
     if documents is not None:
-        mask = mask & (documents[:, keys - queries :, None] == documents[:, None, :])
+        run = (documents.diff(dim=1, prepend=documents[:, :1]) != 0).cumsum(1)  # (B, S) counts the changes of number
+        mask = mask & (run[:, keys - queries :, None] == run[:, None, :])
     return mask
 
 
@@ -64,26 +73,37 @@ def reference_attention(
     v: Tensor,
     pattern: Pattern,
     scale: float,
-    lengths: Tensor | None,
-    documents: Tensor | None,
+    lengths: Tensor | None = None,
+    documents: Tensor | None = None,
+    slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """softmax(q k^T * scale) v, computed in at least fp32 (Vaswani et al. 2017, section 3.2.1).
 
     Args:
         q: (B, T, H, D); k, v: (B, S, K, D) with K dividing H (GQA: Ainslie et al. 2023).
         pattern, lengths, documents: see `visible`.
+        slopes, sinks: (H,), see `kernels.attention`.
     Returns:
         out (B, T, H, D) in q's dtype, the log-sum-exp of each row's scores (B, T, H), and the weights (B, H, T, S).
-        A row that sees no key gives out 0, weights 0 and log-sum-exp -inf.
+        A row that sees no key gives out 0, weights 0 and log-sum-exp -inf, or with sinks the sink.
     """
     B, T, H, D = q.shape
     S, K = k.shape[1], k.shape[2]
     dtype = torch.promote_types(q.dtype, torch.float32)
     grouped = q.to(dtype).view(B, T, K, H // K, D)  # (B, T, H, D) -> (B, T, K, G, D): query head h reads kv head h // G
-    scores = torch.einsum("btkgd,bskd->bkgts", grouped, k.to(dtype)) * scale  # (B, K, G, T, S)
-    mask = visible(pattern, T, S, q.device, lengths, documents)[:, None, None]  # (B or 1, 1, 1, T, S)
+    scores = torch.einsum("btkgd,bskd->bkgts", grouped, k.to(dtype)).reshape(B, H, T, S) * scale  # k, g -> h
+    if pattern.softcap is not None:
+        scores = pattern.softcap * torch.tanh(scores / pattern.softcap)
+    if slopes is not None:
+        distance, _ = distances(T, S, q.device, lengths)  # (B or 1, T, S)
+        scores = scores - slopes.to(dtype)[:, None, None] * distance.abs()[:, None]  # (B, H, T, S)
+    mask = visible(pattern, T, S, q.device, lengths, documents)[:, None]  # (B or 1, 1, T, S)
     scores = scores.masked_fill(~mask, float("-inf"))
-    weights = scores.softmax(-1).masked_fill(~mask, 0.0)  # an all -inf row is NaN after softmax, and 0 by definition
-    out = torch.einsum("bkgts,bskd->btkgd", weights, v.to(dtype)).reshape(B, T, H, D)  # (B, T, K, G, D) -> heads
-    lse = scores.logsumexp(-1).permute(0, 3, 1, 2).reshape(B, T, H)  # (B, K, G, T) -> (B, T, K, G) -> (B, T, H)
-    return out.to(q.dtype), lse, weights.reshape(B, H, T, S)  # (B, K, G, T, S) -> (B, H, T, S)
+    lse = scores.logsumexp(-1)  # (B, H, T)
+    if sinks is not None:
+        lse = torch.logaddexp(lse, sinks.to(dtype)[:, None])
+    weights = (scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None]).exp()  # no key: all weights are 0
+    weighed = weights.view(B, K, H // K, T, S)  # h -> k, g
+    out = torch.einsum("bkgts,bskd->btkgd", weighed, v.to(dtype)).reshape(B, T, H, D)  # k, g -> h
+    return out.to(q.dtype), lse.transpose(1, 2), weights  # (B, H, T) -> (B, T, H)

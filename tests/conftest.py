@@ -5,6 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+assert "triton" not in sys.modules, "triton reads TRITON_INTERPRET when it is imported"
+os.environ["TRITON_INTERPRET"] = "1"  # heed's kernels run on the CPU, see tests/interpreter.py
+
 import pytest
 import torch
 

@@ -125,7 +125,7 @@ def test_views_that_are_not_contiguous():
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"backend": "cuda"}, "'cuda' is not one of reference, sdpa"),
+        ({"backend": "cuda"}, "'cuda' is not one of reference, sdpa, flash, decode"),
         ({"backend": "sdpa", "return_lse": True}, "cannot return the log-sum-exp"),
         ({"lengths": torch.tensor([1])}, r"lengths has shape \(1,\)"),
         ({"documents": torch.zeros(2, 3)}, r"documents has shape \(2, 3\)"),

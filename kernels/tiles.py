@@ -1,0 +1,51 @@
+"""The tile of every kernel, per GPU and head size: one static table, nothing is searched when a run starts.
+
+A tile is what one program holds: BLOCK_M query rows (or tokens), BLOCK_N keys (or vocabulary), worked on by `warps`
+warps, with `stages` blocks of loads in flight. `python tools/bench.py tiles` searches them on a GPU and prints new
+rows.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+
+class Tile(NamedTuple):
+    """BLOCK_M x BLOCK_N, the number of warps, the stages of the software pipeline."""
+
+    M: int
+    N: int
+    warps: int
+    stages: int
+
+
+# kernel -> target -> the largest head size (or other width) that the tile is for -> tile
+TABLE: dict[str, dict[str, dict[int, Tile]]] = {}
+
+# Where no GPU is: small, so that Triton's interpreter crosses block borders on small inputs.
+INTERPRETED = Tile(16, 16, 4, 1)
+
+
+def target(device: torch.device) -> str:
+    """The row of the table for a device: sm_80, sm_90, sm_100, gfx942, or "interpreter" where no GPU is.
+
+    A GPU that has no row of its own takes the one of the next older generation.
+    """
+    if device.type != "cuda":
+        return "interpreter"
+    if torch.version.hip is not None:
+        return "gfx942"
+    major, _ = torch.cuda.get_device_capability(device)
+    return "sm_100" if major >= 10 else "sm_90" if major == 9 else "sm_80"
+
+
+def tile(kernel: str, width: int, device: torch.device) -> Tile:
+    """The tile of a kernel at a head size. Raises ValueError: the kernel does not take a width so large."""
+    where = target(device)
+    if where == "interpreter":
+        return INTERPRETED
+    rows = TABLE[kernel][where]
+    fits = [size for size in rows if size >= width]
+    if not fits:
+        raise ValueError(f"{kernel} takes widths up to {max(rows)} on {where}, not {width}")
+    return rows[min(fits)]
