@@ -1,5 +1,6 @@
 # make shakespeare   everything: set up, get the text, train for five minutes, speak
 # make test          set up, check the code, run all tests
+# make test-full     the same with larger grids for the kernels
 # make check         set up, check the code: lint, format, types
 # PYTHON=python3.12 after any of them chooses the Python that makes the virtual environment.
 
@@ -8,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 LOG := $(VENV)/install.log
 
-.PHONY: shakespeare test check
+.PHONY: shakespeare test test-full check
 
 # A run that was interrupted goes on; one that is finished only speaks.
 shakespeare: $(VENV)/ready
@@ -20,6 +21,9 @@ test: check
 	@$(BIN)/coverage run -m pytest
 	@$(BIN)/coverage combine -q
 	@$(BIN)/coverage report
+
+test-full: check
+	@$(BIN)/pytest -m "full or not full"
 
 check: $(VENV)/ready-dev
 	@$(BIN)/ruff check -q .
