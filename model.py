@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import CAUSAL, Pattern, attention
+from kernels.cross_entropy import linear_cross_entropy
 
 # 1. Configuration ---------------------------------------------------------------------------------------------------
 
@@ -307,9 +308,14 @@ class GPT(nn.Module):
                 residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(p, std=(p.shape[1] * (2 * self.config.n_layer if residual else 1)) ** -0.5)
 
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, C): the embedding's, when tied."""
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
     def head(self, x: Tensor) -> Tensor:
         """(..., C) -> logits (..., V)."""
-        return F.linear(x, self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight)
+        return F.linear(x, self.head_weight)
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """Logits for the token after each one.
@@ -325,14 +331,10 @@ class GPT(nn.Module):
         """
         return self.head(self.model(tokens, cache))
 
-    def score(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Head and loss in one piece, which a compiler fuses: what the head reads (B, T, C) -> as `loss`."""
-        logits = self.head(x).float().flatten(0, 1)  # (B, T, C) -> (B * T, V)
-        return F.cross_entropy(logits, targets.flatten(), ignore_index=-100, reduction="sum")
-
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Sum of the cross-entropies of targets (B, T), in nats, fp32; a target of -100 does not count."""
-        return self.score(self.model(tokens), targets)
+        x = self.model(tokens).flatten(0, 1)  # (B, T, C) -> (B * T, C)
+        return linear_cross_entropy(x, self.head_weight, targets.flatten())
 
 
 # 5. What it costs ---------------------------------------------------------------------------------------------------

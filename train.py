@@ -76,7 +76,6 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
     if machine.compile:
         for layer in model.model.layers:
             layer.compile()  # all layers run the code of the first
-        model.score = torch.compile(model.score)  # type: ignore[method-assign]
     optimizers = optim.build(model, config.optim, machine.dtype)
     loader = Loader(train_text, context=context, seed=config.train.seed)
     sequences = share * world.size

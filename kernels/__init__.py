@@ -1,7 +1,8 @@
 """Attention's one door. Every layer of every model calls `attention`; only this file chooses who computes it.
 
-Backends: `reference` (kernels/reference.py, the definition), `sdpa` (torch's fused attention), and heed's own in
-Triton: `flash` (kernels/flash.py, whole sequences, with gradients) and `decode` (kernels/decode.py, over a cache).
+Backends: `reference` (kernels/reference.py, the definition), `sdpa` (torch's fused attention), `blocks`
+(kernels/blocks.py, to train on a CPU), and heed's own in Triton: `flash` (kernels/flash.py, whole sequences, with
+gradients) and `decode` (kernels/decode.py, over a cache).
 Shapes: B batch, T queries, S keys, H query heads, K key/value heads, D head size.
 """
 
@@ -12,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.blocks import blocks_attention
 from kernels.reference import CAUSAL, FULL, Pattern, distances, reference_attention, visible
 
 __all__ = ["CAUSAL", "FULL", "Pattern", "attention", "preferred"]
 
-BACKENDS = ("reference", "sdpa", "flash", "decode")
+BACKENDS = ("reference", "sdpa", "blocks", "flash", "decode")
 
 
 def attention(
@@ -54,27 +56,38 @@ def attention(
         ValueError: shapes that do not fit, or a backend that cannot run this call; the message says which and why.
     """
     _check(q, k, v, lengths, pages, documents, slopes, sinks)
+    extras = return_lse or pattern.softcap is not None or sinks is not None
+    plain = lengths is None and documents is None and slopes is None and not extras
     if backend is None:
         backend, _ = preferred(q.device)
         if backend == "flash" and lengths is not None:
             backend = "decode"
-        if backend == "sdpa" and (return_lse or pattern.softcap is not None or sinks is not None):
+        elif backend == "sdpa" and extras:
             backend = "reference"
+        elif backend == "sdpa" and plain and q.device.type == "cpu" and q.requires_grad and q.shape[1] <= k.shape[1]:
+            backend = "blocks"
     if backend not in BACKENDS:
         raise ValueError(f"backend = {backend!r} is not one of {', '.join(BACKENDS)}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
 
-    if backend == "flash":
-        from kernels.flash import flash_attention
+    if torch.is_autocast_enabled(q.device.type):  # as torch's own attention does
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
 
+    if backend == "blocks":
+        if not plain or q.shape[1] > k.shape[1]:
+            raise ValueError("backend = 'blocks' knows causal and window alone, and has no more queries than keys")
+        return blocks_attention(q, k, v, pattern, scale)
+    if backend == "flash":
         if lengths is not None:
             raise ValueError("backend = 'flash' reads whole sequences; over a cache with lengths it is 'decode'")
+        from kernels.flash import flash_attention
+
         out, lse = flash_attention(q, k, v, pattern, scale, documents, slopes, sinks)
     elif backend == "decode":
-        from kernels.decode import decode_attention
-
         if lengths is None:
             raise ValueError("backend = 'decode' reads a cache: it needs lengths")
+        from kernels.decode import decode_attention
+
         out, lse = decode_attention(q, k, v, pattern, scale, lengths, pages, slopes, sinks)
     else:
         if pages is not None:  # (P, page, K, D)[(B, N)] -> (B, N, page, K, D) -> (B, N * page, K, D): one cache each

@@ -20,7 +20,28 @@ class Tile(NamedTuple):
 
 
 # kernel -> target -> the largest head size (or other width) that the tile is for -> tile
-TABLE: dict[str, dict[str, dict[int, Tile]]] = {}
+TABLE: dict[str, dict[str, dict[int, Tile]]] = {
+    # One row at a time: N columns of it. Few, full CTAs: what they read still lies in the L2 the second time.
+    "cross_entropy": {
+        "sm_80": {1024: Tile(1, 1024, 4, 1), 4096: Tile(1, 4096, 16, 1), 1 << 30: Tile(1, 8192, 32, 1)},
+        "sm_90": {1024: Tile(1, 1024, 4, 1), 4096: Tile(1, 4096, 16, 1), 1 << 30: Tile(1, 8192, 32, 1)},
+        "sm_100": {1024: Tile(1, 1024, 4, 1), 4096: Tile(1, 4096, 16, 1), 1 << 30: Tile(1, 8192, 32, 1)},
+        "gfx942": {1024: Tile(1, 1024, 4, 1), 4096: Tile(1, 4096, 16, 1), 1 << 30: Tile(1, 8192, 16, 1)},
+    },
+    # M is the most rows of a block; when fewer are needed it is the next power of two from 16. The keys are read once.
+    "decode": {
+        "sm_80": {64: Tile(64, 64, 4, 3), 128: Tile(64, 32, 4, 3), 256: Tile(64, 32, 8, 2)},
+        "sm_90": {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 3), 256: Tile(64, 32, 8, 3)},
+        "sm_100": {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 3), 256: Tile(64, 32, 8, 3)},
+        "gfx942": {64: Tile(64, 64, 4, 1), 128: Tile(64, 64, 4, 1), 256: Tile(64, 32, 4, 1)},
+    },
+    "decode_combine": {
+        "sm_80": {256: Tile(1, 16, 4, 1)},
+        "sm_90": {256: Tile(1, 16, 4, 1)},
+        "sm_100": {256: Tile(1, 16, 4, 1)},
+        "gfx942": {256: Tile(1, 16, 4, 1)},
+    },
+}
 
 # Where no GPU is: small, so that Triton's interpreter crosses block borders on small inputs.
 INTERPRETED = Tile(16, 16, 4, 1)

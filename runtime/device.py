@@ -93,7 +93,7 @@ def _compile(config: TrainConfig, device: torch.device) -> tuple[bool, str]:
         return False, "compile off: no C++ compiler (g++ or clang++) on this machine"
     if 0 < config.minutes < 2 or 0 < config.steps * config.batch_tokens < SHORT:
         return False, "compile off: the run is too short to win back the time"
-    return True, "compile on: a C++ compiler is there, one block for all layers, and head with loss"
+    return True, "compile on: a C++ compiler is there, one block for all layers"
 
 
 SHORT = 500_000  # tokens of a run under which compiling on a CPU (half a minute) does not pay

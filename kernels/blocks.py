@@ -1,0 +1,49 @@
+"""Attention for training on a CPU: ordinary batched products over blocks of queries.
+
+A CPU has no on-chip memory to be saved, and its matrix library runs products at full rate, while torch's fused attention
+spends most of a small model's step in its backward. So each block of queries multiplies just the keys that its pattern
+can show, and autograd multiplies back. The weights of half a score matrix are kept for the backward.
+
+Shapes: B batch, T queries, S keys, H query heads, K key/value heads, G = H / K, D head size, R rows of a block.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels.reference import Pattern
+
+BLOCK = 64  # queries: below, products are too small to run well; above, more of the masked half is computed
+BLOCKS = 8  # at most, since a compiler unrolls them
+
+
+def blocks_attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float) -> Tensor:
+    """q (B, T, H, D), k and v (B, S, K, D) -> (B, T, H, D), as `kernels.attention`; T at most S, no softcap.
+
+    Scores are rounded to the dtype of the products and the softmax is taken in at least fp32.
+    """
+    B, T, H, D = q.shape
+    S, K = k.shape[1:3]
+    rows = max(BLOCK, -(-T // BLOCKS))
+    q = (q * scale).view(B, T, K, H // K, D).permute(0, 2, 3, 1, 4)  # (B, T, H, D) -> (B, K, G, T, D)
+    k, v = (x.transpose(1, 2).reshape(B * K, S, D) for x in (k, v))  # (B, S, K, D) -> (B * K, S, D)
+    out = []
+    for first in range(0, T, rows):
+        R = min(rows, T - first)
+        at = S - T + first  # the position of the block's first query
+        low, high = 0, S
+        if pattern.window is not None:
+            low, high = max(0, at - pattern.window + 1), min(S, at + R + pattern.window - 1)
+        if pattern.causal:
+            high = at + R
+        block = q[:, :, :, first : first + R].reshape(B * K, -1, D)  # (B, K, G, R, D) -> (B * K, G * R, D)
+        scores = torch.bmm(block, k[:, low:high].mT).view(B * K, -1, R, high - low)  # -> (B * K, G, R, keys)
+        distance = torch.arange(at, at + R)[:, None] - torch.arange(low, high)  # (R, keys)
+        hidden = (distance < 0) & pattern.causal
+        if pattern.window is not None:
+            hidden = hidden | (distance.abs() >= pattern.window)
+        weights = scores.masked_fill(hidden, float("-inf")).softmax(
+            -1, dtype=torch.promote_types(q.dtype, torch.float32)
+        )
+        weighed = torch.bmm(weights.to(v.dtype).flatten(1, 2), v[:, low:high])  # -> (B * K, G * R, D)
+        out.append(weighed.view(B, H, R, D))  # K, G -> H
+    return torch.cat(out, dim=2).transpose(1, 2)  # (B, H, T, D) -> (B, T, H, D)
