@@ -6,7 +6,6 @@ gradients) and `decode` (kernels/decode.py, over a cache).
 Shapes: B batch, T queries, S keys, H query heads, K key/value heads, D head size.
 """
 
-import functools
 from typing import Any
 
 import torch
@@ -62,10 +61,10 @@ def attention(
         backend, _ = preferred(q.device)
         if backend == "flash" and lengths is not None:
             backend = "decode"
-        elif backend == "sdpa" and extras:
+        if backend == "blocks" and not (plain and q.requires_grad and q.shape[1] <= k.shape[1]):
+            backend = "sdpa"
+        if backend == "sdpa" and extras:
             backend = "reference"
-        elif backend == "sdpa" and plain and q.device.type == "cpu" and q.requires_grad and q.shape[1] <= k.shape[1]:
-            backend = "blocks"
     if backend not in BACKENDS:
         raise ValueError(f"backend = {backend!r} is not one of {', '.join(BACKENDS)}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -77,6 +76,8 @@ def attention(
         if not plain or q.shape[1] > k.shape[1]:
             raise ValueError("backend = 'blocks' knows causal and window alone, and has no more queries than keys")
         return blocks_attention(q, k, v, pattern, scale)
+    if backend in ("flash", "decode"):
+        _need_triton(backend, q.device)
     if backend == "flash":
         if lengths is not None:
             raise ValueError("backend = 'flash' reads whole sequences; over a cache with lengths it is 'decode'")
@@ -103,11 +104,23 @@ def attention(
     return (out, lse) if return_lse else out
 
 
-@functools.cache
+def _need_triton(backend: str, device: torch.device) -> None:
+    """Raises ValueError where Triton's kernels cannot run."""
+    try:
+        import triton
+    except ImportError:
+        raise ValueError(f"backend = {backend!r} needs triton, which is not installed") from None
+    if device.type != "cuda" and not triton.knobs.runtime.interpret:
+        raise ValueError(f"backend = {backend!r} needs a GPU, or TRITON_INTERPRET=1; the tensors are on {device}")
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def preferred(device: torch.device) -> tuple[str, str]:
-    """The backend that is chosen on a device, and the reason, which a run prints."""
+    """The backend that is chosen to train on a device, and the reason, which a run prints."""
+    if device.type == "cpu":
+        return "blocks", "on a CPU batched products train faster than torch's sdpa, which serves the rest"
     if device.type != "cuda":
-        return "sdpa", f"heed's kernels run on a GPU, this is a {device.type}"
+        return "sdpa", f"heed's kernels are not for a device of type {device.type}"
     try:
         import triton  # noqa: F401
     except ImportError:

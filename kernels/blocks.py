@@ -1,8 +1,8 @@
 """Attention for training on a CPU: ordinary batched products over blocks of queries.
 
-A CPU has no on-chip memory to be saved, and its matrix library runs products at full rate, while torch's fused attention
-spends most of a small model's step in its backward. So each block of queries multiplies just the keys that its pattern
-can show, and autograd multiplies back. The weights of half a score matrix are kept for the backward.
+A CPU's matrix library runs products at full rate, while the backward of torch's fused attention takes a third of a
+small model's step. So each block of queries multiplies just the keys that its pattern can show, and autograd
+multiplies back. The weights of those blocks are kept for the backward: half a score matrix, when causal.
 
 Shapes: B batch, T queries, S keys, H query heads, K key/value heads, G = H / K, D head size, R rows of a block.
 """

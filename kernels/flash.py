@@ -8,12 +8,12 @@ Three kernels, each with its own tile of M queries x N keys (kernels/tiles.py):
 
     _forward  grid (blocks of queries, B * H)  owns M rows of out and lse, walks over keys
     _dq       grid (blocks of queries, B * H)  owns M rows of dq and delta, walks over keys
-    _dkdv     grid (blocks of keys, B * K)     owns N rows of dk and dv, walks over the group's G query heads and queries
+    _dkdv     grid (blocks of keys, B * K)     owns N rows of dk and dv, walks over the group's G heads and queries
 
 Nothing is written by two programs, so there are no atomics, and the gradients are the same bits every time. With
 s the scores, p = exp(s - lse) the weights, o the output, and do and dlse what comes back:
 
-    dv = p^T do     dp = do v^T     delta = rowsum(do * o) - dlse     ds = p * (dp - delta)     dq = ds k     dk = ds^T q
+    dv = p^T do    dp = do v^T    delta = rowsum(do * o) - dlse    ds = p * (dp - delta)    dq = ds k    dk = ds^T q
 
 Every walk is over the blocks that the pattern and the documents can show; a block outside is not masked but skipped.
 Scores are kept in base 2, since exp2 is what the hardware has: log2(e) goes into the scale.
@@ -153,13 +153,26 @@ def _query_range(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _rows(x, at, stride, limit, start, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Rows start ... start + BLOCK - 1 of x, (BLOCK, BLOCK_D), as pointers and mask; `at` is row 0 of one head.
+    """Where rows start ... start + BLOCK - 1 of x lie, (BLOCK, BLOCK_D), and which are real; `at` is a head's row 0.
 
     The row is counted in 64 bits, once for the block: a long sequence has more than 2**31 numbers.
     """
     row, column = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
     pointers = x + (at + tl.cast(start, tl.int64) * stride) + row[:, None] * stride + column[None, :]
     return pointers, (start + row < limit)[:, None] & (column < D)[None, :]
+
+
+@triton.jit
+def _load(x, at, stride, limit, start, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):  # type: ignore[no-untyped-def]
+    """These rows, (BLOCK, BLOCK_D), with zeros around."""
+    pointers, real = _rows(x, at, stride, limit, start, BLOCK, D, BLOCK_D)
+    return tl.load(pointers, mask=real, other=0.0)
+
+
+@triton.jit
+def _store(rows, x, at, stride, limit, start, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):  # type: ignore[no-untyped-def]
+    pointers, real = _rows(x, at, stride, limit, start, BLOCK, D, BLOCK_D)
+    tl.store(pointers, rows.to(x.dtype.element_ty), mask=real)
 
 
 # 2. Forward ---------------------------------------------------------------------------------------------------------
@@ -179,8 +192,7 @@ def _forward(  # type: ignore[no-untyped-def]
     query = (t + S - T)[:, None]  # (M, 1) positions
     of_row = (b * T + t) * H + h  # (M,) in (B, T, H)
 
-    pointers, real = _rows(q, b * q_b + h * q_h, q_t, T, start, M, D, BLOCK_D)
-    queries = tl.load(pointers, mask=real, other=0.0)  # (M, BLOCK_D)
+    queries = _load(q, b * q_b + h * q_h, q_t, T, start, M, D, BLOCK_D)  # (M, BLOCK_D)
     slope = None if slopes is None else tl.load(slopes + h)
     begin, end = None, None
     if first is not None:
@@ -194,8 +206,7 @@ def _forward(  # type: ignore[no-untyped-def]
 
     low, high = _key_range(start, b, first, last, T, S, CAUSAL, WINDOW, M, N)
     for here in range(low, high, N):
-        pointers, real = _rows(k, b * k_b + h // G * k_h, k_s, S, here, N, D, BLOCK_D)
-        keys = tl.load(pointers, mask=real, other=0.0)  # (N, BLOCK_D)
+        keys = _load(k, b * k_b + h // G * k_h, k_s, S, here, N, D, BLOCK_D)  # (N, BLOCK_D)
         product = tl.dot(queries, tl.trans(keys), input_precision="ieee")  # (M, BLOCK_D) (BLOCK_D, N) -> (M, N)
         key = (here + tl.arange(0, N))[None, :]
         score, _ = _scores(product, query, key, begin, end, slope, scale, S, CAUSAL, WINDOW, SOFTCAP)
@@ -206,13 +217,11 @@ def _forward(  # type: ignore[no-untyped-def]
         weight = tl.exp2(score - base[:, None])
         rescale = tl.exp2(top - base)
         total = total * rescale + tl.sum(weight, 1)
-        pointers, real = _rows(v, b * v_b + h // G * v_h, v_s, S, here, N, D, BLOCK_D)
-        values = tl.load(pointers, mask=real, other=0.0)  # (N, BLOCK_D)
+        values = _load(v, b * v_b + h // G * v_h, v_s, S, here, N, D, BLOCK_D)  # (N, BLOCK_D)
         sums = tl.dot(weight.to(values.dtype), values, sums * rescale[:, None], input_precision="ieee")
         top = higher
 
-    pointers, real = _rows(out, (b * T * H + h) * D, H * D, T, start, M, D, BLOCK_D)
-    tl.store(pointers, (sums / tl.where(total == 0, 1.0, total)[:, None]).to(out.dtype.element_ty), mask=real)
+    _store(sums / tl.where(total == 0, 1.0, total)[:, None], out, (b * T * H + h) * D, H * D, T, start, M, D, BLOCK_D)
     tl.store(lse + of_row, (top + tl.log2(total)) * LN2, mask=t < T)  # no key: -inf
 
 
@@ -233,12 +242,9 @@ def _dq(  # type: ignore[no-untyped-def]
     query = (t + S - T)[:, None]  # (M, 1) positions
     of_row = (b * T + t) * H + h  # (M,) in (B, T, H)
 
-    pointers, real = _rows(q, b * q_b + h * q_h, q_t, T, start, M, D, BLOCK_D)
-    queries = tl.load(pointers, mask=real, other=0.0)  # (M, BLOCK_D)
-    pointers, real = _rows(dout, (b * T * H + h) * D, H * D, T, start, M, D, BLOCK_D)
-    douts = tl.load(pointers, mask=real, other=0.0)  # (M, BLOCK_D)
-    pointers, real = _rows(out, (b * T * H + h) * D, H * D, T, start, M, D, BLOCK_D)
-    outs = tl.load(pointers, mask=real, other=0.0)  # (M, BLOCK_D)
+    queries = _load(q, b * q_b + h * q_h, q_t, T, start, M, D, BLOCK_D)  # (M, BLOCK_D)
+    douts = _load(dout, (b * T * H + h) * D, H * D, T, start, M, D, BLOCK_D)  # (M, BLOCK_D)
+    outs = _load(out, (b * T * H + h) * D, H * D, T, start, M, D, BLOCK_D)  # (M, BLOCK_D)
     d = tl.sum(outs.to(tl.float32) * douts.to(tl.float32), 1) - tl.load(dlse + of_row, mask=t < T, other=0.0)
     tl.store(delta + of_row, d, mask=t < T)
 
@@ -253,10 +259,8 @@ def _dq(  # type: ignore[no-untyped-def]
 
     low, high = _key_range(start, b, first, last, T, S, CAUSAL, WINDOW, M, N)
     for here in range(low, high, N):
-        pointers, real = _rows(k, b * k_b + h // G * k_h, k_s, S, here, N, D, BLOCK_D)
-        keys = tl.load(pointers, mask=real, other=0.0)  # (N, BLOCK_D)
-        pointers, real = _rows(v, b * v_b + h // G * v_h, v_s, S, here, N, D, BLOCK_D)
-        values = tl.load(pointers, mask=real, other=0.0)  # (N, BLOCK_D)
+        keys = _load(k, b * k_b + h // G * k_h, k_s, S, here, N, D, BLOCK_D)  # (N, BLOCK_D)
+        values = _load(v, b * v_b + h // G * v_h, v_s, S, here, N, D, BLOCK_D)  # (N, BLOCK_D)
         product = tl.dot(queries, tl.trans(keys), input_precision="ieee")  # (M, BLOCK_D) (BLOCK_D, N) -> (M, N)
         key = (here + tl.arange(0, N))[None, :]
         score, tanh = _scores(product, query, key, begin, end, slope, scale, S, CAUSAL, WINDOW, SOFTCAP)
@@ -268,8 +272,7 @@ def _dq(  # type: ignore[no-untyped-def]
             dscore *= 1 - tanh * tanh
         sums = tl.dot(dscore.to(keys.dtype), keys, sums, input_precision="ieee")  # (M, N) (N, BLOCK_D)
 
-    pointers, real = _rows(dq, (b * T * H + h) * D, H * D, T, start, M, D, BLOCK_D)
-    tl.store(pointers, (sums * scale).to(dq.dtype.element_ty), mask=real)
+    _store(sums * scale, dq, (b * T * H + h) * D, H * D, T, start, M, D, BLOCK_D)
     if slopes is not None:
         tl.store(dslopes + of_row, -farness, mask=t < T)
 
@@ -285,10 +288,8 @@ def _dkdv(  # type: ignore[no-untyped-def]
     start, K = tl.program_id(0) * N, H // G
     b, kv = (tl.program_id(1) // K).to(tl.int64), tl.program_id(1) % K
     key = (start + tl.arange(0, N))[:, None]  # (N, 1)
-    pointers, real = _rows(k, b * k_b + kv * k_h, k_s, S, start, N, D, BLOCK_D)
-    keys = tl.load(pointers, mask=real, other=0.0)  # (N, BLOCK_D)
-    pointers, real = _rows(v, b * v_b + kv * v_h, v_s, S, start, N, D, BLOCK_D)
-    values = tl.load(pointers, mask=real, other=0.0)  # (N, BLOCK_D)
+    keys = _load(k, b * k_b + kv * k_h, k_s, S, start, N, D, BLOCK_D)  # (N, BLOCK_D)
+    values = _load(v, b * v_b + kv * v_h, v_s, S, start, N, D, BLOCK_D)  # (N, BLOCK_D)
     dkeys = tl.zeros((N, BLOCK_D), tl.float32)
     dvalues = tl.zeros((N, BLOCK_D), tl.float32)
 
@@ -303,13 +304,11 @@ def _dkdv(  # type: ignore[no-untyped-def]
             if first is not None:
                 begin = tl.load(first + b * S + query, mask=query < S, other=0)  # (1, M)
                 end = tl.load(last + b * S + query, mask=query < S, other=0)
-            pointers, real = _rows(q, b * q_b + h * q_h, q_t, T, here, M, D, BLOCK_D)
-            queries = tl.load(pointers, mask=real, other=0.0)  # (M, BLOCK_D)
+            queries = _load(q, b * q_b + h * q_h, q_t, T, here, M, D, BLOCK_D)  # (M, BLOCK_D)
             product = tl.dot(keys, tl.trans(queries), input_precision="ieee")  # (N, BLOCK_D) (BLOCK_D, M) -> (N, M)
             score, tanh = _scores(product, query, key, begin, end, slope, scale, S, CAUSAL, WINDOW, SOFTCAP)
             weight = tl.exp2(score - _base(lse, of_row, t < T)[None, :])
-            pointers, real = _rows(dout, (b * T * H + h) * D, H * D, T, here, M, D, BLOCK_D)
-            douts = tl.load(pointers, mask=real, other=0.0)  # (M, BLOCK_D)
+            douts = _load(dout, (b * T * H + h) * D, H * D, T, here, M, D, BLOCK_D)  # (M, BLOCK_D)
             dvalues = tl.dot(weight.to(douts.dtype), douts, dvalues, input_precision="ieee")  # (N, M) (M, BLOCK_D)
             dweight = tl.dot(values, tl.trans(douts), input_precision="ieee")  # (N, BLOCK_D) (BLOCK_D, M) -> (N, M)
             dscore = weight * (dweight - tl.load(delta + of_row, mask=t < T, other=0.0)[None, :])
@@ -317,15 +316,13 @@ def _dkdv(  # type: ignore[no-untyped-def]
                 dscore *= 1 - tanh * tanh
             dkeys = tl.dot(dscore.to(queries.dtype), queries, dkeys, input_precision="ieee")  # (N, M) (M, BLOCK_D)
 
-    pointers, real = _rows(dk, (b * S * K + kv) * D, K * D, S, start, N, D, BLOCK_D)
-    tl.store(pointers, (dkeys * scale).to(dk.dtype.element_ty), mask=real)
-    pointers, real = _rows(dv, (b * S * K + kv) * D, K * D, S, start, N, D, BLOCK_D)
-    tl.store(pointers, dvalues.to(dv.dtype.element_ty), mask=real)
+    _store(dkeys * scale, dk, (b * S * K + kv) * D, K * D, S, start, N, D, BLOCK_D)
+    _store(dvalues, dv, (b * S * K + kv) * D, K * D, S, start, N, D, BLOCK_D)
 
 
 @triton.jit
 def _base(lse, of_row, real):  # type: ignore[no-untyped-def]
-    """What is taken off the scores in base 2; +inf, so that every weight is 0, for rows without keys and past the end."""
+    """What is taken off the scores in base 2; for rows without keys and past the end +inf, so that weights are 0."""
     base = tl.load(lse + of_row, mask=real, other=float("inf"))
     return tl.where(base == float("-inf"), float("inf"), base * LOG2E)
 

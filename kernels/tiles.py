@@ -41,6 +41,25 @@ TABLE: dict[str, dict[str, dict[int, Tile]]] = {
         "sm_100": {256: Tile(1, 16, 4, 1)},
         "gfx942": {256: Tile(1, 16, 4, 1)},
     },
+    # M queries, N keys: as large as the registers allow.
+    "flash_forward": {
+        "sm_80": {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
+        "sm_90": {64: Tile(128, 128, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
+        "sm_100": {64: Tile(128, 128, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
+        "gfx942": {64: Tile(128, 64, 8, 1), 128: Tile(128, 64, 8, 1), 256: Tile(64, 32, 8, 1)},
+    },
+    "flash_dq": {
+        "sm_80": {64: Tile(128, 64, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 8, 1)},
+        "sm_90": {64: Tile(128, 128, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(32, 32, 8, 1)},
+        "sm_100": {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 1)},
+        "gfx942": {64: Tile(128, 64, 8, 1), 128: Tile(128, 32, 8, 1), 256: Tile(64, 16, 8, 1)},
+    },
+    "flash_dkdv": {
+        "sm_80": {64: Tile(32, 128, 8, 2), 128: Tile(32, 64, 8, 2), 256: Tile(32, 32, 8, 1)},
+        "sm_90": {64: Tile(64, 128, 8, 2), 128: Tile(32, 128, 8, 2), 256: Tile(32, 32, 8, 1)},
+        "sm_100": {64: Tile(64, 128, 8, 2), 128: Tile(32, 64, 8, 2), 256: Tile(32, 32, 8, 1)},
+        "gfx942": {64: Tile(32, 128, 8, 1), 128: Tile(32, 64, 8, 1), 256: Tile(16, 64, 8, 1)},
+    },
 }
 
 # Where no GPU is: small, so that Triton's interpreter crosses block borders on small inputs.
