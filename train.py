@@ -36,9 +36,8 @@ from runtime.config import SECTIONS, Config, ConfigError
 from runtime.recipes import documentation, dump, fields, load, recipes
 from sample import RUNS, speak
 
-TIMED_STEPS = (
-    12  # of a run with a budget in minutes, before the number of steps is fixed; the first few are not counted
-)
+# Of a run with a budget in minutes, before its number of steps is settled; the first few are not counted.
+TIMED_STEPS = 12
 
 
 def train(config: Config, resume: bool, overwrite: bool) -> None:
@@ -51,6 +50,9 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
     run = RUNS / config.name
     if world.main and not resume:
         refuse_overwriting(run, overwrite)
+    if resume and config.train.dtype == "auto":  # what a measurement chose is kept: resuming must be exact
+        chosen = checkpoint.read_state(checkpoint.find(run, "latest"))["dtype"]
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, dtype=chosen))
     machine = device.choose(config.train, world.local_rank)
     for line in machine.why:
         say(line)
@@ -115,7 +117,8 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
     def save() -> None:
         nonlocal saved
         if world.main and saved != step:
-            state = {"steps": steps, "identity": identity, "config": dataclasses.asdict(config)}
+            dtype = str(machine.dtype).removeprefix("torch.")
+            state = {"steps": steps, "dtype": dtype, "identity": identity, "config": dataclasses.asdict(config)}
             checkpoint.save(run, step, model, optimizers, state)
             saved = step
 
@@ -167,10 +170,12 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
             optimizer.zero_grad()
         step += 1
 
-        # What is known now: the loss, the speed, and with a budget in minutes how many steps fit.
+        # What is known now: the loss, the speed, and with a budget in minutes how many steps fit. That is settled after
+        # the first steps, and once more before the learning rate falls, since a machine's speed changes.
         durations.append(time.perf_counter() - began)
         pace = statistics.median(durations[-20:])
-        if steps == 0 and len(durations) == TIMED_STEPS:
+        falls = round(steps * (1 - config.optim.decay)) if config.train.steps == 0 and not resume else 0
+        if (steps == 0 and len(durations) == TIMED_STEPS) or 0 < falls == step < steps:
             pace = statistics.median(durations[4:])
             fit = steps_in_time(config, val_text, pace, step, time.perf_counter() - clock)
             steps = world.same(fit, machine.device)

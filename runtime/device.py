@@ -3,10 +3,12 @@
 import platform
 import shutil
 import time
+import warnings
 from dataclasses import dataclass
 
 import torch
 
+from kernels import preferred
 from runtime.config import ConfigError, TrainConfig
 
 
@@ -26,10 +28,14 @@ class Machine:
 
 def choose(config: TrainConfig, local_rank: int = 0) -> Machine:
     """Raises ConfigError when the configuration demands what this machine does not have."""
+    # Under autocast norms read bf16 and have fp32 gains, as they should; torch tells that its fused one then cannot.
+    warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
     device, why_device = _device(config.device, local_rank)
     dtype, why_dtype = _dtype(config.dtype, device)
     compiled, why_compiled = _compile(config, device)
-    return Machine(device, dtype, compiled, (why_device, why_dtype, why_compiled))
+    backend, why = preferred(device)
+    why_attention = f"attention {backend}: {why}"
+    return Machine(device, dtype, compiled, (why_device, why_dtype, why_compiled, why_attention))
 
 
 def _device(asked: str, local_rank: int) -> tuple[torch.device, str]:

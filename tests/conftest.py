@@ -1,5 +1,6 @@
 """What several tests share: a small text on disk, a small run trained on it, and the front doors as commands."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -7,6 +8,11 @@ from pathlib import Path
 
 assert "triton" not in sys.modules, "triton reads TRITON_INTERPRET when it is imported"
 os.environ["TRITON_INTERPRET"] = "1"  # heed's kernels run on the CPU, see tests/interpreter.py
+
+if importlib.util.find_spec("triton"):  # not every system has it
+    from tests.interpreter import install
+
+    install()
 
 import pytest
 import torch
@@ -41,8 +47,8 @@ def command(script: str, *words: str, where: Path, stdin: str = "", **environmen
 SMALL = [
     "--model.n_layer=2", "--model.n_embd=32", "--model.n_head=2", "--model.n_kv_head=1", "--model.head_dim=16",
     "--model.n_ffn=64", "--model.context=32", "--train.batch_tokens=256", "--train.micro_batch=4",
-    "--train.compile=off", "--data.val_fraction=0.2", "--data.vocab_size=300", "--train.prompt=",
-    "--optim.warmup_steps=2",
+    "--train.compile=off", "--train.dtype=float32", "--data.val_fraction=0.2", "--data.vocab_size=300",
+    "--train.prompt=", "--optim.warmup_steps=2",
 ]  # fmt: skip
 
 

@@ -128,10 +128,12 @@ def test_two_processes_train_what_one_does(learn, text, tmp_path):
 
 def test_the_number_of_steps_is_fixed_to_end_in_time(learn, capsys):
     run = learn("timed", "--train.minutes=0.15", "--train.evals=2")
-    steps = int(re.search(r"([\d,]+) steps end in 0.15 minutes", capsys.readouterr().out)[1].replace(",", ""))
+    # Settled after the first steps, and again before the learning rate falls: what was said last holds.
+    settled = re.findall(r"([\d,]+) steps end in 0.15 minutes", capsys.readouterr().out)
+    steps = int(settled[-1].replace(",", ""))
     assert steps > train.TIMED_STEPS
     assert max(losses(run)) == steps
-    assert list(losses(run, "val_loss")) == [round(steps / 2), steps]
+    assert max(losses(run, "val_loss")) == steps
     rates = [r["lr"] for r in metrics.read(run / "metrics.jsonl") if "lr" in r]
     assert rates[-1] < 0.1 * max(rates)  # the schedule reached its end
 

@@ -1,0 +1,265 @@
+"""Triton's interpreter made fit to judge kernels by: bfloat16 as a GPU computes it, and every access to memory watched.
+
+`install()` puts bfloat16 right. The interpreter of Triton 3.7.1 keeps it as its 16 bits in numpy's uint16 and computes
+with those as if they were integers; its casts truncate. Here operands are widened to fp32, and results are rounded to
+nearest, ties to even. A reduction rounds once at its end, which is kinder than a GPU. Atomics in bfloat16 still raise.
+
+`checked()` is what a sanitizer is elsewhere. Inside, a launch fails with an `AccessError` if a load, store or atomic
+
+- lies outside the elements of all tensors that the kernel was launched with (padding between rows counts as theirs), or
+- touches what another program of the launch touches as well, when one of the two writes: the interpreter runs programs
+  one after the other, a GPU in any order. Two atomics may meet.
+
+The first is found before the access happens, so that nothing is corrupted.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+from triton.runtime.errors import InterpreterError
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, ReduceScanOpInterface, TensorHandle
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+# 1. bfloat16 --------------------------------------------------------------------------------------------------------
+
+
+def widen(bits: np.ndarray) -> np.ndarray:
+    """The fp32 numbers with these upper halves."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def narrow(numbers: np.ndarray) -> np.ndarray:
+    """The upper halves, in uint16, of fp32 numbers rounded to nearest, ties to even."""
+    bits = np.ascontiguousarray(numbers, np.float32).reshape(np.shape(numbers)).view(np.uint32)
+    up = 0x7FFF + (bits >> 16 & 1)  # half a unit, less what keeps a tie at an even number; carries as far as infinity
+    return np.where(np.isnan(numbers), bits >> 16 | 0x40, bits + up >> 16).astype(np.uint16)
+
+
+def is_bf16(x: Any) -> bool:
+    """Whether x is a handle to bfloat16. Comparisons keep their operands' type but hold booleans, and are not."""
+    return isinstance(x, TensorHandle) and x.dtype.scalar == tl.bfloat16 and x.data.dtype == np.uint16
+
+
+def _fp32(x: Any) -> Any:
+    return TensorHandle(widen(x.data), tl.float32) if is_bf16(x) else x
+
+
+def _through_fp32(method: Callable) -> Callable:
+    """An operation whose result has the type of its last operand, or is boolean."""
+
+    @functools.wraps(method)
+    def operation(self, *args):
+        operands = [x for x in args if isinstance(x, TensorHandle)]
+        if not any(map(is_bf16, operands)):
+            return method(self, *args)
+        result = method(self, *map(_fp32, args))
+        if result.data.dtype == np.bool_:
+            return TensorHandle(result.data, tl.int1)
+        return TensorHandle(narrow(result.data), tl.bfloat16) if is_bf16(operands[-1]) else result
+
+    return operation
+
+
+def _cast(method: Callable) -> Callable:
+    """Casts from and to bfloat16, by way of fp32; `rounding` is that of create_fp_to_fp."""
+
+    @functools.wraps(method)
+    def cast(self, source, to, *rounding):
+        if to.scalar != tl.bfloat16:
+            return method(self, _fp32(source), to, *rounding)
+        if is_bf16(source):
+            return TensorHandle(source.data, tl.bfloat16)
+        if source.dtype.scalar.is_fp8():
+            source = method(self, source, tl.float32, *rounding)
+        numbers = source.data.astype(np.float32)
+        if rounding == (interpreter._ir.ROUNDING_MODE.RTZ,):
+            return TensorHandle((numbers.view(np.uint32) >> 16).astype(np.uint16), tl.bfloat16)
+        return TensorHandle(narrow(numbers), tl.bfloat16)
+
+    return cast
+
+
+def _reduce(method: Callable) -> Callable:
+    """Reductions and scans of one tensor or several."""
+
+    def retyped(x, handle):
+        return tl.tensor(handle, handle.dtype if not x.type.is_block() else tl.block_type(handle.dtype, x.shape))
+
+    @functools.wraps(method)
+    def apply(self, tensors):
+        if not isinstance(tensors, tuple):
+            return self.apply((tensors,))[0]
+        results = method(self, tuple(retyped(x, _fp32(x.handle)) for x in tensors))
+        return tuple(
+            retyped(y, TensorHandle(narrow(y.handle.data), tl.bfloat16)) if is_bf16(x.handle) else y
+            for x, y in zip(tensors, results, strict=False)
+        )
+
+    return apply
+
+
+def install() -> None:
+    """Make the interpreter's bfloat16 right, from now on in this process."""
+    if hasattr(InterpreterBuilder, "get_bf16"):
+        return
+    InterpreterBuilder.get_bf16 = lambda self, x: TensorHandle(narrow(np.array([x], np.float32)), tl.bfloat16)
+    # tl.maximum and tl.minimum pass over NaN unless told otherwise, as the GPU's instructions and tl.max do.
+    InterpreterBuilder.create_maxnumf = lambda self, x, y: self.binary_op(x, y, np.fmax)
+    InterpreterBuilder.create_minnumf = lambda self, x, y: self.binary_op(x, y, np.fmin)
+    changes = {
+        InterpreterBuilder: {
+            _through_fp32: "unary_op binary_op ternary_op create_fma create_rsqrt create_erf create_dot",
+            _cast: "cast_impl create_fp_to_fp",
+        },
+        ReduceScanOpInterface: {_reduce: "apply"},
+    }
+    for owner, wrappers in changes.items():
+        for wrapper, names in wrappers.items():
+            for name in names.split():
+                setattr(owner, name, wrapper(getattr(owner, name)))
+
+
+# 2. The checker -----------------------------------------------------------------------------------------------------
+
+
+class AccessError(AssertionError):
+    """A kernel touched memory that it must not touch."""
+
+
+NOBODY, SEVERAL = -1, -2  # who touched an element; else the number of the one program that did
+MEETS = {"load": ("store", "atomic"), "store": ("load", "store", "atomic"), "atomic": ("load", "store")}
+
+
+class Memory:
+    """A storage that tensors of a launch lie in: which of its elements are theirs, and which program touched them."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        self.tensors = tensors
+        first, *_ = tensors.values()
+        self.start, size = first.untyped_storage().data_ptr(), first.untyped_storage().nbytes()
+        self.stop = self.start + size
+        self.unit = min(x.element_size() for x in tensors.values())  # all is counted in units of so many bytes
+        self.theirs = np.zeros(size // self.unit, bool)
+        for x in tensors.values():
+            mark = np.zeros(size // x.element_size(), bool)
+            torch.from_numpy(mark).as_strided(*_rows_to_their_ends(x), x.storage_offset()).fill_(True)
+            self.theirs |= mark.repeat(x.element_size() // self.unit)[: len(self.theirs)]
+        self.touched = {kind: np.full(len(self.theirs), NOBODY, np.int32) for kind in MEETS}
+
+    def touch(self, kind: str, at: np.ndarray, size: int, program: int) -> None:
+        """Note a program's access of `size` bytes at each address; raises AccessError with what is wrong, and where."""
+        units = (at - np.uint64(self.start)).view(np.int64) // self.unit
+        last = units + (max(size // self.unit, 1) - 1)
+        theirs = self.theirs.take(units, mode="clip") & self.theirs.take(last, mode="clip")
+        outside = (units < 0) | (last >= len(self.theirs)) | ~theirs
+        if outside.any():
+            raise AccessError("is outside all tensors", at[outside][0])
+        for other in MEETS[kind]:
+            by = self.touched[other].take(units)
+            race = (by != NOBODY) & (by != program)
+            if race.any():
+                raise AccessError("meets %s of " + f"a {other}", at[race][0], by[race][0])
+        by = self.touched[kind].take(units)
+        self.touched[kind][units] = np.where((by == NOBODY) | (by == program), program, SEVERAL)
+
+
+def _rows_to_their_ends(x: torch.Tensor) -> tuple[list[int], list[int]]:
+    """Sizes and strides of x, with the padding after each row unless the storage ends there."""
+    sizes, strides = list(x.shape), list(x.stride())
+    if x.ndim > 1 and strides[-1] == 1:
+        row = min((s for s, n in zip(strides[:-1], sizes[:-1], strict=True) if s >= sizes[-1] and n > 1), default=0)
+        end = x.untyped_storage().nbytes() // x.element_size() - x.storage_offset()
+        before = sum((n - 1) * s for n, s in zip(sizes[:-1], strides[:-1], strict=True))
+        sizes[-1] = max(sizes[-1], min(row, end - before))
+    return sizes, strides
+
+
+class Launch:
+    """The memory of one launch, and the names by which errors speak of it."""
+
+    def __init__(self, kernel: str, arguments: dict[str, Any]) -> None:
+        self.kernel = kernel
+        self.error: AccessError | None = None
+        storages: dict[int, dict[str, torch.Tensor]] = {}
+        for name, x in _tensors(arguments):
+            if x.numel():
+                storages.setdefault(x.untyped_storage().data_ptr(), {})[name] = x
+        self.memories = [Memory(storages[start]) for start in sorted(storages)]
+        self.starts = np.array([m.start for m in self.memories], np.uint64)
+
+    def touch(self, kind: str, pointers: TensorHandle, mask: TensorHandle | None) -> None:
+        """Note an access by the program that runs."""
+        at = pointers.data.ravel() if mask is None else pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
+        size = pointers.get_element_ty().primitive_bitwidth // 8
+        program, grid = interpreter.interpreter_builder.grid_idx, interpreter.interpreter_builder.grid_dim
+        owners = np.searchsorted(self.starts, at, side="right").clip(1) - 1  # the last storage that begins before
+        for n in np.unique(owners):
+            try:
+                self.memories[n].touch(kind, at[owners == n], size, int(np.ravel_multi_index(program, grid)))
+            except AccessError as e:
+                what, address, *by = e.args
+                if by:
+                'the other'
+                self.error = AccessError(f"{self.kernel}, program {program}: {kind} at {self._name(int(address))} {what}")
+                raise self.error from None
+
+    def _name(self, address: int) -> str:
+        """The address as an offset into the argument that it is nearest to."""
+
+        def distance(x: torch.Tensor) -> int:
+            start = x.data_ptr()
+            return max(start - address, address - start - x.nbytes + 1, 0)
+
+        tensors = [(name, x) for memory in self.memories for name, x in memory.tensors.items()]
+        name, x = min(tensors, key=lambda named: distance(named[1]))
+        return f"{name} + {(address - x.data_ptr()) // x.element_size()} (shape {tuple(x.shape)}, strides {x.stride()})"
+
+
+def _tensors(arguments: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, x in arguments.items():
+        if isinstance(x, tuple):
+            yield from _tensors({f"{name}[{i}]": part for i, part in enumerate(x)})
+        elif isinstance(x, TensorDescriptor):
+            yield name, x.base
+        elif isinstance(x, torch.Tensor):
+            yield name, x
+
+
+@contextlib.contextmanager
+def checked() -> Iterator[list[str]]:
+    """Watch all launches inside; gives the list of the kernels launched so far, and raises AccessError."""
+    kernels: list[str] = []
+    launch: Launch | None = None
+    execute, builder = GridExecutor.__call__, InterpreterBuilder
+
+    def run(self, *args, **kwargs):
+        nonlocal launch
+        launch = Launch(self.fn.__name__, dict(zip(self.arg_names, args, strict=False)) | kwargs)
+        kernels.append(launch.kernel)
+        try:
+            return execute(self, *args, **kwargs)
+        except InterpreterError as e:  # the interpreter's own, which tells of the error but is not it
+            raise launch.error or e from None
+
+    def watched(kind: str, method: Callable, pointer: int, mask: int | None) -> Callable:
+        def access(self, *args, **kwargs):
+            launch.touch(kind, args[pointer], None if mask is None else args[mask])
+            return method(self, *args, **kwargs)
+
+        return access
+
+    with (
+        patch.object(GridExecutor, "__call__", run),
+        patch.object(builder, "create_masked_load", watched("load", builder.create_masked_load, 0, 1)),
+        patch.object(builder, "create_masked_store", watched("store", builder.create_masked_store, 0, 2)),
+        patch.object(builder, "create_atomic_rmw", watched("atomic", builder.create_atomic_rmw, 1, 3)),
+        patch.object(builder, "create_atomic_cas", watched("atomic", builder.create_atomic_cas, 0, None)),
+    ):
+        yield kernels
