@@ -1,11 +1,13 @@
 """Attention against its definition, written out once more: loops over positions, in fp64, sharing nothing."""
 
 import math
+import sys
 
 import pytest
 import torch
+import triton
 
-from kernels import CAUSAL, FULL, Pattern, attention, blocks
+from kernels import CAUSAL, FULL, Pattern, attention, blocks, preferred
 
 BACKENDS = ("reference", "sdpa")
 
@@ -183,6 +185,36 @@ def test_half_precision_is_as_good_as_its_dtype(dtype):
     out = attention(q, k, v, backend="reference")
     assert out.dtype == dtype
     assert (out.double() - exact).abs().max() <= 2 * rounding
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "hip", "chosen"),
+    [
+        ("cpu", None, None, "blocks"),
+        ("mps", None, None, "sdpa"),
+        ("cuda", (7, 5), None, "sdpa"),
+        ("cuda", (8, 0), None, "flash"),
+        ("cuda", (10, 0), None, "flash"),
+        ("cuda", (9, 4), "6.4", "flash"),
+    ],
+)
+def test_the_backend_follows_from_the_device_and_says_why(monkeypatch, device, capability, hip, chosen):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    backend, why = preferred(torch.device(device))
+    assert backend == chosen
+    assert why
+
+
+def test_kernels_that_cannot_run_say_why(monkeypatch):
+    q, k, v = draw(1, 4, 4, 2, 1, 16)
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    with pytest.raises(ValueError, match="'flash' needs a GPU, or TRITON_INTERPRET=1; the tensors are on cpu"):
+        attention(q, k, v, backend="flash")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(ValueError, match="'decode' needs triton, which is not installed"):
+        attention(q, k, v, lengths=torch.tensor([4]), backend="decode")
+    assert preferred(torch.device("cuda")) == ("sdpa", "triton is not installed")
 
 
 def test_views_that_are_not_contiguous():
