@@ -104,6 +104,7 @@ def attention(
     return (out, lse) if return_lse else out
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _need_triton(backend: str, device: torch.device) -> None:
     """Raises ValueError where Triton's kernels cannot run."""
     try:

@@ -170,6 +170,7 @@ def _step_in_triton(
 
 
 if triton is not None:
+    from kernels.flash import accurate_tanh
 
     @triton.jit
     def _row(  # type: ignore[no-untyped-def]
@@ -183,7 +184,7 @@ if triton is not None:
         in_vocabulary = (target >= 0) & (target < V)
         at_target = tl.load(logits + target, mask=in_vocabulary, other=float("nan")).to(tl.float32)
         if SOFTCAP:
-            at_target = _capped(at_target, softcap)
+            at_target = softcap * accurate_tanh(at_target / softcap)
 
         # Online softmax (Milakov and Gimelshein 2018): `total` is always relative to the largest score so far.
         top = float("-inf")
@@ -192,7 +193,7 @@ if triton is not None:
             column = start + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
             score = tl.load(logits + column, mask=column < stride).to(tl.float32)
             if SOFTCAP:
-                score = _capped(score, softcap)
+                score = softcap * accurate_tanh(score / softcap)
             score = tl.where(column < V, score, float("-inf"))
             higher = tl.maximum(top, tl.max(score, 0))
             total = total * tl.exp(top - higher) + tl.sum(tl.exp(score - higher), 0)
@@ -208,17 +209,12 @@ if triton is not None:
                 column = start + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
                 score = tl.load(logits + column, mask=column < stride).to(tl.float32)
                 if SOFTCAP:
-                    score = _capped(score, softcap)
+                    score = softcap * accurate_tanh(score / softcap)
                 g = factor * tl.exp(score - top) - tl.where(column == target, 1.0, 0.0)
                 if SOFTCAP:
                     g *= 1 - (score / softcap) * (score / softcap)  # dscore/dlogit
                 g = tl.where(counts, g, 0.0)
                 tl.store(logits + column, g.to(logits.dtype.element_ty), mask=column < stride)
-
-    @triton.jit
-    def _capped(logit, softcap):  # type: ignore[no-untyped-def]
-        """softcap * tanh(logit / softcap), by tanh(u) = 2 sigmoid(2u) - 1."""
-        return softcap * (2 * tl.sigmoid(2 * logit / softcap) - 1)
 
 
 # One node for torch.compile, with three outputs: the loss, and the gradients that its backward only scales.

@@ -30,6 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.flash import accurate_tanh
 from kernels.reference import Pattern
 from kernels.tiles import tile
 
@@ -182,7 +183,7 @@ def _split(  # type: ignore[no-untyped-def]
         score = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
         distance = query[:, None] - position[None, :]
         if SOFTCAP is not None:
-            score = SOFTCAP * _tanh(score / SOFTCAP)
+            score = SOFTCAP * accurate_tanh(score / SOFTCAP)
         if slopes is not None:
             score -= slope[:, None] * tl.abs(distance)
         sees = inside[None, :]
@@ -232,14 +233,6 @@ def _combine(  # type: ignore[no-untyped-def]
         mean += tl.sum(weight[:, None] * part, 0)
     mean /= tl.where(total == 0, 1.0, total)
     tl.store(out + row * D + column, mean.to(out.dtype.element_ty), mask=column < D)
-
-
-@triton.jit
-def _tanh(x):  # type: ignore[no-untyped-def]
-    """By exp far from 0. Near 0 that would lose digits: there five terms of Lambert's continued fraction are exact."""
-    square = x * x
-    near = x * (945 + square * (105 + square)) / (945 + square * (420 + square * 15))
-    return tl.where(tl.abs(x) < 0.6, near, 2 * tl.sigmoid(2 * x) - 1)
 
 
 _op = torch.library.custom_op("heed::decode", launch, mutates_args=())

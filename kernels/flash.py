@@ -90,7 +90,7 @@ def _scores(  # type: ignore[no-untyped-def]
     if SOFTCAP is None:
         score = product * (scale * LOG2E)
     else:
-        tanh = _tanh(product * (scale / SOFTCAP))
+        tanh = accurate_tanh(product * (scale / SOFTCAP))
         score = tanh * (SOFTCAP * LOG2E)
     if slope is not None:
         score -= slope * LOG2E * tl.abs(distance)
@@ -105,7 +105,7 @@ def _scores(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _tanh(x):  # type: ignore[no-untyped-def]
+def accurate_tanh(x):  # type: ignore[no-untyped-def]
     """By exp far from 0. Near 0 that would lose digits: there five terms of Lambert's continued fraction are exact."""
     square = x * x
     near = x * (945 + square * (105 + square)) / (945 + square * (420 + square * 15))

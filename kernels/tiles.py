@@ -69,14 +69,14 @@ INTERPRETED = Tile(16, 16, 4, 1)
 def target(device: torch.device) -> str:
     """The row of the table for a device: sm_80, sm_90, sm_100, gfx942, or "interpreter" where no GPU is.
 
-    A GPU that has no row of its own takes the one of the next older generation.
+    Others take sm_80's, whose tiles ask for the least shared memory: Ada and the smaller Blackwells have no more.
     """
     if device.type != "cuda":
         return "interpreter"
     if torch.version.hip is not None:
         return "gfx942"
     major, _ = torch.cuda.get_device_capability(device)
-    return "sm_100" if major >= 10 else "sm_90" if major == 9 else "sm_80"
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
 def tile(kernel: str, width: int, device: torch.device) -> Tile:

@@ -34,6 +34,7 @@ MUTANTS: list[tuple[str, str, str] | tuple[str, str, str, int]] = [
     ("slopes uphill", "score -= slope", "score += slope"),
     ("softcap in base e", "tanh * (SOFTCAP * LOG2E)", "tanh * SOFTCAP"),
     ("tanh(x / 2) for tanh(x)", "2 * tl.sigmoid(2 * x) - 1", "2 * tl.sigmoid(x) - 1"),
+    ("tanh near 0 is x", "near = x * (945", "near = x  # * (945"),
     # the online softmax
     ("no rescale of the values", "sums * rescale[:, None]", "sums"),
     ("no rescale of the sum", "total * rescale", "total"),

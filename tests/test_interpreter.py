@@ -1,9 +1,6 @@
 """The interpreter's bfloat16 against torch's, and the checker against bugs that it must see."""
 
 import contextlib
-import math
-import re
-import time
 
 import pytest
 import torch
@@ -15,6 +12,7 @@ import triton.language as tl
 from kernels import CAUSAL, Pattern
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.decode import decode_attention
+from kernels.flash import flash_attention
 from tests.interpreter import AccessError, checked, install, narrow, widen
 
 BF16, INF, NAN = torch.bfloat16, float("inf"), float("nan")
@@ -112,7 +110,9 @@ def test_arithmetic():
         torch.where(torch.arange(256) < 10, a, -1.5), torch.fmin(a, torch.tensor(0.5)),
     ]  # fmt: skip
     for n, (ours, theirs) in enumerate(zip(out, expected, strict=True)):
-        torch.testing.assert_close(ours, theirs.to(BF16), rtol=0, atol=0, equal_nan=True, msg=lambda m, n=n: f"{n}: {m}")
+        torch.testing.assert_close(
+            ours, theirs.to(BF16), rtol=0, atol=0, equal_nan=True, msg=lambda m, n=n: f"{n}: {m}"
+        )
     for ours, theirs in zip(flags, [a < b, a >= b, a == a, (a != b) & (a > 1), a != 0], strict=True):
         assert torch.equal(ours, theirs)
 
@@ -175,6 +175,13 @@ def _rows(x, y, n, stride, BLOCK: tl.constexpr):
     tl.store(y + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.load(x + at, mask=tl.arange(0, BLOCK) < n))
 
 
+@triton.jit
+def _late(x, y):
+    tl.store(y + tl.program_id(0), tl.load(x))
+    if tl.program_id(0) == 2:
+        tl.store(x, 0.0)
+
+
 def flagged(words: str = ""):
     """A context that wants an AccessError with these words, or without words none at all."""
     return pytest.raises(AccessError, match=words) if words else contextlib.nullcontext()
@@ -184,10 +191,10 @@ def flagged(words: str = ""):
     ("shift", "mask", "words"),
     [
         (0, True, ""),
-        (1, True, r"_copy, program \(2, 0, 0\): a load at x \+ 40 .* is outside"),
-        (-1, True, r"_copy, program \(0, 0, 0\): a load at x \+ -1 .* is outside"),
+        (1, True, r"_copy, program \(2, 0, 0\): load at x \+ 40 .* is outside"),
+        (-1, True, r"_copy, program \(0, 0, 0\): load at x \+ -1 .* is outside"),
         (10**12, True, "is outside"),
-        (0, False, r"a load at x \+ 40 .* is outside"),
+        (0, False, r"load at x \+ 40 .* is outside"),
     ],
 )
 def test_bounds(shift, mask, words):
@@ -223,9 +230,9 @@ def test_padding_belongs_to_the_row_but_no_other_columns():
     ("how", "words"),
     [
         ("atomic", ""),
-        ("store", r"_sum_by, program \(1, 0, 0\): a store at total \+ 0 .* meets a store by program 0"),
-        ("neighbour", r"program \(1, 0, 0\): a store at x \+ 1 .* meets a load by program 0"),
-        ("both", r"program \(0, 0, 0\).*|a load at total \+ 0 .* meets a atomic by program"),
+        ("store", r"_sum_by, program \(1, 0, 0\): store at total \+ 0 .* meets a store by program \(0, 0, 0\)"),
+        ("neighbour", r"program \(1, 0, 0\): store at x \+ 1 .* meets a load by program \(0, 0, 0\)"),
+        ("both", r"program \(1, 0, 0\): atomic at total \+ 0 .* meets a load by program \(0, 0, 0\)"),
     ],
 )
 def test_races(how, words):
@@ -235,7 +242,67 @@ def test_races(how, words):
     assert words or total == 5
 
 
+def test_a_race_with_several_programs():
+    x = torch.ones(5)
+    with flagged(r"program \(2, 0, 0\): store at x \+ 0 .* meets a load by several programs"), checked():
+        _late[(3,)](x, torch.empty(3))
+
+
 def test_the_same_bugs_pass_unseen_without_it():
     total, x = torch.zeros(1), torch.ones(5)
     _sum_by[(5,)](total, x, HOW="store")
     assert total == 1
+
+
+# 3. heed's kernels under the checker --------------------------------------------------------------------------------
+
+
+def draw(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=g).to(dtype) for shape in shapes]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize(
+    ("pattern", "T", "S"), [(CAUSAL, 37, 37), (Pattern(True, 9, 5.0), 19, 35), (Pattern(False, 7), 17, 33)]
+)
+def test_flash(pattern, T, S, dtype):
+    B, H, K, D = 2, 4, 2, 24
+    packed, sinks, slopes = draw((B, S, (H + 2 * K), D), (H,), (H,), dtype=dtype)
+    q, k, v = packed.requires_grad_().split([H, K, K], 2)  # not contiguous
+    documents = torch.arange(S).expand(B, S) // 11
+    extras = [x.float().requires_grad_() for x in (slopes, sinks)]
+    with checked() as kernels:
+        out, lse = flash_attention(q[:, S - T :], k, v, pattern, 0.3, documents, *extras)
+        (out.float().square().sum() + lse.sum()).backward()
+        flash_attention(q[:, S - T :], k, v, pattern, 0.3)[0].sum().backward()
+    assert len(kernels) == 6
+    assert packed.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize("page", [None, 5])
+@pytest.mark.parametrize(("T", "pattern", "lengths"), [(1, CAUSAL, (1, 35, 70)), (3, Pattern(True, 9), (0, 20, 100))])
+def test_decode(T, pattern, lengths, page, dtype):
+    S, H, K, D = 35, 6, 2, 24
+    q, k, v = draw((3, T, H, D), (3, S, K, D), (3, S, K, D), dtype=dtype)
+    slopes, sinks = draw((H,), (H,))
+    pages = None
+    if page is not None:
+        pages = torch.arange(3 * S // page, dtype=torch.int32).flip(0).view(3, -1)
+        k, v = (x.view(-1, page, K, D) for x in (k, v))
+    with checked() as kernels:
+        for splits in (1, 3):
+            decode_attention(q, k, v, pattern, 0.3, torch.tensor(lengths), pages, slopes, sinks, splits)
+    assert kernels == ["_split", "_split", "_combine"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize("V", [1, 16, 33])
+def test_cross_entropy(V, dtype):
+    x, weight = (a.requires_grad_() for a in draw((9, 8), (V, 8), dtype=dtype))
+    targets = torch.arange(9) % V
+    targets[3] = -100
+    with checked() as kernels:
+        linear_cross_entropy(x, weight, targets, z_loss=0.1, softcap=3.0, backend="triton").backward()
+    assert kernels == ["_row"]
