@@ -14,7 +14,6 @@ The first is found before the access happens, so that nothing is corrupted.
 """
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import patch
@@ -53,7 +52,6 @@ def _fp32(x: Any) -> Any:
 def _through_fp32(method: Callable) -> Callable:
     """An operation whose result has the type of its last operand, or is boolean."""
 
-    @functools.wraps(method)
     def operation(self, *args):
         operands = [x for x in args if isinstance(x, TensorHandle)]
         if not any(map(is_bf16, operands)):
@@ -67,20 +65,12 @@ def _through_fp32(method: Callable) -> Callable:
 
 
 def _cast(method: Callable) -> Callable:
-    """Casts from and to bfloat16, by way of fp32; `rounding` is that of create_fp_to_fp."""
+    """Casts from and to bfloat16, by way of fp32."""
 
-    @functools.wraps(method)
-    def cast(self, source, to, *rounding):
-        if to.scalar != tl.bfloat16:
-            return method(self, _fp32(source), to, *rounding)
-        if is_bf16(source):
-            return TensorHandle(source.data, tl.bfloat16)
-        if source.dtype.scalar.is_fp8():
-            source = method(self, source, tl.float32, *rounding)
-        numbers = source.data.astype(np.float32)
-        if rounding == (interpreter._ir.ROUNDING_MODE.RTZ,):
-            return TensorHandle((numbers.view(np.uint32) >> 16).astype(np.uint16), tl.bfloat16)
-        return TensorHandle(narrow(numbers), tl.bfloat16)
+    def cast(self, source, to):
+        if to.scalar != tl.bfloat16 or is_bf16(source):
+            return method(self, source if to.scalar == tl.bfloat16 else _fp32(source), to)
+        return TensorHandle(narrow(source.data.astype(np.float32)), tl.bfloat16)
 
     return cast
 
@@ -89,33 +79,35 @@ def _reduce(method: Callable) -> Callable:
     """Reductions and scans of one tensor or several."""
 
     def retyped(x, handle):
-        return tl.tensor(handle, handle.dtype if not x.type.is_block() else tl.block_type(handle.dtype, x.shape))
+        return tl.tensor(handle, tl.block_type(handle.dtype, x.shape) if x.type.is_block() else handle.dtype)
 
-    @functools.wraps(method)
     def apply(self, tensors):
         if not isinstance(tensors, tuple):
             return self.apply((tensors,))[0]
         results = method(self, tuple(retyped(x, _fp32(x.handle)) for x in tensors))
         return tuple(
             retyped(y, TensorHandle(narrow(y.handle.data), tl.bfloat16)) if is_bf16(x.handle) else y
-            for x, y in zip(tensors, results, strict=False)
+            for x, y in zip(tensors, results, strict=False)  # of a value and its index there may be only one result
         )
 
     return apply
 
 
 def _once(patch_language: Callable) -> Callable:
-    """Triton patches its language at every call of a device function again, a third of all time: once a launch will do."""
-    running: list[Any] = []
+    """Triton patches its language at every call of a device function, a third of all time. Once a launch will do."""
+    scopes: dict[int, Any] = {}  # of the launch that runs, by the module that a function was written in
 
-    def patch_unless_patched(fn):
-        if running:
-            return running[0]
-        running.append(scope := patch_language(fn))
-        scope.restore = lambda: (running.clear(), type(scope).restore(scope))
-        return scope
+    def patch_new_modules(fn):
+        if (module := id(fn.__globals__)) not in scopes:
+            scopes[module] = scope = patch_language(fn)
+            scope.restore = restore
+        return scopes[module]
 
-    return patch_unless_patched
+    def restore():
+        while scopes:
+            type(scope := scopes.popitem()[1]).restore(scope)
+
+    return patch_new_modules
 
 
 def install() -> None:
@@ -126,18 +118,11 @@ def install() -> None:
     # tl.maximum and tl.minimum pass over NaN unless told otherwise, as the GPU's instructions and tl.max do.
     InterpreterBuilder.create_maxnumf = lambda self, x, y: self.binary_op(x, y, np.fmax)
     InterpreterBuilder.create_minnumf = lambda self, x, y: self.binary_op(x, y, np.fmin)
-    for owner, wrapper, names in (
-        (
-            InterpreterBuilder,
-            _through_fp32,
-            "unary_op binary_op ternary_op create_fma create_rsqrt create_erf create_dot",
-        ),
-        (InterpreterBuilder, _cast, "cast_impl create_fp_to_fp"),
-        (ReduceScanOpInterface, _reduce, "apply"),
-        (interpreter, _once, "_patch_lang"),
-    ):
-        for name in names.split():
-            setattr(owner, name, wrapper(getattr(owner, name)))
+    InterpreterBuilder.cast_impl = _cast(InterpreterBuilder.cast_impl)
+    for name in "unary_op binary_op ternary_op create_fma create_rsqrt create_erf create_dot".split():
+        setattr(InterpreterBuilder, name, _through_fp32(getattr(InterpreterBuilder, name)))
+    ReduceScanOpInterface.apply = _reduce(ReduceScanOpInterface.apply)
+    interpreter._patch_lang = _once(interpreter._patch_lang)
 
 
 # 2. The checker -----------------------------------------------------------------------------------------------------
@@ -215,11 +200,17 @@ class Launch:
         program, grid = interpreter.interpreter_builder.grid_idx, interpreter.interpreter_builder.grid_dim
         owners = np.searchsorted(self.starts, at, side="right").clip(1) - 1  # the last storage that begins before
         for n in np.unique(owners):
-            wrong = self.memories[n].touch(kind, at[owners == n], size, int(np.ravel_multi_index(program, grid)))
-            if wrong is not None:
+            number = int(np.ravel_multi_index(program, grid))
+            if wrong := self.memories[n].touch(kind, at[owners == n], size, number):
                 address, other, by = wrong
-                who = "several programs" if by == SEVERAL else f"program {tuple(map(int, np.unravel_index(by, grid)))}"
-                why = f"meets a {other} by {who}" if other else "is outside of what was given"
+                why = "is outside of what was given"
+                if other:
+                    who = (
+                        "several programs"
+                        if by == SEVERAL
+                        else f"program {tuple(map(int, np.unravel_index(by, grid)))}"
+                    )
+                    why = f"meets a {other} by {who}"
                 self.error = AccessError(f"{self.kernel}, program {program}: {kind} at {self._name(address)} {why}")
                 raise self.error
 

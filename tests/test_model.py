@@ -283,3 +283,15 @@ def test_too_many_tokens_and_a_missing_vocabulary_are_refused():
         model(torch.zeros(1, 33, dtype=torch.long))
     with pytest.raises(ValueError, match="vocab_size = 0"):
         GPT(change(vocab_size=0))
+
+
+def test_the_first_weights_are_as_large_as_init_weights_says():
+    config = ModelConfig(vocab_size=500, n_layer=3, n_head=4, n_kv_head=2, n_embd=96, head_dim=32, n_ffn=200)
+    model = GPT(config)
+    expected = {"embed_tokens": 0.02, "q_proj": 96**-0.5, "k_proj": 96**-0.5, "v_proj": 96**-0.5, "gate_proj": 96**-0.5,
+                "up_proj": 96**-0.5, "o_proj": (128 * 6) ** -0.5, "down_proj": (200 * 6) ** -0.5}  # fmt: skip
+    for name, p in model.named_parameters():
+        if p.ndim == 1:
+            assert p.eq(1).all()
+        else:
+            assert p.std().item() == pytest.approx(expected[name.split(".")[-2]], rel=0.05), name

@@ -1,0 +1,81 @@
+"""How fast heed is, beside others and beside what is possible.
+
+python tools/bench.py kernels [--out DIR]   on a GPU: checks heed's kernels, then times them against torch's and others'
+python tools/bench.py kernels --bound       anywhere: what each GPU could do at best, computed
+python tools/bench.py kernels --dry-run     anywhere: the first command's code on tiny shapes, interpreted, not timed
+python tools/bench.py tiles [KERNEL]        on a GPU: searches tiles, prints rows for kernels/tiles.py
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+def arguments(words: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    kernels = commands.add_parser("kernels", help="heed's kernels against others and the bound")
+    kernels.add_argument("--only", nargs="+", default=[], metavar="KERNEL", help="of these kernels alone")
+    kernels.add_argument("--out", type=Path, metavar="DIR", help="write a CSV and a picture there")
+    kernels.add_argument("--bound", action="store_true", help="print what is possible, and time nothing")
+    parser.set_defaults(bound=False)
+    tiles = commands.add_parser("tiles", help="search the tiles of a kernel")
+    tiles.add_argument("kernel", nargs="?", help="a row of kernels/tiles.py; all if none")
+    for command in (kernels, tiles):
+        command.add_argument("--dry-run", action="store_true", help="without a GPU: tiny shapes, no times")
+    return parser.parse_args(words)
+
+
+def check_device() -> None:
+    """Raises ValueError where nothing can be timed."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ValueError(
+            "there is no GPU here to time on. `bench.py kernels --bound` computes what is possible, "
+            "--dry-run goes through the code without one"
+        )
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise ValueError("TRITON_INTERPRET=1 is set: the kernels would run on the CPU. Unset it, or pass --dry-run")
+
+
+def main(a: argparse.Namespace) -> int:
+    """Do what was asked; returns the exit status."""
+    if a.dry_run:
+        os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+    elif not a.bound:
+        check_device()
+    if a.command == "tiles":
+        from tools import bench_tiles
+
+        return bench_tiles.run(a.kernel, a.dry_run)
+    from tools.cases import KERNELS
+
+    unknown = [name for name in a.only if name not in KERNELS]
+    if unknown:
+        raise ValueError(f"--only {unknown[0]}: the kernels are {', '.join(KERNELS)}")
+    if a.bound:
+        from tools import bounds
+
+        print(bounds.report())
+        return 0
+    from tools import bench_kernels
+
+    return bench_kernels.run(a.only, a.dry_run, a.out)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(arguments()))
+    except ValueError as error:
+        print(f"bench.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except ImportError as error:
+        print(f"bench.py: {error}: heed's kernels need torch and triton", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,58 @@
+"""How long calls take, side by side: all in one run, in turns, so that what drifts drifts for all of them."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+SECONDS = 0.3  # of measuring, for each call
+FEWEST, MOST = 10, 200  # repetitions
+CACHE = 512 << 20  # bytes, more than the last cache of any GPU here: writing them throws out what a call left in it
+FILLS = 8  # times: meanwhile the host queues the call, so that launching it is not measured
+
+Call = Callable[[], object]
+
+
+def medians(calls: Mapping[Any, Call], device: torch.device) -> dict[Any, float]:
+    """The median seconds of each call, all warmed up first; on a GPU by its own clock, with a cold cache."""
+    if device.type == "cuda" and calls:
+        return _on_gpu(calls)
+    return _by_the_wall(calls)
+
+
+def _on_gpu(calls: Mapping[Any, Call]) -> dict[Any, float]:
+    cold = torch.empty(CACHE, dtype=torch.int8, device="cuda")
+
+    def once(call: Call) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        for _ in range(FILLS):
+            cold.zero_()
+        start.record()
+        call()
+        end.record()
+        return start, end
+
+    longest = 0.0
+    for call in calls.values():
+        for _ in range(3):  # the first compiles
+            start, end = once(call)
+        torch.cuda.synchronize()
+        longest = max(longest, start.elapsed_time(end) / 1000)
+    turns = min(max(int(SECONDS / longest), FEWEST), MOST)
+    events = [{name: once(call) for name, call in calls.items()} for _ in range(turns)]
+    torch.cuda.synchronize()
+    return {
+        name: statistics.median(turn[name][0].elapsed_time(turn[name][1]) for turn in events) / 1000 for name in calls
+    }
+
+
+def _by_the_wall(calls: Mapping[Any, Call]) -> dict[Any, float]:
+    """For a dry run: one call each. It says nothing about a GPU."""
+    took = {}
+    for name, call in calls.items():
+        start = time.perf_counter()
+        call()
+        took[name] = time.perf_counter() - start
+    return took
