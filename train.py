@@ -123,6 +123,7 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
             saved = step
 
     stop, leaving = Stop(), False
+    settle_again = config.train.steps == 0 and not resume
     clock, durations = time.perf_counter(), list[float]()
     model.train()
     while True:
@@ -174,8 +175,9 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
         # the first steps, and once more before the learning rate falls, since a machine's speed changes.
         durations.append(time.perf_counter() - began)
         pace = statistics.median(durations[-20:])
-        falls = round(steps * (1 - config.optim.decay)) if config.train.steps == 0 and not resume else 0
-        if (steps == 0 and len(durations) == TIMED_STEPS) or 0 < falls == step < steps:
+        falls = round(steps * (1 - config.optim.decay))
+        if (steps == 0 and len(durations) == TIMED_STEPS) or (settle_again and 0 < falls <= step < steps):
+            settle_again = settle_again and steps == 0
             pace = statistics.median(durations[4:])
             fit = steps_in_time(config, val_text, pace, step, time.perf_counter() - clock)
             steps = world.same(fit, machine.device)

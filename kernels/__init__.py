@@ -76,7 +76,7 @@ def attention(
         if not plain or q.shape[1] > k.shape[1]:
             raise ValueError("backend = 'blocks' knows causal and window alone, and has no more queries than keys")
         return blocks_attention(q, k, v, pattern, scale)
-    if backend in ("flash", "decode"):
+    if backend in ("flash", "decode") and not torch.compiler.is_compiling():
         _need_triton(backend, q.device)
     if backend == "flash":
         if lengths is not None:
@@ -104,7 +104,6 @@ def attention(
     return (out, lse) if return_lse else out
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _need_triton(backend: str, device: torch.device) -> None:
     """Raises ValueError where Triton's kernels cannot run."""
     try:
@@ -115,7 +114,6 @@ def _need_triton(backend: str, device: torch.device) -> None:
         raise ValueError(f"backend = {backend!r} needs a GPU, or TRITON_INTERPRET=1; the tensors are on {device}")
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def preferred(device: torch.device) -> tuple[str, str]:
     """The backend that is chosen to train on a device, and the reason, which a run prints."""
     if device.type == "cpu":

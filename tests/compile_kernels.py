@@ -1,15 +1,15 @@
 """Compile every kernel ahead of time for GPUs that need not be there, and read off what the compiler made of it.
 
     python tests/compile_kernels.py             prints the figures as JSON
-    python tests/compile_kernels.py --record    writes them to tests/compiled_budget.json, which test_compiled.py holds to
+    python tests/compile_kernels.py --record    writes them to tests/compiled_budget.json, for test_compiled.py
 
 The kernels are launched as always, by their public functions, on tensors of this machine with the tiles of the target.
 But the launch is caught: Triton derives from its arguments what it would compile for that GPU (types, which pointers
 and numbers are multiples of 16, constants), compiles it, and nothing runs. So no signature is written down twice.
 
-The figures of one kernel: registers a thread; spills, in bytes; shared memory of a program, in bytes; the matrix unit's
-instruction and that of asynchronous loads, as disassembled; how many programs fit on one processor by these; and
-whether ptxas gave up overlapping products (it says "serialized").
+The figures of one kernel: registers a thread; spills, in bytes; shared memory of a program, in bytes; how many
+programs fit on one processor by these; as disassembled, the weakest matrix unit and the best loads that it uses, and
+how many of these fetch 16 bytes, the most there is; and whether ptxas gave up overlapping products ("serialized").
 """
 
 import contextlib
@@ -50,7 +50,9 @@ TARGETS = {
 }
 PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}  # A100, H100, B200, MI300X
 SHARED = {"sm_80": 164, "sm_90": 228, "sm_100": 228}  # KiB a processor; CUDA programming guide, "Compute Capabilities"
-MATRIX_UNITS = ("UTCHMMA", "HGMMA", "HMMA")
+# Matrix units from the weakest, so that one product that falls back shows. Loads from the best: the first load of what
+# stays is never asynchronous.
+MATRIX_UNITS = ("HMMA", "HGMMA", "UTCHMMA")
 LOADS = ("UTMALDG", "LDGSTS", "LDG")
 EXTRAS = ("plain", "window+documents", "everything")
 BF16 = torch.bfloat16
@@ -70,7 +72,7 @@ def flash_case(D: int, extras: str) -> None:
 
 
 def decode_case(D: int, T: int, extras: str) -> None:
-    """T queries of one sequence over a cache of 8192, 32 query heads on 8 key/value heads; in pages of 256 unless plain."""
+    """T queries over a cache of 8192, 32 query heads on 8 key/value heads; in pages of 256 unless plain."""
     q, shape = torch.empty(1, T, 32, D, dtype=BF16), (1, 8192, 8, D)
     pages = None
     if extras != "plain":
@@ -156,7 +158,7 @@ def _nvidia(target: str, binary: Any, said: str) -> dict[str, Any]:
         SHARED[target] * 1024 // (shared + 1024),  # 1 KiB of each program's is the system's
     ]
     if binary.metadata.tmem_size:
-        fit.append(512 // binary.metadata.tmem_size)
+        fit.append(512 // binary.metadata.tmem_size)  # columns of Blackwell's tensor memory
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
@@ -167,7 +169,7 @@ def _nvidia(target: str, binary: Any, said: str) -> dict[str, Any]:
         "shared": shared,
         "programs": min(fit),
         "matrix unit": _first(MATRIX_UNITS, sass.stdout),
-        "loads": _first(LOADS, sass.stdout),
+        **_loads(LOADS, sass.stdout),
         "serialized": "serialized" in said,
     }
 
@@ -175,11 +177,8 @@ def _nvidia(target: str, binary: Any, said: str) -> dict[str, Any]:
 def _amd(target: str, binary: Any, said: str) -> dict[str, Any]:
     """By the assembly's metadata. A processor has 4 units of 512 registers, at most 8 wavefronts each, and 64 KiB."""
     text = binary.asm["amdgcn"]
-    registers, shared, warps = (
-        _number(r"\.vgpr_count:\s+(\d+)", text),
-        binary.metadata.shared,
-        binary.metadata.num_warps,
-    )
+    registers, shared = _number(r"\.vgpr_count:\s+(\d+)", text), binary.metadata.shared
+    warps = binary.metadata.num_warps
     fit = [4 * min(512 // (-(-registers // 8) * 8), 8) // warps, 65536 // max(shared, 1)]
     return {
         "registers": registers,
@@ -187,7 +186,7 @@ def _amd(target: str, binary: Any, said: str) -> dict[str, Any]:
         "shared": shared,
         "programs": min(fit),
         "matrix unit": _first(("v_mfma",), text),
-        "loads": _first(("global_load_lds", "buffer_load", "global_load"), text),
+        **_loads(("global_load_lds", "buffer_load", "global_load"), text),
         "serialized": False,
     }
 
@@ -201,6 +200,12 @@ def _number(pattern: str, text: str) -> int:
 def _first(instructions: tuple[str, ...], text: str) -> str | None:
     """The first of the instructions that occurs at all."""
     return next((name for name in instructions if re.search(rf"\b{name}", text)), None)
+
+
+def _loads(instructions: tuple[str, ...], text: str) -> dict[str, Any]:
+    """The best load, and how many of its kind fetch 16 bytes a thread, or by TMA a whole block."""
+    best = _first(instructions, text)
+    return {"loads": best, "wide loads": len(re.findall(rf"\b{best}[\w.]*(?:\.128|x4)\b|\bUTMALDG", text))}
 
 
 def rows(job: tuple[Any, ...]) -> dict[str, dict[str, Any]]:
@@ -222,7 +227,7 @@ def budget() -> dict[str, Any]:
 
 if __name__ == "__main__":
     text = json.dumps(budget())
-    text = re.sub(r'("(?:triton|kernels)": |"[^"]+ on \w+": )', r"\n\1", text)  # one kernel a line
+    text = re.sub(r' ?("(?:triton|kernels)": |"[^"]+ on \w+": )', r"\n\1", text)  # one kernel a line
     if "--record" in sys.argv:
         BUDGET.write_text(text + "\n")
     else:

@@ -119,7 +119,7 @@ def install() -> None:
     InterpreterBuilder.create_maxnumf = lambda self, x, y: self.binary_op(x, y, np.fmax)
     InterpreterBuilder.create_minnumf = lambda self, x, y: self.binary_op(x, y, np.fmin)
     InterpreterBuilder.cast_impl = _cast(InterpreterBuilder.cast_impl)
-    for name in "unary_op binary_op ternary_op create_fma create_rsqrt create_erf create_dot".split():
+    for name in ["unary_op", "binary_op", "ternary_op", "create_fma", "create_rsqrt", "create_erf", "create_dot"]:
         setattr(InterpreterBuilder, name, _through_fp32(getattr(InterpreterBuilder, name)))
     ReduceScanOpInterface.apply = _reduce(ReduceScanOpInterface.apply)
     interpreter._patch_lang = _once(interpreter._patch_lang)
@@ -205,12 +205,8 @@ class Launch:
                 address, other, by = wrong
                 why = "is outside of what was given"
                 if other:
-                    who = (
-                        "several programs"
-                        if by == SEVERAL
-                        else f"program {tuple(map(int, np.unravel_index(by, grid)))}"
-                    )
-                    why = f"meets a {other} by {who}"
+                    who = "several" if by == SEVERAL else tuple(map(int, np.unravel_index(by, grid)))
+                    why = f"meets a {other} by program {who}"
                 self.error = AccessError(f"{self.kernel}, program {program}: {kind} at {self._name(address)} {why}")
                 raise self.error
 

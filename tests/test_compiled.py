@@ -4,8 +4,10 @@ tests/compile_kernels.py compiles them, in a process of its own, since this one 
 got worse fails; one that got better fails too, until it is recorded, so that the record is always what is there.
 """
 
+import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -18,7 +20,8 @@ from tests.conftest import ROOT
 BUDGET = json.loads((ROOT / "tests" / "compiled_budget.json").read_text())
 RECORD = "record it on purpose with `python tests/compile_kernels.py --record`"
 
-# What is better comes first; of numbers less is better, except of programs on a processor.
+# What is better comes first; of numbers less is better, except of these two.
+MORE = {"programs", "wide loads"}
 ORDER = {
     "matrix unit": ["UTCHMMA", "HGMMA", "HMMA", "v_mfma", None],
     "loads": ["UTMALDG", "LDGSTS", "LDG", "global_load_lds", "buffer_load", "global_load", None],
@@ -27,7 +30,7 @@ ORDER = {
 
 def rank(figure: str, value) -> int:
     """The less the better."""
-    return ORDER[figure].index(value) if figure in ORDER else -value if figure == "programs" else value
+    return ORDER[figure].index(value) if figure in ORDER else -value if figure in MORE else value
 
 
 def compare(recorded: dict, found: dict) -> tuple[list[str], list[str]]:
@@ -93,12 +96,14 @@ def product_rows(name: str, tile: dict) -> int:
     return tile["N"] if name.startswith("flash_dkdv") else tile.get("BLOCK_M") or tile["M"]
 
 
-def test_nothing_spills_on_hopper(compiled):
-    for name, row in kernels(compiled, "sm_90").items():
-        if "everything" not in name:
-            assert row["spilled"] == 0, name
+def test_nothing_spills_and_no_product_waits(compiled):
+    """With every extra at once dk/dv at D 128 may spill a little: a smaller tile would cost all that have none."""
+    for name, row in compiled.items():
+        assert row["spilled"] == 0 or name == "flash_dkdv D 128 everything on sm_90", name
         assert not row["serialized"], name
-    assert {D for D in (64, 128) if f"flash_dkdv D {D} on sm_90" in compiled} == {64, 128}
+    for target, D in itertools.product(("sm_80", "sm_90", "sm_100", "gfx942"), (64, 128)):
+        for kernel in (f"flash_forward D {D}", f"flash_dq D {D}", f"flash_dkdv D {D}", f"decode_split D {D} T 1"):
+            assert f"{kernel} on {target}" in compiled
 
 
 @pytest.mark.parametrize(
@@ -118,11 +123,12 @@ def test_the_matrix_unit_is_the_targets(compiled, target, large, small):
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
-def test_loads_are_asynchronous_where_there_is_a_pipeline(compiled, target):
-    piped = {name: row for name, row in kernels(compiled, target).items() if row["tile"]["stages"] > 1}
-    assert len(piped) >= 9
-    for name, row in piped.items():
-        assert row["loads"] in ("UTMALDG", "LDGSTS"), name
+def test_loads_are_asynchronous_and_wide(compiled, target):
+    """At head size 256 the backward's blocks fit only once: there is no pipeline."""
+    for name, row in kernels(compiled, target, "flash", "decode_split").items():
+        if not re.match("flash_(dq|dkdv) D 256", name):
+            assert row["loads"] in ("UTMALDG", "LDGSTS"), name
+        assert row["wide loads"] > 0, name
 
 
 # The gate has teeth -------------------------------------------------------------------------------------------------
@@ -137,7 +143,7 @@ print(json.dumps({"flash_forward D 64 on sm_90": figures("sm_90", *caught[0])}))
 def test_a_kernel_made_worse_is_reported():
     found = compile_kernels(LARGE)
     worse, _ = compare(BUDGET["kernels"], found)
-    assert {line.split(": ")[1].split()[0] for line in worse} >= {"registers", "spilled", "loads"}, worse
+    assert {line.split(": ")[1].split()[0] for line in worse} >= {"registers", "spilled", "loads", "serialized"}, worse
 
 
 @pytest.mark.parametrize(
@@ -145,7 +151,7 @@ def test_a_kernel_made_worse_is_reported():
     [
         ("registers", 1, False), ("registers", 1000, True), ("spilled", 4, True), ("shared", 1 << 20, True),
         ("programs", 0, True), ("programs", 9, False), ("matrix unit", "HMMA", True), ("matrix unit", None, True),
-        ("loads", "LDG", True), ("loads", "UTMALDG", False), ("serialized", True, True),
+        ("loads", "LDG", True), ("loads", "UTMALDG", False), ("wide loads", 0, True), ("serialized", True, True),
     ],
 )  # fmt: skip
 def test_each_figure_counts(figure, value, is_worse):
