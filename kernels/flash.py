@@ -6,9 +6,9 @@ backward computes the weights again from it (FlashAttention-2: Dao 2023, arXiv 2
 
 Three kernels, each with its own tile of M queries x N keys (kernels/tiles.py):
 
-    _forward  grid (blocks of queries, B * H)  owns M rows of out and lse, walks over keys
-    _dq       grid (blocks of queries, B * H)  owns M rows of dq and delta, walks over keys
-    _dkdv     grid (blocks of keys, B * K)     owns N rows of dk and dv, walks over the group's G heads and queries
+    _forward  grid (blocks of queries, H, B)  owns M rows of out and lse, walks over keys
+    _dq       grid (blocks of queries, H, B)  owns M rows of dq and delta, walks over keys
+    _dkdv     grid (blocks of keys, K, B)     owns N rows of dk and dv, walks over the group's G heads and queries
 
 Nothing is written by two programs, so there are no atomics, and the gradients are the same bits every time. With
 s the scores, p = exp(s - lse) the weights, o the output, and do and dlse what comes back:
@@ -31,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.reference import Pattern
-from kernels.tiles import tile
+from kernels.tiles import FLASH_FP32, INTERPRETED, tile
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))
@@ -45,8 +45,8 @@ def flash_attention(
 
     Args:
         q: (B, T, H, D); k, v: (B, S, K, D), all fp32, fp16 or bf16; T at most S with documents (B, S).
-        slopes, sinks: (H,). Packed documents are found as runs of one number; cumulative lengths become such numbers
-            by torch.repeat_interleave(lengths).
+        documents: runs of one number; cumulative lengths become such numbers by torch.repeat_interleave(lengths).
+        slopes, sinks: (H,), computed with in fp32.
     Returns:
         out (B, T, H, D) in q's dtype and the log-sum-exp (B, T, H) in fp32, natural, sink included, both with
         gradients. A row that sees no key gives out 0 and log-sum-exp -inf, or the sink.
@@ -58,6 +58,7 @@ def flash_attention(
     if q.shape[-1] > 256:
         raise ValueError(f"flash takes head sizes up to 256, not {q.shape[-1]}")
     first, last = (None, None) if documents is None else document_bounds(documents)
+    slopes, sinks = (None if x is None else x.float().contiguous() for x in (slopes, sinks))
     return _forward_op(q, k, v, pattern.causal, pattern.window, pattern.softcap, scale, first, last, slopes, sinks)
 
 
@@ -79,7 +80,7 @@ def document_bounds(documents: Tensor) -> tuple[Tensor, Tensor]:
 @triton.jit
 def _scores(  # type: ignore[no-untyped-def]
     product, query, key, first, last, slope, scale, S,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr = True,
 ):  # fmt: skip
     """q k^T -> the scores in base 2, -inf where the key is not seen; and tanh, which the softcap's derivative needs.
 
@@ -94,6 +95,8 @@ def _scores(  # type: ignore[no-untyped-def]
         score = tanh * (SOFTCAP * LOG2E)
     if slope is not None:
         score -= slope * LOG2E * tl.abs(distance)
+    if not MASKED:
+        return score, tanh
     sees = key < S
     if CAUSAL:
         sees = sees & (distance >= 0)
@@ -187,7 +190,7 @@ def _forward(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """M queries of one head: their output and log-sum-exp."""
     start = (tl.num_programs(0) - 1 - tl.program_id(0)) * M  # the late ones see most: begin with them
-    b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
+    h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)  # 64 bits: a head may lie 2**31 numbers away
     t = start + tl.arange(0, M)  # (M,)
     query = (t + S - T)[:, None]  # (M, 1) positions
     of_row = (b * T + t) * H + h  # (M,) in (B, T, H)
@@ -205,21 +208,27 @@ def _forward(  # type: ignore[no-untyped-def]
     sums = tl.zeros((M, BLOCK_D), tl.float32)
 
     low, high = _key_range(start, b, first, last, T, S, CAUSAL, WINDOW, M, N)
-    for here in range(low, high, N):
-        keys = _load(k, b * k_b + h // G * k_h, k_s, S, here, N, D, BLOCK_D)  # (N, BLOCK_D)
-        product = tl.dot(queries, tl.trans(keys), input_precision="ieee")  # (M, BLOCK_D) (BLOCK_D, N) -> (M, N)
-        key = (here + tl.arange(0, N))[None, :]
-        score, _ = _scores(product, query, key, begin, end, slope, scale, S, CAUSAL, WINDOW, SOFTCAP)
+    # Where only the diagonal and the end hide keys, blocks before them need no mask: half of the instructions. The
+    # backward has one loop, since two take registers that it lacks.
+    clear = low
+    if WINDOW is None and first is None:
+        clear = tl.maximum(tl.minimum(high, start + S - T + 1) if CAUSAL else high, 0) // N * N
+    for MASKED in tl.static_range(2):
+        for here in range(clear if MASKED else low, high if MASKED else clear, N):
+            keys = _load(k, b * k_b + h // G * k_h, k_s, S, here, N, D, BLOCK_D)  # (N, BLOCK_D)
+            product = tl.dot(queries, tl.trans(keys), input_precision="ieee")  # (M, BLOCK_D) (BLOCK_D, N) -> (M, N)
+            key = (here + tl.arange(0, N))[None, :]
+            score, _ = _scores(product, query, key, begin, end, slope, scale, S, CAUSAL, WINDOW, SOFTCAP, MASKED)
 
-        # total and sums are always relative to the largest score so far.
-        higher = tl.maximum(top, tl.max(score, 1))
-        base = tl.where(higher == float("-inf"), 0.0, higher)  # no key so far: exp2(-inf - 0) = 0, without a NaN
-        weight = tl.exp2(score - base[:, None])
-        rescale = tl.exp2(top - base)
-        total = total * rescale + tl.sum(weight, 1)
-        values = _load(v, b * v_b + h // G * v_h, v_s, S, here, N, D, BLOCK_D)  # (N, BLOCK_D)
-        sums = tl.dot(weight.to(values.dtype), values, sums * rescale[:, None], input_precision="ieee")
-        top = higher
+            # total and sums are always relative to the largest score so far.
+            higher = tl.maximum(top, tl.max(score, 1))
+            base = tl.where(higher == float("-inf"), 0.0, higher)  # no key so far: exp2(-inf - 0) = 0, without a NaN
+            weight = tl.exp2(score - base[:, None])
+            rescale = tl.exp2(top - base)
+            total = total * rescale + tl.sum(weight, 1)
+            values = _load(v, b * v_b + h // G * v_h, v_s, S, here, N, D, BLOCK_D)  # (N, BLOCK_D)
+            sums = tl.dot(weight.to(values.dtype), values, sums * rescale[:, None], input_precision="ieee")
+            top = higher
 
     _store(sums / tl.where(total == 0, 1.0, total)[:, None], out, (b * T * H + h) * D, H * D, T, start, M, D, BLOCK_D)
     tl.store(lse + of_row, (top + tl.log2(total)) * LN2, mask=t < T)  # no key: -inf
@@ -237,7 +246,7 @@ def _dq(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """M queries of one head: their gradient, their delta, and what each adds to the gradient of the head's slope."""
     start = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
-    b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
+    h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)  # 64 bits: a head may lie 2**31 numbers away
     t = start + tl.arange(0, M)  # (M,)
     query = (t + S - T)[:, None]  # (M, 1) positions
     of_row = (b * T + t) * H + h  # (M,) in (B, T, H)
@@ -246,6 +255,8 @@ def _dq(  # type: ignore[no-untyped-def]
     douts = _load(dout, (b * T * H + h) * D, H * D, T, start, M, D, BLOCK_D)  # (M, BLOCK_D)
     outs = _load(out, (b * T * H + h) * D, H * D, T, start, M, D, BLOCK_D)  # (M, BLOCK_D)
     d = tl.sum(outs.to(tl.float32) * douts.to(tl.float32), 1) - tl.load(dlse + of_row, mask=t < T, other=0.0)
+    base = _base(lse, of_row, t < T)
+    d = tl.where(base == float("inf"), 0.0, d)  # no key, no gradient: dlse may well be NaN there
     tl.store(delta + of_row, d, mask=t < T)
 
     slope = None if slopes is None else tl.load(slopes + h)
@@ -253,7 +264,6 @@ def _dq(  # type: ignore[no-untyped-def]
     if first is not None:
         begin = tl.load(first + b * S + query, mask=query < S, other=0)  # (M, 1)
         end = tl.load(last + b * S + query, mask=query < S, other=0)
-    base = _base(lse, of_row, t < T)[:, None]  # (M, 1)
     sums = tl.zeros((M, BLOCK_D), tl.float32)
     farness = tl.zeros((M,), tl.float32)
 
@@ -265,7 +275,7 @@ def _dq(  # type: ignore[no-untyped-def]
         key = (here + tl.arange(0, N))[None, :]
         score, tanh = _scores(product, query, key, begin, end, slope, scale, S, CAUSAL, WINDOW, SOFTCAP)
         dweight = tl.dot(douts, tl.trans(values), input_precision="ieee")  # (M, BLOCK_D) (BLOCK_D, N) -> (M, N)
-        dscore = tl.exp2(score - base) * (dweight - d[:, None])
+        dscore = tl.exp2(score - base[:, None]) * (dweight - d[:, None])
         if slopes is not None:
             farness += tl.sum(dscore * tl.abs(query - key), 1)
         if SOFTCAP is not None:
@@ -286,7 +296,7 @@ def _dkdv(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """N keys and values of one head: their gradients. All matrices of weights are transposed here: (N, M)."""
     start, K = tl.program_id(0) * N, H // G
-    b, kv = (tl.program_id(1) // K).to(tl.int64), tl.program_id(1) % K
+    kv, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     key = (start + tl.arange(0, N))[:, None]  # (N, 1)
     keys = _load(k, b * k_b + kv * k_h, k_s, S, start, N, D, BLOCK_D)  # (N, BLOCK_D)
     values = _load(v, b * v_b + kv * v_h, v_s, S, start, N, D, BLOCK_D)  # (N, BLOCK_D)
@@ -335,6 +345,8 @@ def _arguments(
 ) -> tuple[list[int], dict[str, Any]]:
     """What every kernel gets at its end: sizes and strides; and constants with the tile."""
     D, t = q.shape[3], tile(kernel, q.shape[3], q.device)
+    if q.dtype == torch.float32 and t != INTERPRETED:
+        t = FLASH_FP32[min(size for size in FLASH_FP32 if size >= D)]
     numbers = [q.shape[1], k.shape[1], q.shape[2], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]]
     constants = {
         "G": q.shape[2] // k.shape[2], "D": D, "CAUSAL": causal, "WINDOW": window, "SOFTCAP": softcap, "M": t.M,
@@ -352,7 +364,7 @@ def _forward_op(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     numbers, constants = _arguments("flash_forward", q, k, v, causal, window, softcap)
-    grid = (triton.cdiv(q.shape[1], constants["M"]), q.shape[0] * q.shape[2])
+    grid = (triton.cdiv(q.shape[1], constants["M"]), q.shape[2], q.shape[0])
     _forward[grid](q, k, v, first, last, slopes, sinks, out, lse, scale, *numbers, **constants)
     return out, lse
 
@@ -372,11 +384,11 @@ def _backward_op(
     delta = torch.empty(B, T, H, dtype=torch.float32, device=q.device)
     of_rows = None if slopes is None else torch.empty_like(delta)
     numbers, constants = _arguments("flash_dq", q, k, v, causal, window, softcap)
-    _dq[(triton.cdiv(T, constants["M"]), B * H)](
+    _dq[(triton.cdiv(T, constants["M"]), H, B)](
         q, k, v, first, last, slopes, out, lse, dout, dlse, dq, delta, of_rows, scale, *numbers, **constants
     )
     numbers, constants = _arguments("flash_dkdv", q, k, v, causal, window, softcap)
-    _dkdv[(triton.cdiv(S, constants["N"]), B * K)](
+    _dkdv[(triton.cdiv(S, constants["N"]), K, B)](
         q, k, v, first, last, slopes, lse, delta, dout, dk, dv, scale, *numbers, **constants
     )
     dslopes = q.new_empty(0) if of_rows is None else of_rows.sum((0, 1))  # (B, T, H) -> (H,)

@@ -43,7 +43,7 @@ TABLE: dict[str, dict[str, dict[int, Tile]]] = {
     },
     # M queries, N keys: as large as the registers allow.
     "flash_forward": {
-        "sm_80": {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
+        "sm_80": {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 2)},
         "sm_90": {64: Tile(128, 128, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
         "sm_100": {64: Tile(128, 128, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
         "gfx942": {64: Tile(128, 64, 8, 1), 128: Tile(128, 64, 8, 1), 256: Tile(64, 32, 8, 1)},
@@ -61,6 +61,9 @@ TABLE: dict[str, dict[str, dict[int, Tile]]] = {
         "gfx942": {64: Tile(32, 128, 8, 1), 128: Tile(32, 64, 8, 1), 256: Tile(16, 64, 8, 1)},
     },
 }
+
+# Flash in fp32, on every GPU: exact products take registers, not the matrix unit, and larger tiles would spill.
+FLASH_FP32 = {128: Tile(32, 32, 8, 1), 256: Tile(16, 16, 8, 1)}
 
 # Where no GPU is: small, so that Triton's interpreter crosses block borders on small inputs.
 INTERPRETED = Tile(16, 16, 4, 1)

@@ -3,10 +3,11 @@
 `install()` puts bfloat16 right. The interpreter of Triton 3.7.1 keeps it as its 16 bits in numpy's uint16 and computes
 with those as if they were integers; its casts truncate. Here operands are widened to fp32, and results are rounded to
 nearest, ties to even. A reduction rounds once at its end, which is kinder than a GPU. Atomics in bfloat16 still raise.
+Products of fp32 at less than full precision, which only a GPU would make, are refused.
 
 `checked()` is what a sanitizer is elsewhere. Inside, a launch fails with an `AccessError` if a load, store or atomic
 
-- lies outside the elements of all tensors that the kernel was launched with (padding between rows counts as theirs), or
+- lies outside the elements of the tensor whose pointer it began at (padding between rows counts as its own), or
 - touches what another program of the launch touches as well, when one of the two writes: the interpreter runs programs
   one after the other, a GPU in any order. Two atomics may meet.
 
@@ -93,6 +94,17 @@ def _reduce(method: Callable) -> Callable:
     return apply
 
 
+def _exact(create_dot: Callable) -> Callable:
+    """Here a product of fp32 is exact whatever was asked for; on a GPU it is TF32 unless "ieee" was."""
+
+    def dot(self, a, b, d, precision, *rest):
+        if a.dtype.scalar == tl.float32 and precision.name != "IEEE":
+            raise AssertionError("tl.dot of fp32 needs input_precision='ieee'")
+        return create_dot(self, a, b, d, precision, *rest)
+
+    return dot
+
+
 def _once(patch_language: Callable) -> Callable:
     """Triton patches its language at every call of a device function, a third of all time. Once a launch will do."""
     scopes: dict[int, Any] = {}  # of the launch that runs, by the module that a function was written in
@@ -121,6 +133,7 @@ def install() -> None:
     InterpreterBuilder.cast_impl = _cast(InterpreterBuilder.cast_impl)
     for name in ["unary_op", "binary_op", "ternary_op", "create_fma", "create_rsqrt", "create_erf", "create_dot"]:
         setattr(InterpreterBuilder, name, _through_fp32(getattr(InterpreterBuilder, name)))
+    InterpreterBuilder.create_dot = _exact(InterpreterBuilder.create_dot)
     ReduceScanOpInterface.apply = _reduce(ReduceScanOpInterface.apply)
     interpreter._patch_lang = _once(interpreter._patch_lang)
 
@@ -136,27 +149,49 @@ NOBODY, SEVERAL = -1, -2  # who touched an element; else the number of the one p
 MEETS = {"load": ("store", "atomic"), "store": ("load", "store", "atomic"), "atomic": ("load", "store")}
 
 
+Argument = tuple[int, torch.Size, tuple[int, ...]]  # a tensor by its address, shape and strides
+
+
+def argument(x: torch.Tensor) -> Argument:
+    return x.data_ptr(), x.shape, x.stride()
+
+
+class Pointer(tl.pointer_type):
+    """The type of a pointer that remembers which argument of the launch it began as, however far it was moved."""
+
+    def __init__(self, element_ty: tl.dtype, of: Argument) -> None:
+        super().__init__(element_ty)
+        self.of = of
+
+
 class Memory:
-    """A storage that tensors of a launch lie in: which of its elements are theirs, and which program touched them."""
+    """A storage that tensors of a launch lie in: which of its elements are whose, and which program touched them."""
 
     def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
         self.tensors = tensors
         first, *_ = tensors.values()
         self.start, size = first.untyped_storage().data_ptr(), first.untyped_storage().nbytes()
         self.unit = min(x.element_size() for x in tensors.values())  # all is counted in units of so many bytes
-        self.theirs = np.zeros(size // self.unit, bool)
-        for x in tensors.values():
-            mark = np.zeros(size // x.element_size(), bool)
-            torch.from_numpy(mark).as_strided(*_rows_to_their_ends(x), x.storage_offset()).fill_(True)
-            self.theirs |= mark.repeat(x.element_size() // self.unit)[: len(self.theirs)]
-        self.touched = {kind: np.full(len(self.theirs), NOBODY, np.int32) for kind in MEETS}
+        self.units = size // self.unit
 
-    def touch(self, kind: str, at: np.ndarray, size: int, program: int) -> tuple[int, str, int] | None:
+        def mark(x: torch.Tensor, sizes: Any, strides: Any) -> np.ndarray:
+            marks = np.zeros(size // x.element_size(), bool)
+            torch.from_numpy(marks).as_strided(sizes, strides, x.storage_offset()).fill_(True)
+            return marks.repeat(x.element_size() // self.unit)[: self.units]
+
+        elements = {argument(x): mark(x, x.shape, x.stride()) for x in tensors.values()}
+        anyones = np.logical_or.reduce(list(elements.values()))
+        self.of = {
+            argument(x): elements[argument(x)] | mark(x, *_rows_to_their_ends(x)) & ~anyones for x in tensors.values()
+        }
+        self.touched = {kind: np.full(self.units, NOBODY, np.int32) for kind in MEETS}
+
+    def touch(self, kind: str, at: np.ndarray, size: int, program: int, of: Argument) -> tuple[int, str, int] | None:
         """Note a program's access of `size` bytes at each address. What is wrong: where, and what who else did."""
         units = (at - np.uint64(self.start)).view(np.int64) // self.unit
         last = units + (max(size // self.unit, 1) - 1)
-        theirs = self.theirs.take(units, mode="clip") & self.theirs.take(last, mode="clip")
-        outside = (units < 0) | (last >= len(self.theirs)) | ~theirs
+        own = self.of.get(of, np.zeros(self.units, bool))
+        outside = (units < 0) | (last >= self.units) | ~own.take(units, mode="clip") | ~own.take(last, mode="clip")
         if outside.any():
             return int(at[outside][0]), "", NOBODY
         for other in MEETS[kind]:
@@ -185,7 +220,6 @@ class Launch:
 
     def __init__(self, kernel: str, arguments: dict[str, Any]) -> None:
         self.kernel = kernel
-        self.error: AccessError | None = None
         storages: dict[int, dict[str, torch.Tensor]] = {}
         for name, x in arguments.items():
             if isinstance(x, torch.Tensor) and x.numel() > 0:
@@ -197,24 +231,25 @@ class Launch:
         """Note an access by the program that runs."""
         at = pointers.data.ravel() if mask is None else pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
         size = pointers.get_element_ty().primitive_bitwidth // 8
+        of = pointers.dtype.scalar.of
         program, grid = interpreter.interpreter_builder.grid_idx, interpreter.interpreter_builder.grid_dim
         owners = np.searchsorted(self.starts, at, side="right").clip(1) - 1  # the last storage that begins before
         for n in np.unique(owners):
             number = int(np.ravel_multi_index(program, grid))
-            if wrong := self.memories[n].touch(kind, at[owners == n], size, number):
+            if wrong := self.memories[n].touch(kind, at[owners == n], size, number, of):
                 address, other, by = wrong
-                why = "is outside of what was given"
+                why = "is outside of its tensor"
                 if other:
                     who = "several" if by == SEVERAL else tuple(map(int, np.unravel_index(by, grid)))
                     why = f"meets a {other} by program {who}"
-                self.error = AccessError(f"{self.kernel}, program {program}: {kind} at {self._name(address)} {why}")
-                raise self.error
+                raise AccessError(f"{self.kernel}, program {program}: {kind} at {self._name(address, of)} {why}")
 
-    def _name(self, address: int) -> str:
-        """The address as an offset into the argument that it is nearest to."""
-        tensors = [(name, x, address - x.data_ptr()) for m in self.memories for name, x in m.tensors.items()]
-        name, x, offset = min(tensors, key=lambda t: max(-t[2], t[2] - t[1].nbytes + 1, 0))
-        return f"{name} + {offset // x.element_size()} (shape {tuple(x.shape)}, strides {x.stride()})"
+    def _name(self, address: int, of: Argument) -> str:
+        """The address as an offset into the argument that its pointer began as."""
+        tensors = {argument(x): (name, x) for m in self.memories for name, x in m.tensors.items()}
+        name, x = tensors[of]
+        offset = (address - x.data_ptr()) // x.element_size()
+        return f"{name} + {offset} (shape {tuple(x.shape)}, strides {x.stride()})"
 
 
 @contextlib.contextmanager
@@ -222,7 +257,14 @@ def checked() -> Iterator[list[str]]:
     """Watch all launches inside; gives the list of the kernels launched so far, and raises AccessError."""
     kernels: list[str] = []
     launch: Launch | None = None
-    execute, builder = GridExecutor.__call__, InterpreterBuilder
+    execute, builder, convert = GridExecutor.__call__, InterpreterBuilder, interpreter._implicit_cvt
+
+    def named(x):
+        y = convert(x)
+        if isinstance(x, torch.Tensor):
+            kind = Pointer(y.type.element_ty, argument(x))
+            y = tl.tensor(TensorHandle(y.handle.data, kind), kind)
+        return y
 
     def run(self, *args, **kwargs):
         nonlocal launch
@@ -231,7 +273,7 @@ def checked() -> Iterator[list[str]]:
         try:
             return execute(self, *args, **kwargs)
         except InterpreterError as e:  # the interpreter's own, which tells of the error but is not it
-            raise launch.error or e from None
+            raise e.__cause__ if isinstance(e.__cause__, AssertionError) else e from None
 
     def watched(kind: str, method: Callable, pointer: int, mask: int | None) -> Callable:
         def access(self, *args, **kwargs):
@@ -242,6 +284,7 @@ def checked() -> Iterator[list[str]]:
 
     with (
         patch.object(GridExecutor, "__call__", run),
+        patch.object(interpreter, "_implicit_cvt", named),
         patch.object(builder, "create_masked_load", watched("load", builder.create_masked_load, 0, 1)),
         patch.object(builder, "create_masked_store", watched("store", builder.create_masked_store, 0, 2)),
         patch.object(builder, "create_atomic_rmw", watched("atomic", builder.create_atomic_rmw, 1, 3)),

@@ -29,6 +29,11 @@ MUTANTS: list[tuple[str, str, str] | tuple[str, str, str, int]] = [
     ("dk/dv: the first queries of a window skipped", "start - WINDOW + 1)", "start + 1)"),
     ("dk/dv: a document's last queries skipped", "tl.load(last + b * S + end)", "tl.load(last + b * S + start)"),
     ("dk/dv: queries before all keys forgotten", "low, high = S - T, S", "low, high = 0, S"),
+    # which blocks need a mask
+    ("the diagonal's block without a mask", "start + S - T + 1) if CAUSAL", "start + S - T + N) if CAUSAL"),
+    ("the last keys' block without a mask", "else high, 0) // N * N", "else high + N - 1, 0) // N * N"),
+    ("no mask for a window", "if WINDOW is None and first is None", "if first is None"),
+    ("no mask for documents", "if WINDOW is None and first is None", "if WINDOW is None"),
     # scores
     ("scores in base e", "score = product * (scale * LOG2E)", "score = product * scale"),
     ("slopes uphill", "score -= slope", "score += slope"),
@@ -59,6 +64,8 @@ MUTANTS: list[tuple[str, str, str] | tuple[str, str, str, int]] = [
     ("slopes' gradient without the distance", "dscore * tl.abs(query - key), 1", "dscore, 1"),
     ("sinks' gradient has the wrong sign", "else -((sinks", "else ((sinks"),
     ("rows without keys have gradients", 'tl.where(base == float("-inf"), float("inf"), base * LOG2E)', "base * LOG2E"),
+    ("rows without keys pass on what comes back", 'd = tl.where(base == float("inf"), 0.0, d)', "pass"),
+    ("slopes and sinks read as if they lay together", "x.float().contiguous()", "x.float()"),
     ("rows past the end have weights", 'mask=real, other=float("inf"))', "mask=real, other=-99.0)"),
 ]  # fmt: skip
 
@@ -85,8 +92,8 @@ def probe(flash_attention) -> None:
             torch.randn(shape, generator=g, dtype=torch.float64) for shape in ((B, T, 4, 8), (B, S, 2, 8), (B, S, 4, 8))
         ]
         extras = [
-            torch.rand(4, generator=g) if with_slopes else None,
-            torch.randn(4, generator=g) if with_sinks else None,
+            torch.rand(8, generator=g)[::2] if with_slopes else None,
+            torch.randn(8, generator=g)[::2] if with_sinks else None,
         ]
         documents = (torch.arange(S) * 5 // S).expand(B, S) if with_documents else None
         weight, weight_lse = torch.randn(B, T, 4, 8, generator=g), torch.randn(B, T, 4, generator=g)
@@ -100,7 +107,9 @@ def probe(flash_attention) -> None:
                     out, lse = flash_attention(q, k, v, pattern, 0.5, documents, slopes, sinks)
                 else:
                     out, lse, _ = reference_attention(q, k, v, pattern, 0.5, None, documents, slopes, sinks)
-                ((out * weight).sum() + (lse.masked_fill(lse.isneginf(), 0.0) * weight_lse).sum()).backward()
+                # What comes back for the log-sum-exp of nothing may well be NaN: of logaddexp it is.
+                weights = [weight, weight_lse.masked_fill(lse.isneginf(), math.nan)]
+                torch.autograd.backward((out, lse), [w.to(x.dtype) for w, x in zip(weights, (out, lse), strict=True)])
             results.append([out, lse, *(x.grad for x in leaves if x is not None)])
         for truth, ours in zip(*results, strict=True):
             torch.testing.assert_close(ours.double(), truth, atol=1e-4, rtol=1e-4)

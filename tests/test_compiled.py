@@ -97,9 +97,8 @@ def product_rows(name: str, tile: dict) -> int:
 
 
 def test_nothing_spills_and_no_product_waits(compiled):
-    """With every extra at once dk/dv at D 128 may spill a little: a smaller tile would cost all that have none."""
     for name, row in compiled.items():
-        assert row["spilled"] == 0 or name == "flash_dkdv D 128 everything on sm_90", name
+        assert row["spilled"] == 0, name
         assert not row["serialized"], name
     for target, D in itertools.product(("sm_80", "sm_90", "sm_100", "gfx942"), (64, 128)):
         for kernel in (f"flash_forward D {D}", f"flash_dq D {D}", f"flash_dkdv D {D}", f"decode_split D {D} T 1"):

@@ -20,13 +20,15 @@ SCALE = 0.3
 
 @pytest.fixture(autouse=True)
 def outputs_full_of_nan(monkeypatch):
-    empty = torch.empty
+    def full_of_nan(make):
+        def made(*shape, **how):
+            x = make(*shape, **how)
+            return x.fill_(math.nan) if x.is_floating_point() else x
 
-    def full_of_nan(*shape, **how):
-        made = empty(*shape, **how)
-        return made.fill_(math.nan) if made.is_floating_point() else made
+        return made
 
-    monkeypatch.setattr(torch, "empty", full_of_nan)
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, full_of_nan(getattr(torch, name)))
 
 
 def naive(q, k, v, pattern, documents, slopes, sinks):
@@ -96,7 +98,14 @@ def check(case, pattern, dtype=torch.float32):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("T", "S", "H", "K", "D"),
-    [(1, 1, 2, 2, 16), (1, 37, 3, 1, 24), (40, 50, 4, 2, 16), (33, 33, 2, 1, 40), (50, 33, 2, 2, 80)],
+    [
+        (1, 1, 2, 2, 16),
+        (1, 37, 3, 1, 24),
+        (40, 50, 4, 2, 16),
+        (33, 33, 2, 1, 40),
+        (50, 33, 2, 2, 80),
+        (20, 20, 8, 1, 16),
+    ],
 )
 def test_causal(T, S, H, K, D, dtype):
     check(draw(1, T, S, H, K, D), CAUSAL, dtype)
@@ -155,6 +164,14 @@ def test_rows_that_see_nothing(sinks):
     assert lse[:, :17].equal((case[1][1] if sinks else torch.tensor(-math.inf)).expand(1, 17, 2))
 
 
+def test_nan_from_rows_that_see_nothing_goes_nowhere():
+    """As torch.logaddexp sends it back to two log-sum-exps that are both -inf."""
+    q, k, v = (x.requires_grad_() for x in draw(1, 20, 5, 2, 1, 16)[0])
+    out, lse = flash_attention(q, k, v, CAUSAL, SCALE)
+    gradients = torch.autograd.grad((out, lse), (q, k, v), (out, torch.where(lse.isneginf(), math.nan, 1.0)))
+    assert all(x.isfinite().all() for x in gradients)
+
+
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(
     T=st.integers(1, 34), more=st.integers(-16, 16), K=st.integers(1, 2), G=st.integers(1, 3), D=st.integers(1, 33),
@@ -176,6 +193,11 @@ def test_views_that_are_not_contiguous():
     assert flash_attention(*views, CAUSAL, SCALE)[0].equal(expected[0])
     turned = [x.transpose(1, 3).contiguous().transpose(1, 3) for x in (q, k, v)]  # the last dimension has a stride
     assert flash_attention(*turned, CAUSAL, SCALE)[0].equal(expected[0])
+    documents = (torch.arange(20)[:, None] // torch.tensor([5, 7])).T  # (B, S), S has the smaller stride
+    slopes, sinks = torch.rand(4), torch.randn(4)
+    expected = flash_attention(q, k, v, CAUSAL, SCALE, documents.contiguous(), slopes, sinks)
+    apart = slopes.repeat_interleave(2)[::2]
+    assert flash_attention(q, k, v, CAUSAL, SCALE, documents, apart, sinks.double())[0].equal(expected[0])
 
 
 def test_gradients_are_the_same_bits_every_time():
@@ -215,8 +237,13 @@ def test_one_node_for_the_compiler():
 
 def test_opcheck():
     q, k, v = (x.requires_grad_() for x in draw(1, 9, 9, 2, 1, 16)[0])
-    arguments = (q, k, v, True, None, None, SCALE, None, None, None, None)
+    arguments = (q, k, v, True, None, None, SCALE, None, None, torch.rand(2).requires_grad_(), None)
     torch.library.opcheck(torch.ops.heed.flash_forward.default, arguments)
+    out, lse = (x.detach() for x in torch.ops.heed.flash_forward(*arguments))
+    arguments = [x.detach() if isinstance(x, torch.Tensor) else x for x in (out, lse, out, lse, *arguments)]
+    torch.library.opcheck(
+        torch.ops.heed.flash_backward.default, arguments, test_utils=("test_schema", "test_faketensor")
+    )
 
 
 def test_through_the_door():

@@ -139,6 +139,21 @@ def test_products_and_reductions():
     assert torch.equal(best, a.float().argmax(1).int())
 
 
+@triton.jit
+def _square(x, y, N: tl.constexpr, PRECISION: tl.constexpr):
+    at = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
+    tl.store(y + at, tl.dot(tl.load(x + at), tl.load(x + at), input_precision=PRECISION))
+
+
+def test_fp32_products_must_ask_for_full_precision():
+    x, y = torch.randn(16, 16, generator=torch.Generator().manual_seed(0)), torch.empty(16, 16)
+    _square[(1,)](x, y, N=16, PRECISION="ieee")
+    torch.testing.assert_close(y, x @ x)
+    with pytest.raises(AssertionError, match="input_precision"), checked():
+        _square[(1,)](x, y, N=16, PRECISION=None)
+    _square[(1,)](x.to(BF16), y, N=16, PRECISION=None)  # there is nothing to lose
+
+
 # 2. The checker -----------------------------------------------------------------------------------------------------
 
 
@@ -149,6 +164,12 @@ def _copy(x, y, n, SHIFT: tl.constexpr, MASK: tl.constexpr, BLOCK: tl.constexpr)
         tl.store(y + at, tl.load(x + at + SHIFT, mask=at < n), mask=at < n)
     else:
         tl.store(y + at, tl.load(x + at + SHIFT))
+
+
+@triton.jit
+def _copy_two(x, more, y, n, SHIFT: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + at, tl.load(x + at + SHIFT, mask=at < n) + tl.load(more + at, mask=at < n), mask=at < n)
 
 
 @triton.jit
@@ -209,6 +230,14 @@ def test_a_view_ends_where_its_elements_end():
         _copy[(3,)](whole[8:48], y, 40, SHIFT=1, MASK=True, BLOCK=16)
     with flagged(r"y \+ 40 .* outside"), checked():  # a store
         _copy[(3,)](whole, y, 41, SHIFT=0, MASK=True, BLOCK=16)
+
+
+def test_a_neighbour_in_the_same_storage_is_outside():
+    both, y = torch.zeros(2, 40), torch.empty(40)  # as k and v are when one product made them
+    with flagged(), checked():
+        _copy_two[(3,)](both[0], both[1], y, 40, SHIFT=0, BLOCK=16)
+    with flagged(r"x \+ 40 .* outside"), checked():
+        _copy_two[(3,)](both[0], both[1], y, 40, SHIFT=1, BLOCK=16)
 
 
 def test_padding_belongs_to_the_row_but_no_other_columns():
