@@ -18,12 +18,12 @@ shakespeare: $(VENV)/ready
 
 test: check
 	@rm -f .coverage*
-	@$(BIN)/coverage run -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n auto
 	@$(BIN)/coverage combine -q
 	@$(BIN)/coverage report
 
 test-full: check
-	@$(BIN)/pytest -m "full or not full"
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m "full or not full"
 
 check: $(VENV)/ready-dev
 	@$(BIN)/ruff check -q .

@@ -94,3 +94,13 @@ def losses(run: Path, key: str = "loss") -> dict[int, float]:
 
 def weights(run: Path, which: str = "latest") -> bytes:
     return (checkpoint.find(run, which) / "model.safetensors").read_bytes()
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say how many mutants were caught (tests/test_mutants.py), whichever processes tried them."""
+    found = {
+        outcome: [x for x in terminalreporter.getreports(outcome) if "::test_a_mutant_is_caught" in x.nodeid]
+        for outcome in ("passed", "failed")
+    }
+    if tried := len(found["passed"]) + len(found["failed"]):
+        terminalreporter.write_line(f"{len(found['passed'])} of {tried} mutants caught")

@@ -8,7 +8,6 @@ does no harm.
 import importlib
 import importlib.util
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -25,21 +24,6 @@ BUGS = {
     if (ROOT / "tests" / f"mutants_{kernel}.py").exists()
 }
 MUTANTS = [(kernel, *mutant) for kernel, bugs in BUGS.items() for mutant in bugs.MUTANTS]
-tried: Counter[str] = Counter()
-caught: Counter[str] = Counter()
-
-
-class Score:
-    """A plugin of pytest's that says at the end how many mutants were caught."""
-
-    def pytest_terminal_summary(self, terminalreporter):
-        each = ", ".join(f"{kernel} {caught[kernel]}/{tried[kernel]}" for kernel in tried)
-        terminalreporter.write_line(f"{caught.total()} of {tried.total()} mutants caught: {each}")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def score(request):
-    request.config.pluginmanager.register(Score())
 
 
 def source(kernel: str) -> str:
@@ -67,7 +51,5 @@ def test_a_mutant_is_caught(number, tmp_path):
     kernel, _, old, new, *times = MUTANTS[number]  # times: how often the text occurs, where that is not once
     right = source(kernel)
     assert right.count(old) == (times[0] if times else 1), f"occurs {right.count(old)} times: {old}"
-    tried[kernel] += 1
     with pytest.raises(AssertionError):  # of the probe or the checker: a mutant that is no program does not count
         probe(kernel, right.replace(old, new), f"mutant{number}", tmp_path)
-    caught[kernel] += 1
