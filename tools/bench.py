@@ -4,6 +4,8 @@ python tools/bench.py kernels [--out DIR]   on a GPU: checks heed's kernels, the
 python tools/bench.py kernels --bound       anywhere: what each GPU could do at best, computed
 python tools/bench.py kernels --dry-run     anywhere: the first command's code on tiny shapes, interpreted, not timed
 python tools/bench.py tiles [KERNEL]        on a GPU: searches tiles, prints rows for kernels/tiles.py
+python tools/bench.py train --nanogpt DIR --text FILE [--setting cpu|gpu] [--out DIR]
+                                            anywhere: seconds of training to a validation loss, beside nanoGPT
 """
 
 import argparse
@@ -23,6 +25,13 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     kernels.add_argument("--out", type=Path, metavar="DIR", help="write a CSV and a picture there")
     kernels.add_argument("--bound", action="store_true", help="print what is possible, and time nothing")
     parser.set_defaults(bound=False)
+    train = commands.add_parser("train", help="time to a validation loss, against nanoGPT")
+    train.add_argument("--nanogpt", type=Path, required=True, metavar="DIR", help="a clone of nanoGPT")
+    train.add_argument("--text", type=Path, required=True, metavar="FILE", help="tiny Shakespeare, nanoGPT's input.txt")
+    train.add_argument("--setting", choices=["cpu", "gpu"], default="cpu", help="which of nanoGPT's two; default: cpu")
+    train.add_argument("--seeds", type=int, default=3, help="trainings of each, in turns; default: 3")
+    train.add_argument("--out", type=Path, metavar="DIR", help="write a CSV and a picture there")
+    train.add_argument("options", nargs="*", help="after --: options for heed's train.py, beside the setting's recipe")
     tiles = commands.add_parser("tiles", help="search the tiles of a kernel")
     tiles.add_argument("kernel", nargs="?", help="a row of kernels/tiles.py; all if none")
     for command in (kernels, tiles):
@@ -45,6 +54,10 @@ def check_device() -> None:
 
 def main(a: argparse.Namespace) -> int:
     """Do what was asked; returns the exit status."""
+    if a.command == "train":
+        from tools import bench_train
+
+        return bench_train.run(a.nanogpt, a.text, a.setting, a.seeds, a.out, a.options)
     if a.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
     elif not a.bound:
