@@ -75,6 +75,7 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
     context, micro, share = config.model.context, *split_batch(config, world.size)
     torch.manual_seed(config.train.seed)
     model = GPT(config.model).to(machine.device)
+    model.model.recompute = config.train.recompute
     if machine.compile:
         for layer in model.model.layers:
             layer.compile()  # all layers run the code of the first

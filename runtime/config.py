@@ -108,6 +108,8 @@ class TrainConfig:
     """tokens in one optimizer step, over all devices; a multiple of model.context"""
     micro_batch: int = 16
     """sequences at once on one device: lower it when memory runs out, the result stays the same"""
+    recompute: bool = False
+    """keep only what goes into each layer and compute the rest again backward: more time, much less memory"""
     evals: int = 4
     """times to save, validate and show a sample, evenly spaced, the last one at the end"""
     keep: int = 2

@@ -20,7 +20,7 @@ from data.tokenizer import Tokenizer
 from model import GPT, ModelConfig
 from runtime import checkpoint, metrics
 from runtime.recipes import load
-from tests.conftest import ROOT, SMALL, losses, weights
+from tests.conftest import ROOT, SMALL, TINY, losses, randomized, weights
 
 
 def test_a_run_learns_and_leaves_everything_in_its_folder(runs):
@@ -252,3 +252,16 @@ def test_epochs_and_batches_come_from_the_loader(learn, monkeypatch):
     monkeypatch.setattr(Loader, "batch", lambda self, *a: (asked.append(a), batch(self, *a))[1])
     learn("asks", "--train.steps=3", "--train.evals=1")
     assert asked == [(0, 8, 0, 1), (1, 8, 0, 1), (2, 8, 0, 1)]
+
+
+def test_recomputing_changes_nothing_but_memory():
+    """The same gradients, dropout's masks included."""
+    gradients = []
+    tokens = torch.randint(97, (2, 32), generator=torch.Generator().manual_seed(0))
+    for recompute in (False, True):
+        model = randomized(dataclasses.replace(TINY, dropout=0.3)).train()
+        model.model.recompute = recompute
+        torch.manual_seed(1)
+        model.loss(tokens, tokens).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(a.equal(b) for a, b in zip(*gradients, strict=True))

@@ -6,6 +6,7 @@ python tools/bench.py kernels --dry-run     anywhere: the first command's code o
 python tools/bench.py tiles [KERNEL]        on a GPU: searches tiles, prints rows for kernels/tiles.py
 python tools/bench.py train --nanogpt DIR --text FILE [--setting cpu|gpu] [--out DIR]
                                             anywhere: seconds of training to a validation loss, beside nanoGPT
+python tools/bench.py grow [--out DIR]      anywhere: how a step's time and memory grow with the model's sizes
 """
 
 import argparse
@@ -25,6 +26,9 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     kernels.add_argument("--out", type=Path, metavar="DIR", help="write a CSV and a picture there")
     kernels.add_argument("--bound", action="store_true", help="print what is possible, and time nothing")
     parser.set_defaults(bound=False)
+    grow = commands.add_parser("grow", help="time and memory against context, width, batch, vocabulary")
+    grow.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
+    grow.add_argument("--out", type=Path, metavar="DIR", help="write a CSV and a picture there")
     train = commands.add_parser("train", help="time to a validation loss, against nanoGPT")
     train.add_argument("--nanogpt", type=Path, required=True, metavar="DIR", help="a clone of nanoGPT")
     train.add_argument("--text", type=Path, required=True, metavar="FILE", help="tiny Shakespeare, nanoGPT's input.txt")
@@ -54,6 +58,10 @@ def check_device() -> None:
 
 def main(a: argparse.Namespace) -> int:
     """Do what was asked; returns the exit status."""
+    if a.command == "grow":
+        from tools import bench_grow
+
+        return bench_grow.run(a.quick, a.out)
     if a.command == "train":
         from tools import bench_train
 

@@ -1,0 +1,35 @@
+"""bench.py grow: its arithmetic, and its whole path on tiny sizes."""
+
+import csv
+
+import pytest
+
+from tools import bench, bench_grow
+
+
+def test_exponents():
+    sizes = [1, 2, 4, 8, 16, 32]
+    assert bench_grow.exponent(sizes, [3.0 * n**2 for n in sizes]) == pytest.approx(2)
+    assert bench_grow.exponent(sizes, [100.0, 100.0, 100.0, 8.0, 16.0, 32.0]) == pytest.approx(1)  # the upper half
+    assert bench_grow.exponent([64, 128], [1.0, 8.0]) == pytest.approx(3)
+
+
+def test_recomputing_takes_less_memory():
+    size = {"context": 2048, "width": 256, "batch": 1, "vocabulary": 256}
+    kept, recomputed = (bench_grow.measure(**size, recompute=recompute)["bytes"] for recompute in (False, True))
+    assert recomputed < 0.7 * kept
+
+
+def test_what_does_not_fit_is_named():
+    with pytest.raises(ValueError, match="'width': 65"):
+        bench_grow.measure(context=64, width=65, batch=0, vocabulary=64, recompute=False)
+
+
+def test_the_whole_path(tmp_path, capsys):
+    assert bench.main(bench.arguments(["grow", "--quick", "--out", str(tmp_path)])) == 0
+    assert "grows with the power of" in capsys.readouterr().out
+    rows = list(csv.DictReader((tmp_path / "grow.csv").open()))
+    assert len(rows) == 10
+    assert {row["series"] for row in rows} == {"context", "context, recomputed", "width", "batch", "vocabulary"}
+    assert all(float(row["seconds"]) > 0 and int(row["bytes"]) > 0 for row in rows)
+    assert (tmp_path / "grow.png").stat().st_size > 1000
