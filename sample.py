@@ -198,8 +198,8 @@ def newest_run() -> Path:
 
 
 def load(run: Path, checkpoint: str = "best") -> tuple[GPT, Tokenizer]:
-    """A run's model and tokenizer; best means latest while there is no best yet. Raises CheckpointError."""
-    folder = find(run, "latest" if checkpoint == "best" and not (run / "best").exists() else checkpoint)
+    """A run's model and tokenizer. Raises CheckpointError."""
+    folder = find(run, checkpoint)
     config = ModelConfig(**read_state(folder)["config"]["model"])
     load_weights(folder, model := GPT(config).eval())
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), Tokenizer.load(run / "tokenizer.json")

@@ -30,7 +30,7 @@ from data.prepare import prepare
 from data.shards import ShardError, Shards
 from data.tokenizer import Tokenizer, TokenizerError
 from model import GPT, count_parameters, flops_per_token
-from runtime import checkpoint, device, metrics, optim, parallel
+from runtime import checkpoint, device, metrics, optim, parallel, start
 from runtime.checkpoint import CheckpointError
 from runtime.config import SECTIONS, Config, ConfigError
 from runtime.recipes import documentation, dump, fields, load, recipes
@@ -50,9 +50,6 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
     run = RUNS / config.name
     if world.main and not resume:
         refuse_overwriting(run, overwrite)
-    if resume and config.train.dtype == "auto":  # what a measurement chose is kept: resuming must be exact
-        chosen = checkpoint.read_state(checkpoint.find(run, "latest"))["dtype"]
-        config = dataclasses.replace(config, train=dataclasses.replace(config.train, dtype=chosen))
     machine = device.choose(config.train, world.local_rank)
     for line in machine.why:
         say(line)
@@ -84,6 +81,9 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
     say(
         f"model {count_parameters(config.model):,} parameters, {flops_per_token(config.model) / 1e6:,.1f} MFLOP a token"
     )
+    if config.init_from and not resume:
+        checkpoint.load_weights(origin := start.source(config.init_from), model, grow=True)
+        say(f"weights {origin}, to be trained further")
     say(
         f"batch {config.train.batch_tokens:,} tokens = {world.size} devices x {share // micro} micro-batches "
         f"x {micro} sequences x {context} tokens"
@@ -265,6 +265,8 @@ def steps_in_time(config: Config, val_text: Shards, pace: float, step: int, elap
 def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
     """The configuration with the vocabulary that the tokenizer needs."""
     size = config.model.vocab_size or tokenizer.vocab_size
+    if config.init_from:
+        size = max(size, tokenizer.vocab_size)  # which has grown if marks were added to it
     if size < tokenizer.vocab_size:
         raise ConfigError(
             f"model.vocab_size = {size}: smaller than the tokenizer's {tokenizer.vocab_size}; 0 takes that"
@@ -317,7 +319,10 @@ def main() -> None:
 
 
 def read_arguments(words: list[str]) -> tuple[Config, bool, bool] | None:
-    """The configuration, resume and overwrite; or None when the question was answered by printing."""
+    """The configuration, resume and overwrite; or None when the question was answered by printing.
+
+    What another run decides (--init-from, --resume) is in the configuration already.
+    """
     recipe = words[0] if words and not words[0].startswith("-") else None
     defaults = load(recipe) if recipe else Config("RECIPE")
     parser = argparse.ArgumentParser(
@@ -327,6 +332,8 @@ def read_arguments(words: list[str]) -> tuple[Config, bool, bool] | None:
     parser.add_argument("--overwrite", action="store_true", help="begin again, in place of an existing run")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     parser.add_argument("--name", metavar="STR", help=f"folder under runs/; default: {defaults.name}")
+    parser.add_argument("--init-from", metavar="RUN", help="begin with the weights, tokenizer and model of this run: "
+        "its folder, or folder@step-000500; of the model only context and dropout are this run's own")  # fmt: skip
     for section in SECTIONS:
         group = parser.add_argument_group(section)
         documents = documentation(section)
@@ -347,11 +354,15 @@ def read_arguments(words: list[str]) -> tuple[Config, bool, bool] | None:
     flags_only = ("resume", "overwrite", "print_config")
     overrides = {k: v for k, v in vars(known).items() if v is not None and k not in flags_only}
     config = load(recipe, overrides)
+    if known.resume and known.overwrite:
+        raise ConfigError("--resume and --overwrite: one or the other")
+    if known.resume:
+        config = start.remembered(config, RUNS / config.name)
+    elif config.init_from:
+        config = start.inherited(config, RUNS / config.name, overrides)
     if known.print_config:
         print(dump(config), end="")
         return None
-    if known.resume and known.overwrite:
-        raise ConfigError("--resume and --overwrite: one or the other")
     return config, known.resume, known.overwrite
 
 

@@ -149,6 +149,7 @@ class Config:
     """One run. `name` is its folder under runs/."""
 
     name: str
+    init_from: str = ""  # the run whose weights, tokenizer and model it begins with, see runtime/start.py
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
