@@ -24,8 +24,9 @@ from typing import Any
 
 import torch
 
+from data import chat
 from data.corpora import CorpusError
-from data.loader import Loader, validation
+from data.loader import IGNORE, Conversations, Loader, validation
 from data.prepare import prepare
 from data.shards import ShardError, Shards
 from data.tokenizer import Tokenizer, TokenizerError
@@ -61,9 +62,10 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
     text = text or prepare(**dataclasses.asdict(config.data))
     train_text, val_text = Shards(text, "train"), Shards(text, "val")
     tokenizer = Tokenizer.load(text / "tokenizer.json")
+    answers = f", {train_text.counted:,} and {val_text.counted:,} of them in answers" if train_text.chat else ""
     say(
-        f"text {config.data.source}: {train_text.tokens:,} tokens to train on, {val_text.tokens:,} to validate on "
-        f"({val_text.bytes:,} bytes); {tokenizer.kind} tokenizer of {tokenizer.vocab_size:,}"
+        f"text {config.data.source}: {train_text.tokens:,} tokens to train on, {val_text.tokens:,} to validate on"
+        f"{answers} ({val_text.bytes:,} bytes); {tokenizer.kind} tokenizer of {tokenizer.vocab_size:,}"
     )
 
     # 3. The model and its batch: stated in tokens, whatever the devices ---------------------------------------------
@@ -76,7 +78,7 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
         for layer in model.model.layers:
             layer.compile()  # all layers run the code of the first
     optimizers = optim.build(model, config.optim, machine.dtype)
-    loader = Loader(train_text, context=context, seed=config.train.seed)
+    loader = (Conversations if train_text.chat else Loader)(train_text, context=context, seed=config.train.seed)
     sequences = share * world.size
     say(
         f"model {count_parameters(config.model):,} parameters, {flops_per_token(config.model) / 1e6:,.1f} MFLOP a token"
@@ -133,7 +135,7 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
             save()
             validated[step] = validate(model, val_text, config, world, machine, tokenizer.eot)
             if record:
-                bits = validated[step] * val_text.tokens / val_text.bytes / math.log(2)
+                bits = validated[step] * val_text.counted / val_text.bytes / math.log(2)
                 record.log(step, val_loss=validated[step], bits_per_byte=bits, seconds=time.perf_counter() - clock)
                 say(f"step {step:,}: validation {validated[step]:.4f} nats a token, {bits:.4f} bits a byte")
                 say(excerpt(model, tokenizer, config))
@@ -151,10 +153,12 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
         # Dropout's mask is a function of seed, step and process, so that no generator's state needs to be saved.
         torch.manual_seed((config.train.seed * 1_000_003 + step) * 1_009 + world.rank)
         x, y = loader.batch(step, sequences, world.rank, world.size)  # (share, context) each
+        # The mean is over the targets that count, in all processes: conversations differ in how much of them is answer.
+        counted = world.sum([float((y != IGNORE).sum())], machine.device)[0] / world.size  # on average, a process
         loss = torch.zeros((), device=machine.device)
         for inputs, targets in zip(x.split(micro), y.split(micro), strict=True):
             with machine.autocast():
-                part = model.loss(inputs.to(machine.device), targets.to(machine.device)) / x.numel()
+                part = model.loss(inputs.to(machine.device), targets.to(machine.device)) / max(counted, 1)
             part.backward()
             loss += part.detach()
         world.average_gradients(model)
@@ -233,7 +237,7 @@ class Stop:
 def validate(
     model: GPT, text: Shards, config: Config, world: parallel.World, machine: device.Machine, eot: int
 ) -> float:
-    """Mean loss over every token of the text, in nats; the batches are shared out over the processes."""
+    """Mean loss over every token that counts, in nats; the batches are shared out over the processes."""
     model.eval()
     total = 0.0
     batches = validation(text, config.model.context, config.train.micro_batch, eot)
@@ -242,14 +246,16 @@ def validate(
             with machine.autocast():
                 total += float(model.loss(inputs.to(machine.device), targets.to(machine.device)))
     model.train()
-    return world.sum([total], machine.device)[0] / text.tokens
+    return world.sum([total], machine.device)[0] / text.counted
 
 
 def excerpt(model: GPT, tokenizer: Tokenizer, config: Config) -> str:
     """A short sample, indented."""
+    prompt, chatting = config.train.prompt, config.data.format == "chat"  # there the prompt is what the user says
+    begin = chat.opening(tokenizer, [("user", prompt)], config.model.context) if chatting else prompt
     model.eval()
     with torch.compiler.set_stance("force_eager"):  # a few tokens are not worth compiling for
-        text = config.train.prompt + "".join(t for _, t in speak(model, tokenizer, config.train.prompt, tokens=100))
+        text = prompt + "\n" * chatting + "".join(t for _, t in speak(model, tokenizer, begin, tokens=100))
     model.train()
     return "\n".join(f"    | {line}" for line in text.strip().splitlines())
 
