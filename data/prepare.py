@@ -65,9 +65,9 @@ def prepare(
     how: dict[str, Any] = {"format": format, "split": split, "text_column": text_column, "cache": cache}
     corpus = open_corpus(source, limit=limit, **how)
     held = open_corpus(val_source, field="val_source", **how) if val_source else None
+    marks = chat.MARKS if format == "chat" else ()
     ready = None if tokenizer in KINDS else get_tokenizer(tokenizer)
-    if ready and format == "chat":
-        ready = chat.with_marks(ready)
+    ready = chat.with_marks(ready) if ready and marks else ready
     made_with = ready.sha256 if ready else (tokenizer, vocab_size if tokenizer == "bpe" else 0)
     val = held.fingerprint if held else val_fraction
     key = hashlib.sha256(repr((FORMAT_VERSION, corpus.fingerprint, val, made_with)).encode()).hexdigest()[:24]
@@ -81,7 +81,7 @@ def prepare(
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".tmp-{key}-"))
     try:
         sides = Sides(corpus, held, val_fraction)
-        made = ready or learn(tokenizer, vocab_size, sides, log, marks=chat.MARKS if format == "chat" else ())
+        made = ready or learn(tokenizer, vocab_size, sides, log, marks)
         made.save(temporary / "tokenizer.json")
         manifest = write(temporary, sides, made, log)
         (temporary / "manifest.json").write_text(json.dumps(dataclasses.asdict(manifest), indent=2) + "\n")
@@ -140,7 +140,7 @@ def text_hash(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
 
 
-def learn(kind: str, vocab_size: int, sides: Sides, log: Log, marks: tuple[str, ...] = ()) -> Tokenizer:
+def learn(kind: str, vocab_size: int, sides: Sides, log: Log, marks: tuple[str, ...]) -> Tokenizer:
     """Train a tokenizer and give it the marks. A BPE sees SAMPLE characters of training text: spread evenly where the
     size of the corpus is known, from its head where it is not (the hub)."""
     rate = min(1.0, SAMPLE / sides.corpus.size) if sides.corpus.size else 1.0
