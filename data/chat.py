@@ -48,12 +48,12 @@ def read(file: Path) -> Iterator[Piece]:
             if line.strip():
                 try:
                     turns = parse(json.loads(line.decode("utf-8-sig")))
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:  # the latter from brackets without end
                     raise ValueError(f"{file}:{number}: {_plainly(error)}") from None
                 yield Piece("".join(f"{role}\n{content}\n" for role, content in turns), ends=True, turns=tuple(turns))
 
 
-def _plainly(error: ValueError) -> str:
+def _plainly(error: Exception) -> str:
     if isinstance(error, UnicodeDecodeError):
         return f"is not UTF-8 (byte {error.start} of the line)"
     return f"is not JSON ({error})" if isinstance(error, json.JSONDecodeError) else str(error)

@@ -131,6 +131,7 @@ def line(*turns: tuple[str, str], **more: object) -> str:
     ("bad", "says"),
     [
         ("{", "is not JSON (Expecting property name"),
+        ("[" * 100_000, "maximum recursion depth exceeded"),
         ("[1]", 'has no "messages"; a line is {"messages": [{"role": "user"'),
         ('{"text": "hi"}', 'has no "messages"'),
         ('{"messages": []}', 'has no "messages"'),

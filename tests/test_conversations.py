@@ -1,7 +1,10 @@
 """Conversations as batches: every answer learnt once an epoch, nothing else, and the mean over what is learnt."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,7 @@ from data.prepare import prepare
 from data.shards import ShardError, Shards
 from data.tokenizer import Tokenizer
 from model import GPT
-from tests.conftest import TINY, losses, randomized
+from tests.conftest import ROOT, SMALL, TINY, losses, randomized
 from tests.test_chat import line
 
 
@@ -137,6 +140,19 @@ def test_the_mean_is_over_answers_however_the_batch_is_split(learn, questions, m
     logits = GPT(config)(batches[0][0])
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batches[0][1].flatten(), ignore_index=IGNORE)
     assert losses(at_once)[1] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_two_processes_with_unequal_answers_learn_what_one_does(learn, questions, tmp_path):
+    words = [f"--data.source={questions}", "--data.format=chat", "--train.steps=4", "--train.evals=1"]
+    alone = learn("chat-alone", *words)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "train.py"),
+         "shakespeare", "--name=chat-both", *SMALL, *words],
+        cwd=ROOT, env=os.environ | {"HEED_RUNS": str(tmp_path), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for key in ("loss", "val_loss"):
+        assert losses(tmp_path / "chat-both", key) == pytest.approx(losses(alone, key), rel=1e-4)
 
 
 def test_resuming_conversations_is_bitwise(learn, questions, monkeypatch):
