@@ -16,7 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 RUNS = Path(os.environ.get("HEED_RUNS") or Path(__file__).resolve().parent / "runs")
@@ -120,7 +120,8 @@ def generate(
     seen = torch.zeros(samples, model.config.vocab_size, dtype=torch.bool, device=device)
     seen.index_fill_(1, text[0, : len(prompt)], True)
 
-    cache = KVCache(model.config, 1, device=device, dtype=model.model.embed_tokens.weight.dtype)
+    room = replace(model.config, context=min(context, text.shape[1]))  # no more memory than this text can fill
+    cache = KVCache(room, 1, device=device, dtype=model.model.embed_tokens.weight.dtype)
     start = read = max(0, len(prompt) - context)  # where the window begins, and up to where it has been read
     for end in range(len(prompt), len(prompt) + tokens):
         if end - start > context:
@@ -146,9 +147,9 @@ def generate(
 class Voice:
     """One sample's text: whole characters only, nothing of a stop text, and no more once it has ended."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], prompt: Sequence[int] = ()) -> None:
         self.eot, self.stop = tokenizer.eot, stop
-        self.stream = tokenizer.stream()
+        self.stream = tokenizer.stream(prompt)
         self.held, self.ended = "", False  # held: it may turn out to be the beginning of a stop text
 
     def push(self, token: int, last: bool) -> str:
@@ -175,8 +176,8 @@ def speak(
     A sample ends with the end-of-text token, before a stop text, or after `tokens` tokens. An empty prompt begins a
     new document. Raises TokenizerError when the tokenizer cannot spell the prompt.
     """
-    ids = tokenizer.encode(prompt) or [tokenizer.eot]
-    voices = [Voice(tokenizer, stop) for _ in range(samples)]
+    ids = tokenizer.opening + tokenizer.encode(prompt) or [tokenizer.eot]
+    voices = [Voice(tokenizer, stop, ids) for _ in range(samples)]
     made = generate(model, ids, tokens=tokens, samples=samples, sampling=sampling, seed=seed)
     for number, step in enumerate(made, 1):
         for sample, token in enumerate(step.tolist()):
@@ -198,8 +199,8 @@ def newest_run() -> Path:
 
 
 def load(run: Path, checkpoint: str = "best") -> tuple[GPT, Tokenizer]:
-    """A run's model and tokenizer; best means latest while there is no best yet. Raises CheckpointError."""
-    folder = find(run, "latest" if checkpoint == "best" and not (run / "best").exists() else checkpoint)
+    """A run's model and tokenizer. Raises CheckpointError."""
+    folder = find(run, checkpoint)
     config = ModelConfig(**read_state(folder)["config"]["model"])
     load_weights(folder, model := GPT(config).eval())
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), Tokenizer.load(run / "tokenizer.json")

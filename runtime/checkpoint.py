@@ -58,10 +58,11 @@ def point(run: Path, pointer: str, folder: Path) -> None:
 
 
 def find(run: Path, which: str) -> Path:
-    """The checkpoint that a pointer (latest, best) or its own name (step-000500) means. Raises CheckpointError."""
+    """The checkpoint that a pointer (latest, best) or its own name (step-000500) means; best means latest while there
+    is no best yet. Raises CheckpointError."""
     if not run.is_dir():
         raise CheckpointError(f"{run}: no such run")
-    pointer = run / which
+    pointer = run / ("latest" if which == "best" and not (run / "best").exists() else which)
     folder = run / pointer.read_text().strip() if pointer.is_file() else pointer
     if not (folder / "state.json").is_file():
         there = ", ".join(sorted(p.name for p in run.glob("step-*"))) or "none"
