@@ -15,6 +15,7 @@ text contains those 13 characters, they are encoded as 13 characters.
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -49,6 +50,10 @@ class Tokenizer:
             plain, marked = (inner.encode("a", add_special_tokens=marks).ids for marks in (False, True))
             self.opening = marked[: marked.index(plain[0])]
         content = json.loads(inner.to_str())
+        self.whole: set[int] | None = None  # ids whose text no next id can change; None: the library sees to that
+        if content["model"].get("byte_fallback"):  # entries that are one byte change it, and what is skipped may hide one
+            special = {i for i, token in inner.get_added_tokens_decoder().items() if token.special}
+            self.whole = {i for token, i in vocab.items() if not re.fullmatch("<0x[0-9A-F]{2}>", token)} - special
         self.sha256 = hashlib.sha256((json.dumps(content, sort_keys=True) + (self.end or "")).encode()).hexdigest()
         self._chars = None
         if content["model"]["type"] == "WordLevel" and all(len(token) == 1 or token == EOT for token in vocab):
@@ -153,13 +158,20 @@ class Stream:
 
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int]):
         self._tokenizer = tokenizer
-        self._decoder = decoders.DecodeStream(list(before), skip_special_tokens=True)
-        self._held: list[int] = []
+        known = list(before)
+        while known and tokenizer.whole is not None and known[-1] not in tokenizer.whole:
+            known.pop()
+        self._decoder = decoders.DecodeStream(known, skip_special_tokens=True)
+        self._held: list[int] = []  # ids without their text so far
+        self._new: list[int] = []  # those of them that the decoder has not seen
 
     def push(self, token: int) -> str:
         """The text that became complete with this id; often `""`."""
         self._held.append(token)
-        text = self._decoder.step(self._tokenizer.inner, token)
+        self._new.append(token)
+        if self._tokenizer.whole is not None and token not in self._tokenizer.whole:
+            return ""
+        text, self._new = self._decoder.step(self._tokenizer.inner, self._new), []
         if text is None:
             return ""
         self._held = []
@@ -167,7 +179,7 @@ class Stream:
 
     def flush(self) -> str:
         """What is still held back when no more ids come, its broken bytes as U+FFFD."""
-        held, self._held = self._held, []
+        held, self._held, self._new = self._held, [], []
         self._decoder = decoders.DecodeStream(skip_special_tokens=True)
         return self._tokenizer.decode(held)
 
