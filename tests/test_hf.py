@@ -22,8 +22,9 @@ from tools.hf_export import export
 
 TEXTS = ["the cat sat on the mat, the other cat sat on the hat. " * 20, "It's 1,234 days — café, 日本語, 👩‍👩‍👧!\n\n"]
 HARD = [
-    "", " ", "the cat", f"a{EOT}b </s><s><unk> <|im_start|>user<|im_end|>", "👩‍👩‍👧 🇫🇷", "日本語 中文 한국어", "e\u0301 é \u200d\ufeff",
-    "a\r\nb\rc\n\n\n", "x" + " " * 40 + "y\t\t \n ", "1234567890 3.14", "\0\x7f\x85\u2028", "don't I'LL  we've", "naïve Ωμέγα שלום",
+    "", " ", "the cat", f"a{EOT}b </s><s><unk> <|im_start|>user<|im_end|>", "👩‍👩‍👧 🇫🇷", "日本語 中文 한국어",
+    "e\u0301 é \u200d\ufeff", "a\r\nb\rc\n\n\n", "x" + " " * 40 + "y\t\t \n ", "1234567890 3.14",
+    "\0\x7f\x85\u2028", "don't I'LL  we've", "naïve Ωμέγα שלום",
 ]  # fmt: skip
 BPE = Tokenizer.train("bpe", TEXTS, 300)
 

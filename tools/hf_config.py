@@ -58,6 +58,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     words: dict[str, Any] = {"architectures": [CLASSES[kind]], "model_type": kind, "hidden_act": "silu"}
     words |= {theirs: getattr(config, ours) for ours, theirs in SAME.items()}
     words |= {"attention_bias": False, "rope_parameters": rope}
+    words |= {"rope_theta": config.rope_theta, "rope_scaling": rope if config.yarn_factor > 1 else None}  # before 5
     letters = (config.layer_pattern * config.n_layer)[: config.n_layer]
     if kind != "llama":
         words["layer_types"] = [KINDS[letter] for letter in letters]
@@ -67,7 +68,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         words |= {"use_sliding_window": config.window > 0, "sliding_window": config.window or None}
     if kind == "qwen3_next":
         words["mlp_only_layers"] = list(range(config.n_layer))
-        rope["partial_rotary_factor"] = 1.0  # theirs is a quarter unless told
+        words["partial_rotary_factor"] = rope["partial_rotary_factor"] = 1.0  # theirs is a quarter unless told
     return words
 
 
