@@ -69,13 +69,15 @@ def test_speaking_follows_the_prompt_as_decoding_the_whole_does(name, tmp_path):
         assert prompt + "".join(part for _, part in parts) == expected
 
 
-def test_a_sentencepiece_keeps_the_space_after_the_prompt():
+def test_a_sentencepiece_keeps_the_space_after_the_prompt(monkeypatch):
     tokenizer = SENTENCEPIECE
     before, after = tokenizer.encode("the cat"), tokenizer.encode("sat 👩")
     stream = tokenizer.stream(before)
     assert "".join(map(stream.push, after)) + stream.flush() == " sat 👩"
     assert tokenizer.opening == [1] and tokenizer.stream([1]).push(before[0]) == tokenizer.decode(before[:1])
     assert tokenizer.decode(tokenizer.encode("  a </s><0x41>\r\n")) == "  a </s><0x41>\r\n"
+    monkeypatch.setattr("sample.generate", lambda *_, **__: (torch.tensor([i]) for i in tokenizer.encode("sat on")))
+    assert "".join(part for _, part in speak(None, tokenizer, "the cat")) == " sat on"
 
 
 @settings(max_examples=200, deadline=None)
