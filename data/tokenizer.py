@@ -50,10 +50,10 @@ class Tokenizer:
             plain, marked = (inner.encode("a", add_special_tokens=marks).ids for marks in (False, True))
             self.opening = marked[: marked.index(plain[0])]
         content = json.loads(inner.to_str())
-        self.whole: set[int] | None = None  # ids whose text no next id can change; None: the library sees to that
-        if content["model"].get(
-            "byte_fallback"
-        ):  # entries that are one byte change it, and what is skipped may hide one
+        # Ids whose text no next id can change; None where the library sees to that. An entry that is one byte can, and
+        # one that is skipped may stand between two such.
+        self.whole: set[int] | None = None
+        if content["model"].get("byte_fallback"):
             special = {i for i, token in inner.get_added_tokens_decoder().items() if token.special}
             self.whole = {i for token, i in vocab.items() if not re.fullmatch("<0x[0-9A-F]{2}>", token)} - special
         self.sha256 = hashlib.sha256((json.dumps(content, sort_keys=True) + (self.end or "")).encode()).hexdigest()
