@@ -48,6 +48,8 @@ class ModelConfig:
     """keys that a sliding-window layer sees, the query's own included; needed when layer_pattern has an S"""
     layer_pattern: str = "L"
     """repeated over the layers: L sees the whole context, S a sliding window ("SSSL": three short, one long)"""
+    qk_norm: bool = True
+    """normalize queries and keys; false is Llama's attention"""
     gate: bool = False
     """multiply attention's output by a learned sigmoid gate of its input"""
     rope_theta: float = 10000.0
@@ -198,8 +200,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(C, K * D, bias=False)
         self.v_proj = nn.Linear(C, K * D, bias=False)
         self.o_proj = nn.Linear(H * D, C, bias=False)
-        self.q_norm = nn.RMSNorm(D, eps=config.norm_eps)
-        self.k_norm = nn.RMSNorm(D, eps=config.norm_eps)
+        self.q_norm = nn.RMSNorm(D, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(D, eps=config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
         B, T, _ = x.shape

@@ -16,7 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 RUNS = Path(os.environ.get("HEED_RUNS") or Path(__file__).resolve().parent / "runs")
@@ -124,7 +124,8 @@ def generate(
     seen = torch.zeros(samples, model.config.vocab_size, dtype=torch.bool, device=device)
     seen.index_fill_(1, text[0, : len(prompt)], True)
 
-    cache = KVCache(model.config, 1, device=device, dtype=model.model.embed_tokens.weight.dtype)
+    room = replace(model.config, context=min(context, text.shape[1]))  # no more memory than this text can fill
+    cache = KVCache(room, 1, device=device, dtype=model.model.embed_tokens.weight.dtype)
     start = read = max(0, len(prompt) - context)  # where the window begins, and up to where it has been read
     for end in range(len(prompt), len(prompt) + tokens):
         if end - start > context:
@@ -156,8 +157,9 @@ def speak(
     A sample ends with an end mark (of a text or a turn), before a stop text, or after `tokens` tokens. The prompt is
     text or its tokens; an empty one begins a new document. Raises TokenizerError when the tokenizer cannot spell it.
     """
-    ids = (tokenizer.encode(prompt) if isinstance(prompt, str) else prompt) or [tokenizer.eot]
-    voices = [Voice(tokenizer, stop) for _ in range(samples)]
+    ids = tokenizer.opening + tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+    ids = ids or [tokenizer.eot]
+    voices = [Voice(tokenizer, stop, ids) for _ in range(samples)]
     made = generate(model, ids, tokens=tokens, samples=samples, sampling=sampling, seed=seed)
     for number, step in enumerate(made, 1):
         for sample, token in enumerate(step.tolist()):

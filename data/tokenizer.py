@@ -15,6 +15,7 @@ text contains those 13 characters, they are encoded as 13 characters.
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -32,19 +33,32 @@ class TokenizerError(ValueError):
 
 class Tokenizer:
     """One vocabulary. `vocab_size`: number of ids; `eot`: the id of end of text; `ends`: all ids after which a model
-    has no more to say, `eot` and in a chat `<|im_end|>`; `sha256`: of its canonical JSON."""
+    has no more to say, `eot` and in a chat `<|im_end|>`; `opening`: the ids before every text that a model reads, none
+    in heed's own vocabularies; `sha256`: of its canonical JSON, and of `eot` where named."""
 
-    def __init__(self, inner: tokenizers.Tokenizer, where: str = "tokenizer"):
+    def __init__(self, inner: tokenizers.Tokenizer, where: str = "tokenizer", end: str | None = None):
+        """end: the token that ends a text, where the vocabulary alone does not tell. Raises TokenizerError."""
         inner.encode_special_tokens = True  # a user's text holds no special tokens; tokenizer.json cannot keep this
         inner.no_truncation()
         inner.no_padding()
         self.inner = inner
         vocab = inner.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values()) + 1
-        self.eot = vocab[end_of_text(vocab, where)]
-        self.ends = {vocab[mark] for mark in (EOT, *END_MARKS) if mark in vocab}
+        self.end = None if end == EOT else end
+        self.eot = vocab[self.end or end_of_text(vocab, where)]
+        self.ends = {self.eot, *(vocab[mark] for mark in (EOT, *END_MARKS) if mark in vocab)}
+        self.opening: list[int] = []
+        if inner.post_processor is not None:  # it puts marks round a text; those before it are wanted
+            plain, marked = (inner.encode("a", add_special_tokens=marks).ids for marks in (False, True))
+            self.opening = marked[: marked.index(plain[0])]
         content = json.loads(inner.to_str())
-        self.sha256 = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        # Ids whose text no next id can change; None where the library sees to that. An entry that is one byte can, and
+        # one that is skipped may stand between two such.
+        self.whole: set[int] | None = None
+        if content["model"].get("byte_fallback"):
+            special = {i for i, token in inner.get_added_tokens_decoder().items() if token.special}
+            self.whole = {i for token, i in vocab.items() if not re.fullmatch("<0x[0-9A-F]{2}>", token)} - special
+        self.sha256 = hashlib.sha256((json.dumps(content, sort_keys=True) + (self.end or "")).encode()).hexdigest()
         self._chars = None
         special = {token["content"] for token in content["added_tokens"]}
         if content["model"]["type"] == "WordLevel" and all(len(token) == 1 or token in special for token in vocab):
@@ -88,13 +102,16 @@ class Tokenizer:
         that are not UTF-8 (a model can write them) become U+FFFD."""
         return self.inner.decode(list(ids), skip_special_tokens=True)
 
-    def stream(self) -> "Stream":
-        """A decoder for ids that come one at a time."""
-        return Stream(self)
+    def stream(self, before: Sequence[int] = ()) -> "Stream":
+        """A decoder for ids that come one at a time, after those in `before`."""
+        return Stream(self, before)
 
     def save(self, path: Path) -> None:
-        """Write tokenizer.json; transformers reads it as `PreTrainedTokenizerFast(tokenizer_file=...)`."""
+        """Write tokenizer.json; transformers reads it as `PreTrainedTokenizerFast(tokenizer_file=...)`. A named end of
+        text goes beside it, where transformers keeps it: tokenizer_config.json."""
         path.write_text(self.inner.to_str(pretty=True), encoding="utf-8")
+        if self.end:
+            path.with_name("tokenizer_config.json").write_text(json.dumps({"eos_token": self.end}) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
@@ -110,7 +127,7 @@ class Tokenizer:
             raise TokenizerError(
                 f"data.tokenizer = {str(path)!r}: not a tokenizer.json ({' '.join(str(error).split())})"
             ) from None
-        return cls(inner, str(path))
+        return cls(inner, str(path), named_end(path.with_name("tokenizer_config.json"), inner))
 
     @classmethod
     def train(cls, kind: str, texts: Iterable[str], vocab_size: int = 4096) -> "Tokenizer":
@@ -144,15 +161,22 @@ class Tokenizer:
 class Stream:
     """Token by token to text, holding back bytes until they make whole characters: an emoji is several tokens."""
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int]):
         self._tokenizer = tokenizer
-        self._decoder = decoders.DecodeStream(skip_special_tokens=True)
-        self._held: list[int] = []
+        known = list(before)
+        while known and tokenizer.whole is not None and known[-1] not in tokenizer.whole:
+            known.pop()
+        self._decoder = decoders.DecodeStream(known, skip_special_tokens=True)
+        self._held: list[int] = []  # ids without their text so far
+        self._new: list[int] = []  # those of them that the decoder has not seen
 
     def push(self, token: int) -> str:
         """The text that became complete with this id; often `""`."""
         self._held.append(token)
-        text = self._decoder.step(self._tokenizer.inner, token)
+        self._new.append(token)
+        if self._tokenizer.whole is not None and token not in self._tokenizer.whole:
+            return ""
+        text, self._new = self._decoder.step(self._tokenizer.inner, self._new), []
         if text is None:
             return ""
         self._held = []
@@ -160,7 +184,7 @@ class Stream:
 
     def flush(self) -> str:
         """What is still held back when no more ids come, its broken bytes as U+FFFD."""
-        held, self._held = self._held, []
+        held, self._held, self._new = self._held, [], []
         self._decoder = decoders.DecodeStream(skip_special_tokens=True)
         return self._tokenizer.decode(held)
 
@@ -176,6 +200,18 @@ def end_of_text(vocab: dict[str, int], where: str) -> str:
         return found[0]
     among = f"several that might serve: {found}" if found else f"nor any of {list(END_MARKS)}"
     raise TokenizerError(f"data.tokenizer = {where!r}: has no {EOT}, {among}; add {EOT} to its added_tokens")
+
+
+def named_end(path: Path, inner: tokenizers.Tokenizer) -> str | None:
+    """The end of text that a tokenizer_config.json names, if there is one. Raises TokenizerError."""
+    try:
+        named = json.loads(path.read_text(encoding="utf-8")).get("eos_token") if path.is_file() else None
+    except (ValueError, AttributeError) as error:
+        raise TokenizerError(f"{path}: not a tokenizer_config.json ({error})") from None
+    end = named["content"] if isinstance(named, dict) else named
+    if end is not None and inner.token_to_id(end) is None:
+        raise TokenizerError(f"{path}: eos_token = {end!r}: not in the vocabulary of tokenizer.json")
+    return end
 
 
 def get_tokenizer(spec: str, texts: Callable[[], Iterator[str]] | None = None, vocab_size: int = 4096) -> Tokenizer:

@@ -8,9 +8,9 @@ from data.tokenizer import Tokenizer
 class Voice:
     """One sample's text: whole characters only, nothing of a stop text, and no more once it has ended."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], prompt: Sequence[int] = ()) -> None:
         self.ends, self.stop = tokenizer.ends, stop
-        self.stream = tokenizer.stream()
+        self.stream = tokenizer.stream(prompt)
         self.held, self.ended = "", False  # held: it may turn out to be the beginning of a stop text
 
     def push(self, token: int, last: bool) -> str:

@@ -136,6 +136,7 @@ FLAGS = {
     "multi-query": {"n_kv_head": 1},
     "window": {"layer_pattern": "SL", "window": 7},
     "all window": {"layer_pattern": "S", "window": 1},
+    "no qk-norm": {"qk_norm": False},
     "gate": {"gate": True},
     "yarn": {"yarn_factor": 4.0, "yarn_original_context": 80},
     "dropout": {"dropout": 0.5},
