@@ -1,6 +1,7 @@
 """The GGUF file: every number of it by gguf's own reader, and llama.cpp's ids, logits and text where it is installed."""
 
 import importlib.util
+import sys
 
 import gguf
 import numpy as np
@@ -31,7 +32,11 @@ HARD = [
 
 @pytest.fixture(scope="module")
 def some_text() -> list[str]:
-    return [*(page.read_text() for page in sorted((ROOT / "docs").glob("*.md"))), *HARD * 3]
+    # not the longest: llama-cpp-python gives 32 bytes of a token at most
+    return [
+        *(page.read_text() for page in sorted((ROOT / "docs").glob("*.md"))),
+        *(t for t in HARD * 3 if t[:9] != "x" * 9),
+    ]
 
 
 def split_like(tokenizer: Tokenizer, how: pre_tokenizers.PreTokenizer, texts: list[str]) -> Tokenizer:
@@ -260,7 +265,9 @@ def test_llama_cpp_says_the_same_in_f32(run, tmp_path):
 @pytest.mark.parametrize("dtype", tool.DTYPES)
 def test_llama_cpp_finds_the_same_perplexity(dtype, run, text, tmp_path, capsys):
     assert tool.main([str(run), str(tmp_path / "x.gguf"), "--dtype", dtype]) == 0
-    assert capsys.readouterr().out.startswith(f"{tmp_path / 'x.gguf'}: {dtype}, {(tmp_path / 'x.gguf').stat().st_size:,} bytes, bpe")
+    assert capsys.readouterr().out.startswith(
+        f"{tmp_path / 'x.gguf'}: {dtype}, {(tmp_path / 'x.gguf').stat().st_size:,} bytes, bpe"
+    )
     model, tokenizer = load(run)
     ids = torch.tensor(tokenizer.encode(text.read_text())[:257])
     with torch.inference_mode():
@@ -321,9 +328,7 @@ def test_mistakes_are_one_line(words, says, runs, capsys):
     assert says in printed.err.strip().splitlines()[-1]
 
 
-def test_without_the_package_there_is_a_hint(runs, tmp_path):
-    (tmp_path / "gguf.py").write_text("raise ModuleNotFoundError(\"No module named 'gguf'\")")
-    words = (str(runs / "songs"), str(tmp_path / "x.gguf"))
-    done = command("tools/gguf.py", *words, where=runs, PYTHONPATH=str(tmp_path))
-    assert done.stderr == "gguf.py: No module named 'gguf': pip install -e .[gguf]\n"
-    assert done.returncode == 2
+def test_without_the_package_there_is_a_hint(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert tool.main([str(runs / "songs"), str(tmp_path / "x.gguf")]) == 2
+    assert capsys.readouterr().err.endswith(": pip install -e .[gguf]\n")
