@@ -70,7 +70,7 @@ def test_commands_run(line, place, text, tmp_path):
         line = f"{kept} {source}{' '.join(small)} --data.tokenizer=bpe --train.steps=4 --train.evals=1"
         line += "" if "--resume" in line else " --overwrite"
         line += "" if "--name" in line else " --name=page"
-    line = line.replace("--run runs", f"--run {place}").replace("my-notes", str(text.parent))
+    line = re.sub(r"\bruns/", f"{place}/", line).replace("my-notes", str(text.parent))
     line = re.sub(r"--nproc-per-node[ =]8", "--nproc-per-node=2", line)
     environment = os.environ | {"HEED_RUNS": str(place), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(["bash", "-ec", line], cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -1,10 +1,8 @@
-"""The GGUF file: every number of it by gguf's own reader, and llama.cpp's ids, logits and text where it is installed."""
+"""The GGUF file, every number in it read by gguf's own reader. What llama.cpp makes of it: tests/test_llama_cpp.py."""
 
-import importlib.util
 import sys
 
 import gguf
-import numpy as np
 import pytest
 import tokenizers
 import torch
@@ -12,58 +10,10 @@ from tokenizers import pre_tokenizers
 
 from data.tokenizer import EOT, Tokenizer
 from model import GPT, ModelConfig
-from sample import Sampling, generate, load
-from tests.conftest import ROOT, SMALL, TINY, command, randomized
+from tests.conftest import TINY, randomized
 from tools import gguf as tool
 
-LLAMA = importlib.util.find_spec("llama_cpp") is not None
-needs_llama = pytest.mark.skipif(not LLAMA, reason="llama-cpp-python is not installed")
-
-HARD = [
-    "", " ", "a", "Hello, world!", "don't we'll they've I'm 'S 'LL", "  two   runs  ", "tabs\t\tand\n\n\nlines\n \n  x",
-    "Windows\r\nline\r\n\r\nends\r", "naïve café e\u0301", "语言模型，中文。日本語カナ", "🙂👩‍🚀🇨🇭 flags", "١٢٣ ½ ² Ⅷ 12345 3.14",
-    f"a {EOT} b", "<|endoftext|", "<|im_start|>user", "\u00a0\u2003\u3000 wide", "\u200b\u200d\ufeff", "\x00\x01\x7f",
-    "x" * 300, "ñandú Ωmega Ж د ह ก 𝔘𝔫𝔦", "def f(x):\n    return x**2  # ok\n", "∑∫≠ €£¥ …—–", "trailing   ",
-]  # fmt: skip
-
-
 # The tokenizers -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def some_text() -> list[str]:
-    # not the longest: llama-cpp-python gives 32 bytes of a token at most
-    return [
-        *(page.read_text() for page in sorted((ROOT / "docs").glob("*.md"))),
-        *(t for t in HARD * 3 if t[:9] != "x" * 9),
-    ]
-
-
-def split_like(tokenizer: Tokenizer, how: pre_tokenizers.PreTokenizer, texts: list[str]) -> Tokenizer:
-    """A BPE trained with another way to split text."""
-    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
-    inner.pre_tokenizer, inner.decoder = how, tokenizer.inner.decoder
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=900, special_tokens=[EOT], show_progress=False, initial_alphabet=sorted(how.alphabet())
-        if hasattr(how, "alphabet") else sorted(pre_tokenizers.ByteLevel.alphabet()),
-    )  # fmt: skip
-    inner.train_from_iterator(texts, trainer)
-    inner.add_tokens(["<think>"])  # an added token that is not special
-    return Tokenizer(inner)
-
-
-@pytest.fixture(scope="module", params=["bpe", "byte", "char", "smollm", "qwen2"])
-def tokenizer(request, some_text) -> Tokenizer:
-    if request.param in ("bpe", "byte", "char"):
-        return Tokenizer.train(request.param, some_text, 900)
-    steps = {
-        "smollm": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
-        "qwen2": [
-            pre_tokenizers.Split(tokenizers.Regex(tool.QWEN), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ],
-    }[request.param]
-    return split_like(Tokenizer.train("byte", []), pre_tokenizers.Sequence(steps), some_text)
 
 
 def written(tmp_path, model: GPT, tokenizer: Tokenizer, dtype: str = "f32"):
@@ -74,19 +24,6 @@ def written(tmp_path, model: GPT, tokenizer: Tokenizer, dtype: str = "f32"):
 
 def random_model(tokenizer: Tokenizer, **changes) -> GPT:
     return randomized(ModelConfig(**{**vars(TINY), "vocab_size": tokenizer.vocab_size, **changes}))
-
-
-@needs_llama
-def test_llama_cpp_makes_the_same_ids(tokenizer, tmp_path):
-    from llama_cpp import Llama
-
-    path, _ = written(tmp_path, random_model(tokenizer, vocab_size=tokenizer.vocab_size + 3), tokenizer)
-    theirs = Llama(str(path), vocab_only=True, verbose=False)
-    for text in HARD:
-        ids = tokenizer.encode(text)
-        assert theirs.tokenize(text.encode(), add_bos=True, special=False) == ids, text
-        assert theirs.detokenize(ids).decode() == text
-    assert theirs.token_eos() == theirs.token_bos() == tokenizer.eot
 
 
 def test_the_vocabulary_says_of_each_id_what_it_is(tmp_path):
@@ -193,88 +130,6 @@ def test_the_file_says_what_the_model_is(tmp_path):
         "tokenizer.ggml.eos_token_id": tokenizer.eot,
         "tokenizer.ggml.add_bos_token": False,
     }
-
-
-# llama.cpp's arithmetic ---------------------------------------------------------------------------------------------
-
-
-def llama_logits(path, ids: list[int], **how) -> torch.Tensor:
-    """llama.cpp's logits after each of the ids, (T, V)."""
-    from llama_cpp import Llama
-
-    model = Llama(str(path), n_ctx=len(ids), n_batch=512, n_threads=1, logits_all=True, verbose=False, **how)
-    model.eval(ids)
-    return torch.tensor(np.array(model.scores[: len(ids)]))
-
-
-EXACT = {"type_k": 0, "type_v": 0, "flash_attn": False}  # keys and values in fp32, too
-
-WIDE = {"context": 256, "n_embd": 64}
-
-
-@needs_llama
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"tie_embeddings": False, "n_kv_head": 1, "head_dim": 24, "n_ffn": 72},
-        {"yarn_factor": 4.0, "yarn_original_context": 64},
-        {"rope_theta": 1e6, "norm_eps": 1e-2},
-    ],
-)
-def test_llama_cpp_computes_the_same_logits(changes, tmp_path):
-    tokenizer = Tokenizer.train("byte", [])
-    model = random_model(tokenizer, **WIDE, **changes)
-    path, _ = written(tmp_path, model, tokenizer)
-    ids = torch.randint(0, 257, (200,), generator=torch.Generator().manual_seed(1))
-    with torch.inference_mode():
-        ours = model(ids[None])[0]
-    torch.testing.assert_close(llama_logits(path, ids.tolist(), **EXACT), ours, atol=2e-3, rtol=1e-3)
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory, text):
-    """A trained run that reads 256 tokens at once."""
-    where = tmp_path_factory.mktemp("runs")
-    small = [word for word in SMALL if "context" not in word and "batch" not in word]
-    done = command(
-        "train.py", "shakespeare", "--name=read", f"--data.source={text}", *small, "--model.context=256",
-        "--train.batch_tokens=2048", "--train.micro_batch=8", "--train.steps=60", "--train.evals=1", where=where,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return where / "read"
-
-
-@needs_llama
-def test_llama_cpp_says_the_same_in_f32(run, tmp_path):
-    from llama_cpp import Llama
-
-    # as a command, from a folder in which this file would be taken for the package gguf
-    done = command("tools/gguf.py", str(run), str(tmp_path / "x.gguf"), "--dtype", "f32", where=run.parent)
-    assert done.returncode == 0, done.stderr
-    model, tokenizer = load(run)
-    prompt = tokenizer.encode("Song 7: the")
-    ours = [int(t) for t in generate(model.cpu(), prompt, tokens=200, sampling=Sampling(greedy=True))]
-    theirs = Llama(str(tmp_path / "x.gguf"), n_ctx=256, n_threads=1, verbose=False, **EXACT)
-    made = theirs.generate(prompt, top_k=1, temp=0.0, repeat_penalty=1.0)
-    assert [next(made) for _ in range(200)] == ours
-    assert len(set(ours)) > 10
-
-
-@needs_llama
-@pytest.mark.parametrize("dtype", tool.DTYPES)
-def test_llama_cpp_finds_the_same_perplexity(dtype, run, text, tmp_path, capsys):
-    assert tool.main([str(run), str(tmp_path / "x.gguf"), "--dtype", dtype]) == 0
-    assert capsys.readouterr().out.startswith(
-        f"{tmp_path / 'x.gguf'}: {dtype}, {(tmp_path / 'x.gguf').stat().st_size:,} bytes, bpe"
-    )
-    model, tokenizer = load(run)
-    ids = torch.tensor(tokenizer.encode(text.read_text())[:257])
-    with torch.inference_mode():
-        ours = torch.nn.functional.cross_entropy(model.cpu()(ids[None, :-1])[0], ids[1:]).exp()
-    theirs = torch.nn.functional.cross_entropy(llama_logits(tmp_path / "x.gguf", ids[:-1].tolist()), ids[1:]).exp()
-    assert theirs.item() == pytest.approx(ours.item(), rel=0.01)
-    assert ours < 20  # of 300: it has learned something that could get lost
 
 
 # The command --------------------------------------------------------------------------------------------------------

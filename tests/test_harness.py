@@ -16,7 +16,7 @@ from tools.harness_model import Heed
 WORDS = [f"the {n % 7} birds sing to the {n % 5} bees, and the bees to the {n % 3} {w}"
          for n, w in enumerate(["ants.", "bees.", "birds", "ants.\n", "ants", "the", "naïve", "to"])]  # fmt: skip
 CHOICES = [
-    {"prompt": f"Song {n}: the {n % 7} birds sing to the", "choices": ["bees", f"{n % 5} bees, and", "zebras of old"],
+    {"prompt": f"Song {n}: the {n % 7} birds sing to the", "choices": [f"{n % 5}", "3 bees, and the bees to", "zq"],
      "answer": n % 3 % 2} for n in range(12)
 ]  # fmt: skip
 TEXTS = ["Song 8: the 1 birds sing", "Nobody sang.\n" * 12, "x"]  # the second is longer than the run's context of 32

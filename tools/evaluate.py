@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-if __name__ == "__main__":  # the repository in the place of this folder
+if __name__ == "__main__":  # the repository in this folder's place, where this file would be the package evaluate
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from data.corpora import Corpus, CorpusError, open_corpus
@@ -66,9 +66,7 @@ def own_validation(run: Path, config: Config) -> Shards:
     changed since."""
     folder = prepare(**dataclasses.asdict(config.data))
     if folder.name != read_state(find(run, "latest"))["identity"]["text"]:
-        raise CheckpointError(
-            f"{run}: data.source = {config.data.source!r} is not what it was; name a text with --text"
-        )
+        raise CheckpointError(f"{run}: data.source = {config.data.source!r} is not what it was; name a --text")
     return Shards(folder, "val")
 
 

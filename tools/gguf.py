@@ -3,8 +3,8 @@
     python tools/gguf.py runs/shakespeare shakespeare.gguf                  16-bit floats
     python tools/gguf.py runs/shakespeare shakespeare.gguf --dtype q8_0     8 bits a weight and a scale for every 32
 
-A model of heed is a Qwen3, so llama.cpp's architecture `qwen3` computes it. Its tokenizer becomes llama.cpp's byte-level
-BPE; see `vocabulary`. What llama.cpp would compute or spell otherwise is refused by name.
+heed's models are llama.cpp's `qwen3`, its tokenizers become llama.cpp's byte-level BPE (see `vocabulary`). What
+llama.cpp would compute or spell otherwise is refused by name.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import tomllib
 from pathlib import Path
 from typing import Any, NamedTuple
 
-if __name__ == "__main__":  # the repository in the place of this folder, where this file would be the package gguf
+if __name__ == "__main__":  # the repository in this folder's place, where this file would be the package gguf
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import numpy as np
@@ -45,8 +45,8 @@ SPLITS: dict[str, list[dict[str, Any]]] = {
 
 
 class Vocabulary(NamedTuple):
-    """A tokenizer in llama.cpp's terms: `split` is the name of a way to split text, `tokens` and `kinds` have the model's
-    size, a merge is two tokens with a space between."""
+    """A tokenizer in llama.cpp's terms: the name of its way to split text; what each id is; the merges, each two tokens
+    with a space between."""
 
     split: str
     tokens: list[str]
@@ -70,10 +70,10 @@ def vocabulary(tokenizer: Tokenizer, size: int) -> Vocabulary:
         split = "gpt-2"
         spelled = {number: spell(token) for number, token in ids.items() if number not in special}
         ids |= spelled
-        steps = [(text[:n], text[n]) for text in spelled.values() for n in range(1, len(text))]
+        steps = [[text[:n], text[n]] for text in spelled.values() for n in range(1, len(text))]
     else:
         split = splitting(content)
-        steps = [tuple(merge.split(" ")) if isinstance(merge, str) else merge for merge in content["model"]["merges"]]
+        steps = content["model"]["merges"]
     # llama.cpp wants at least one merge: this one never comes to pass, since no text holds its parts
     merges = list(dict.fromkeys(map(" ".join, steps))) or [f"{ids[tokenizer.eot]} {ids[tokenizer.eot]}"]
     kinds = {number: TokenType.CONTROL if control else TokenType.USER_DEFINED for number, control in special.items()}

@@ -1,7 +1,7 @@
 """lm-eval, the harness that published figures come from, with heed's runs in it.
 
     python tools/harness.py --model heed --model_args run=runs/shakespeare --tasks lambada_openai,piqa
-    python tools/harness.py --model heed --model_args run=runs/shakespeare,checkpoint=latest --tasks mine --include_path DIR
+    python tools/harness.py --model heed --model_args run=runs/shakespeare --tasks mine --include_path DIR
 
 This is lm-eval's own command, with all of its flags, which knows one more model: lm-eval finds a model only by a name
 that was registered in the same process, so `lm_eval --model heed` needs this file in the place of `lm_eval`.
@@ -11,9 +11,7 @@ From a program: `lm_eval.simple_evaluate(model=Heed("runs/shakespeare"), tasks=[
 import sys
 from pathlib import Path
 
-if (
-    __name__ == "__main__"
-):  # the repository in the place of this folder, where evaluate.py would be the package evaluate
+if __name__ == "__main__":  # the repository in this folder's place, where evaluate.py would be the package
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 

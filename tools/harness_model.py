@@ -55,7 +55,7 @@ class Heed(TemplateLM):
         """(logprob, greedy) for each ((texts), context ids, continuation ids). A context of nothing but white space has
         no ids left, and begins a document like an empty one."""
         pairs = [(context or [self.eot_token_id], continuation) for _, context, continuation in requests]
-        return [tuple(s) for s in score(self.model, pairs)]
+        return [(s.logprob, s.greedy) for s in score(self.model, pairs)]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """The log-probability of whole texts, each a document of its own, in windows that do not overlap."""
