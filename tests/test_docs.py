@@ -81,7 +81,7 @@ def test_commands_run(line, place, text, chats, tmp_path):
         line = f"{kept} {source}{' '.join(small)} {learnt}--train.steps=4 --train.evals=1"
         line += "" if "--resume" in line else " --overwrite"
         line += "" if "--name" in line else " --name=page"
-    line = re.sub(r" runs/", f" {place}/", line)
+    line = re.sub(r"\bruns/", f"{place}/", line)
     line = line.replace("my-notes", str(text.parent)).replace("chat.jsonl", str(chats))
     line = re.sub(r"--nproc-per-node[ =]8", "--nproc-per-node=2", line)
     environment = os.environ | {"HEED_RUNS": str(place), "OMP_NUM_THREADS": "1"}
