@@ -32,8 +32,9 @@ class TokenizerError(ValueError):
 
 
 class Tokenizer:
-    """One vocabulary. `vocab_size`: number of ids; `eot`: the id of end of text; `opening`: the ids before every text
-    that a model reads, none in heed's own vocabularies; `sha256`: of its canonical JSON, and of `eot` where named."""
+    """One vocabulary. `vocab_size`: number of ids; `eot`: the id of end of text; `ends`: all ids after which a model
+    has no more to say, `eot` and in a chat `<|im_end|>`; `opening`: the ids before every text that a model reads, none
+    in heed's own vocabularies; `sha256`: of its canonical JSON, and of `eot` where named."""
 
     def __init__(self, inner: tokenizers.Tokenizer, where: str = "tokenizer", end: str | None = None):
         """end: the token that ends a text, where the vocabulary alone does not tell. Raises TokenizerError."""
@@ -45,6 +46,7 @@ class Tokenizer:
         self.vocab_size = max(vocab.values()) + 1
         self.end = None if end == EOT else end
         self.eot = vocab[self.end or end_of_text(vocab, where)]
+        self.ends = {self.eot, *(vocab[mark] for mark in (EOT, *END_MARKS) if mark in vocab)}
         self.opening: list[int] = []
         if inner.post_processor is not None:  # it puts marks round a text; those before it are wanted
             plain, marked = (inner.encode("a", add_special_tokens=marks).ids for marks in (False, True))
@@ -58,7 +60,8 @@ class Tokenizer:
             self.whole = {i for token, i in vocab.items() if not re.fullmatch("<0x[0-9A-F]{2}>", token)} - special
         self.sha256 = hashlib.sha256((json.dumps(content, sort_keys=True) + (self.end or "")).encode()).hexdigest()
         self._chars = None
-        if content["model"]["type"] == "WordLevel" and all(len(token) == 1 or token == EOT for token in vocab):
+        special = {token["content"] for token in content["added_tokens"]}
+        if content["model"]["type"] == "WordLevel" and all(len(token) == 1 or token in special for token in vocab):
             self.kind, self._chars = "char", {token: i for token, i in vocab.items() if len(token) == 1}
         elif content["model"]["type"] == "BPE":
             self.kind = "bpe" if content["model"]["merges"] else "byte"
@@ -191,6 +194,8 @@ def end_of_text(vocab: dict[str, int], where: str) -> str:
     if EOT in vocab:
         return EOT
     found = [mark for mark in END_MARKS if mark in vocab]
+    if len(found) > 1:
+        found = [mark for mark in found if mark != "<|im_end|>"]  # beside another it ends a chat's turn
     if len(found) == 1:
         return found[0]
     among = f"several that might serve: {found}" if found else f"nor any of {list(END_MARKS)}"

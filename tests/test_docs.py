@@ -6,6 +6,7 @@ text block that follows it. Commands (sh blocks) run as they stand, on the tests
 
 import contextlib
 import io
+import json
 import os
 import re
 import subprocess
@@ -52,8 +53,17 @@ def place(tmp_path_factory, runs):
     return where
 
 
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory):
+    """A few conversations."""
+    path = tmp_path_factory.mktemp("chats") / "chat.jsonl"
+    turns = ([{"role": "user", "content": f"Song {n}?"}, {"role": "assistant", "content": f"{n}!"}] for n in range(40))
+    path.write_text("".join(json.dumps({"messages": turn}) + "\n" for turn in turns))
+    return path
+
+
 @pytest.mark.parametrize("line", commands())
-def test_commands_run(line, place, text, tmp_path):
+def test_commands_run(line, place, text, chats, tmp_path):
     program = line.split()[0]
     line = re.sub(r"(\.venv/bin/|\b)python (?=train|sample|tools)", f"{sys.executable} ", line)
     line = re.sub(r"^torchrun", f"{sys.executable} -m torch.distributed.run --standalone", line)
@@ -67,10 +77,11 @@ def test_commands_run(line, place, text, tmp_path):
         small = [word for word in SMALL if word.partition("=")[0] not in line]
         source = "" if "--data.source" in line else f"--data.source={text} "
         kept = re.sub(r"--train\.(steps|minutes)[ =]\S+", "", line)
-        line = f"{kept} {source}{' '.join(small)} --data.tokenizer=bpe --train.steps=4 --train.evals=1"
+        learnt = "" if "--init-from" in line else "--data.tokenizer=bpe "  # else the tokenizer is the other run's
+        line = f"{kept} {source}{' '.join(small)} {learnt}--train.steps=4 --train.evals=1"
         line += "" if "--resume" in line else " --overwrite"
         line += "" if "--name" in line else " --name=page"
-    line = re.sub(r" runs/", f" {place}/", line).replace("my-notes", str(text.parent))
+    line = re.sub(r" runs/", f" {place}/", line).replace("my-notes", str(text.parent)).replace("chat.jsonl", str(chats))
     line = re.sub(r"--nproc-per-node[ =]8", "--nproc-per-node=2", line)
     environment = os.environ | {"HEED_RUNS": str(place), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(["bash", "-ec", line], cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -51,7 +51,7 @@ def test_there_and_back_every_weight_and_token_is_the_same(name, tmp_path):
     assert new.eos_token == old.eos_token == HUB[name][3] and new.eos_token_id == tokenizer.eot
     for text in HARD + TEXTS:
         plain = old(text, split_special_tokens=True)["input_ids"]
-        assert new(text)["input_ids"] == plain == tokenizer.opening + tokenizer.encode(text)
+        assert new(text, split_special_tokens=True)["input_ids"] == plain == tokenizer.opening + tokenizer.encode(text)
         assert tokenizer.eot not in plain
 
 
