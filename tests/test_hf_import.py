@@ -103,7 +103,11 @@ def test_the_named_end_of_text_stays_with_the_tokenizer(tmp_path):
     config = tmp_path / "a/tokenizer_config.json"
     config.write_text('{"eos_token": {"content": "<|im_start|>", "special": true}}')
     assert Tokenizer.load(tmp_path / "a").eot == 1
-    for wrong, says in (('{"eos_token": "<stop>"}', "eos_token = '<stop>': not in"), ("[]", "not a tokenizer_config")):
+    for wrong, says in (
+        ('{"eos_token": "<stop>"}', "eos_token = '<stop>': not in"),
+        ('{"eos_token": 2}', "eos_token = 2: not in"),
+        ("[]", "not a tokenizer_config"),
+    ):
         config.write_text(wrong)
         with pytest.raises(ValueError, match=says):
             Tokenizer.load(tmp_path / "a")
