@@ -157,8 +157,7 @@ def speak(
     A sample ends with an end mark (of a text or a turn), before a stop text, or after `tokens` tokens. The prompt is
     text or its tokens; an empty one begins a new document. Raises TokenizerError when the tokenizer cannot spell it.
     """
-    ids = tokenizer.opening + tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-    ids = ids or [tokenizer.eot]
+    ids = (tokenizer.opening + tokenizer.encode(prompt) if isinstance(prompt, str) else prompt) or [tokenizer.eot]
     voices = [Voice(tokenizer, stop, ids) for _ in range(samples)]
     made = generate(model, ids, tokens=tokens, samples=samples, sampling=sampling, seed=seed)
     for number, step in enumerate(made, 1):

@@ -208,8 +208,8 @@ def named_end(path: Path, inner: tokenizers.Tokenizer) -> str | None:
         named = json.loads(path.read_text(encoding="utf-8")).get("eos_token") if path.is_file() else None
     except (ValueError, AttributeError) as error:
         raise TokenizerError(f"{path}: not a tokenizer_config.json ({error})") from None
-    end = named["content"] if isinstance(named, dict) else named
-    if end is not None and inner.token_to_id(end) is None:
+    end = named.get("content") if isinstance(named, dict) else named
+    if end is not None and (not isinstance(end, str) or inner.token_to_id(end) is None):
         raise TokenizerError(f"{path}: eos_token = {end!r}: not in the vocabulary of tokenizer.json")
     return end
 

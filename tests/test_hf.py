@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from data import chat
 from data.tokenizer import EOT, Tokenizer
 from model import ModelConfig
 from runtime import checkpoint
@@ -136,6 +137,20 @@ def test_the_tokenizer_reads_hard_texts_alike_and_marks_documents(kind, tmp_path
         assert fast.decode(ids) == text
     assert fast(f"a{EOT}b", split_special_tokens=False)["input_ids"][1] == tokenizer.eot
     assert fast.decode([tokenizer.eot, *tokenizer.encode("the cat")], skip_special_tokens=True) == "the cat"
+
+
+def test_a_conversation_is_written_down_alike_and_ends_alike(tmp_path):
+    tokenizer = chat.with_marks(Tokenizer.train("bpe", TEXTS, 300))
+    export(made(tmp_path / "run", dataclasses.replace(TINY, vocab_size=0), tokenizer), tmp_path / "out")
+    fast = AutoTokenizer.from_pretrained(tmp_path / "out")
+    said = fast.apply_chat_template(
+        [{"role": "user", "content": "the cat?\n日本"}], add_generation_prompt=True, return_dict=False
+    )
+    assert said == chat.opening(tokenizer, [("user", "the cat?\n日本")], 10_000)
+    assert set(theirs(tmp_path / "out").generation_config.eos_token_id) == tokenizer.ends
+    take_in(str(tmp_path / "out"), tmp_path / "back")
+    _, again = load_run(tmp_path / "back")
+    assert (again.ends, again.eot, again.sha256) == (tokenizer.ends, tokenizer.eot, tokenizer.sha256)
 
 
 def test_the_card_and_the_settings_say_what_the_run_was(runs, tmp_path):

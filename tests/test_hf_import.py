@@ -51,7 +51,7 @@ def test_there_and_back_every_weight_and_token_is_the_same(name, tmp_path):
     assert new.eos_token == old.eos_token == HUB[name][3] and new.eos_token_id == tokenizer.eot
     for text in HARD + TEXTS:
         plain = old(text, split_special_tokens=True)["input_ids"]
-        assert new(text)["input_ids"] == plain == tokenizer.opening + tokenizer.encode(text)
+        assert new(text, split_special_tokens=True)["input_ids"] == plain == tokenizer.opening + tokenizer.encode(text)
         assert tokenizer.eot not in plain
 
 
@@ -103,7 +103,11 @@ def test_the_named_end_of_text_stays_with_the_tokenizer(tmp_path):
     config = tmp_path / "a/tokenizer_config.json"
     config.write_text('{"eos_token": {"content": "<|im_start|>", "special": true}}')
     assert Tokenizer.load(tmp_path / "a").eot == 1
-    for wrong, says in (('{"eos_token": "<stop>"}', "eos_token = '<stop>': not in"), ("[]", "not a tokenizer_config")):
+    for wrong, says in (
+        ('{"eos_token": "<stop>"}', "eos_token = '<stop>': not in"),
+        ('{"eos_token": 2}', "eos_token = 2: not in"),
+        ("[]", "not a tokenizer_config"),
+    ):
         config.write_text(wrong)
         with pytest.raises(ValueError, match=says):
             Tokenizer.load(tmp_path / "a")

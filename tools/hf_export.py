@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from data.chat import MARKS, chat_template
 from data.tokenizer import Tokenizer
 from data.wheels import WHEELS
 from model import ModelConfig, count_parameters
@@ -37,19 +38,20 @@ def export(run: Path, folder: Path, checkpoint: str = "best", dtype: str = "floa
     tokenizer.save(folder / "tokenizer.json")
     write_json(folder / "config.json", words | marks | {"dtype": dtype})
     # It speaks there as sample.py does here; padding has no effect, but its lack makes `generate` warn.
-    speaking = {"do_sample": True, "temperature": 0.8, "top_k": 0, "pad_token_id": tokenizer.eot}
+    speaking: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_k": 0, "pad_token_id": tokenizer.eot}
+    if turns := sorted(tokenizer.ends - {tokenizer.eot}):  # what ends an answer ends a text, too
+        speaking["eos_token_id"] = [tokenizer.eot, *turns]
     write_json(folder / "generation_config.json", marks | speaking)
-    write_json(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": tokenizer.inner.id_to_token(begin),
-            "eos_token": tokenizer.inner.id_to_token(tokenizer.eot),
-            "model_max_length": config.context,
-            "split_special_tokens": True,  # a user's text holds no special tokens
-            "clean_up_tokenization_spaces": False,
-        },
-    )
+    chat = all(tokenizer.inner.token_to_id(mark) is not None for mark in MARKS)
+    said = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": tokenizer.inner.id_to_token(begin),
+        "eos_token": tokenizer.inner.id_to_token(tokenizer.eot),
+        "model_max_length": config.context,
+        "split_special_tokens": not chat,  # a user's text holds no special tokens, but a template is text that does
+        "clean_up_tokenization_spaces": False,
+    }
+    write_json(folder / "tokenizer_config.json", said | ({"chat_template": chat_template()} if chat else {}))
     (folder / "README.md").write_text(card(run, state, words["architectures"][0], dtype), encoding="utf-8")
     size = count_parameters(config)
     return f"{folder}: {words['architectures'][0]}, {size:,} parameters in {dtype}, from {source}"
@@ -107,9 +109,6 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 prompt = tokenizer("Once", return_tensors="pt")
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=100)[0], skip_special_tokens=True))
 ```
-
-The tokenizer reads the name of a special token in a text as plain characters; with `split_special_tokens=False` it
-becomes a mark.
 
 ## Recipe
 
