@@ -222,6 +222,7 @@ def test_as_a_command_it_prints_tasks_and_not_the_validation(runs, items):
         (["none"], "none: no such run"),
         (["RUN", "--text", "no.txt"], "--text 'no.txt': no such file; give a path"),
         (["RUN", "--text", "ROWS"], "--text-column 'text': '"),
+        (["RUN", "--limit", "-1"], "--limit -1: must be at least 0"),
         (["RUN", "--tasks", "no.jsonl"], "no.jsonl: cannot be read"),
         (["RUN", "--tasks", "LONG"], "long.jsonl, line 1: 81 tokens to score: must be 1 to model.context = 32"),
         (["RUN", "--tasks", "EMPTY"], "empty.jsonl: has no items"),
