@@ -44,12 +44,12 @@ def test_scores_are_those_by_hand_whatever_the_batch(batch, monkeypatch):
     sizes = [(1, 1), (5, 3), (31, 1), (32, 1), (80, 1), (29, 7), (1, 32), (200, 32), (12, 2)]  # a context holds 32
     requests = [tuple(torch.randint(0, 97, (n,), generator=draw).tolist() for n in pair) for pair in sizes]
     likeliest = transformers_logprobs(model, [*requests[1][0], 0])[-1].argmax().item()
-    requests.append((requests[1][0], [likeliest]))
+    requests += [(requests[1][0], [likeliest, 0, 0]), (requests[1][0], [likeliest])]
     for (context, continuation), (logprob, greedy) in zip(requests, scoring.score(model, requests), strict=True):
         expected = by_hand(model, context, continuation)
         assert logprob == pytest.approx(expected[0], abs=1e-3)
         assert greedy == expected[1]
-    assert scoring.score(model, requests)[-1].greedy
+    assert [s.greedy for s in scoring.score(model, requests)[-2:]] == [False, True]
 
 
 @pytest.mark.parametrize("length", [0, 33])
@@ -113,7 +113,11 @@ def test_results_are_those_by_hand(items):
     for item, (before, options, sizes) in zip(ITEMS[3:], SPELLED, strict=True):
         p = np.array([logprob(before, option)[0] for option in options])
         right[item["task"]].append((p.argmax() == item["answer"], (p / np.array(sizes)).argmax() == item["answer"]))
-    lambada, cloze, choice = tasks.evaluate(model, tokenizer, tasks.read(items))
+    read = tasks.read(items)
+    for item, (before, options, sizes) in zip(read[3:], SPELLED, strict=True):
+        assert [context + continuation for context, continuation in item.options] == [before + o for o in options]
+        assert [tasks.size(option) for option in item.options] == sizes
+    lambada, cloze, choice = tasks.evaluate(model, tokenizer, read)
 
     nll = -np.array([p for p, _ in words])
     assert lambada.perplexity.value == pytest.approx(np.exp(nll.mean()), rel=1e-3)
@@ -194,6 +198,13 @@ def test_any_text_is_measured_as_by_hand(runs, text, tmp_path, capsys):
     assert rows[0][1:] == rows[1][1:]
 
 
+def test_tasks_that_follow_a_text_are_done_without_dropout(runs, items, monkeypatch):
+    training = []
+    monkeypatch.setattr(tasks, "evaluate", lambda model, *_: training.append(model.training) or [])
+    assert evaluate.main([str(runs / "songs"), "--text", str(items), "--tasks", str(items)]) == 0
+    assert training == [False]
+
+
 def test_as_a_command_it_prints_tasks_and_not_the_validation(runs, items):
     done = command("tools/evaluate.py", str(runs / "songs"), "--tasks", str(items), where=runs)
     assert done.returncode == 0, done.stderr
@@ -211,6 +222,7 @@ def test_as_a_command_it_prints_tasks_and_not_the_validation(runs, items):
         (["none"], "none: no such run"),
         (["RUN", "--text", "no.txt"], "--text 'no.txt': no such file; give a path"),
         (["RUN", "--text", "ROWS"], "--text-column 'text': '"),
+        (["RUN", "--limit", "-1"], "--limit -1: must be at least 0"),
         (["RUN", "--tasks", "no.jsonl"], "no.jsonl: cannot be read"),
         (["RUN", "--tasks", "LONG"], "long.jsonl, line 1: 81 tokens to score: must be 1 to model.context = 32"),
         (["RUN", "--tasks", "EMPTY"], "empty.jsonl: has no items"),

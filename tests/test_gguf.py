@@ -27,11 +27,11 @@ def random_model(tokenizer: Tokenizer, **changes) -> GPT:
 
 
 def test_the_vocabulary_says_of_each_id_what_it_is(tmp_path):
-    tokenizer = Tokenizer.train("char", ["né\n語"])
-    words = tool.vocabulary(tokenizer, 7)
-    assert words.tokens == [EOT, "Ċ", "n", "Ã©", "èªŀ", "[PAD5]", "[PAD6]"]
-    assert words.kinds == [3, 1, 1, 1, 1, 5, 5]  # control, normal, unused
-    assert words.merges == ["Ã ©", "è ª", "èª ŀ"]
+    tokenizer = Tokenizer.train("char", ["né\nü語à"])
+    words = tool.vocabulary(tokenizer, 9)
+    assert words.tokens == [EOT, "Ċ", "n", "Ãł", "Ã©", "Ã¼", "èªŀ", "[PAD7]", "[PAD8]"]
+    assert words.kinds == [3, 1, 1, 1, 1, 1, 1, 5, 5]  # control, normal, unused
+    assert words.merges == ["Ã ł", "Ã ©", "Ã ¼", "è ª", "èª ŀ"]
     assert tool.vocabulary(Tokenizer.train("byte", []), 257).merges == [f"{EOT} {EOT}"]
 
 
@@ -149,6 +149,14 @@ def test_what_llama_cpp_cannot_compute_is_refused_by_name(changes, says, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_tensor_that_llama_cpp_has_not_is_refused_by_name(tmp_path):
+    tokenizer = Tokenizer.train("byte", [])
+    model = random_model(tokenizer)
+    model.extra = torch.nn.Linear(2, 2, bias=False)
+    with pytest.raises(ValueError, match=r"^extra.weight: llama.cpp's qwen3 has no such tensor"):
+        written(tmp_path, model, tokenizer)
+
+
 def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     tokenizer = Tokenizer.train("byte", [])
     path, _ = written(tmp_path, random_model(tokenizer), tokenizer)
@@ -162,6 +170,17 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
         written(tmp_path, random_model(tokenizer), tokenizer)
     assert [p.name for p in tmp_path.iterdir()] == ["model.gguf"]
     assert path.read_bytes() == before
+
+
+def test_the_command_names_the_run_and_its_text_but_no_folder(runs, tmp_path, capsys):
+    path = tmp_path / "x.gguf"
+    assert tool.main([str(runs / "songs"), str(path), "--dtype", "q8_0"]) == 0
+    said = f"{path}: q8_0, {path.stat().st_size:,} bytes, bpe tokenizer of 300\n"
+    assert capsys.readouterr().out == said
+    fields = {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
+    assert fields["general.name"] == "songs"
+    assert fields["general.dataset.0.name"] == "songs.txt"
+    assert fields["general.description"].endswith("trained on songs.txt; licence of that text: not stated")
 
 
 @pytest.mark.parametrize(

@@ -90,12 +90,21 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     p.add_argument("--text-column", default="text", help="column of tables that holds the text; default: text")
     p.add_argument("--limit", type=int, default=0, help="documents to read of each text at most; default: 0, all")
-    p.add_argument("--tasks", nargs="+", type=Path, default=[], metavar="FILE", help="items, one a line; see above")
+    p.add_argument(
+        "--tasks",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="JSONL of lambada, cloze and choice items, see docs/8-evaluation.md",
+    )
     return p.parse_args(words)
 
 
 def run(a: argparse.Namespace) -> None:
     """Measure what was asked for and print it as tables."""
+    if a.limit < 0:
+        raise ValueError(f"--limit {a.limit}: must be at least 0")
     items = {path: tasks.read(path) for path in a.tasks}  # a bad line is found before anything takes long
     model, tokenizer = load(a.run, a.checkpoint)
     config = load_recipe(str(a.run / "config.toml"))

@@ -176,13 +176,16 @@ def write(path: Path, model: GPT, tokenizer: Tokenizer, dtype: str, name: str, s
 
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config.n_layer)
     left = []
-    for theirs, weight in model.state_dict().items():
+    for ours, weight in model.state_dict().items():
+        theirs = names.get_name(ours, (".weight",))
+        if theirs is None:
+            raise ValueError(f"{ours}: llama.cpp's qwen3 has no such tensor")
         kind = stored_as(tuple(weight.shape), dtype)
         if kind != dtype and weight.ndim > 1:
-            left.append(theirs)
+            left.append(ours)
         stored = gguf.GGMLQuantizationType[kind.upper()]
         values = gguf.quants.quantize(weight.float().cpu().numpy().astype(np.float32, copy=False), stored)
-        out.add_tensor(names.get_name(theirs, (".weight",)) or theirs, values, raw_dtype=stored)
+        out.add_tensor(theirs, values, raw_dtype=stored)
     try:
         out.write_header_to_file()
         out.write_kv_data_to_file()
@@ -213,8 +216,9 @@ def export(a: argparse.Namespace) -> None:
     if a.file.is_dir() or not a.file.parent.is_dir():
         raise ValueError(f"{a.file}: name a file in a folder that is there, such as {a.run.name}.gguf")
     model, tokenizer = load(a.run, a.checkpoint)
-    recipe = tomllib.loads((a.run / "config.toml").read_text())
-    left = write(a.file, model, tokenizer, a.dtype, a.run.resolve().name, recipe["data"]["source"])
+    source = tomllib.loads((a.run / "config.toml").read_text())["data"]["source"]
+    source = source if source.startswith("hf:") else Path(source).name  # nobody else needs to know where it lay
+    left = write(a.file, model, tokenizer, a.dtype, a.run.resolve().name, source)
     print(
         f"{a.file}: {a.dtype}, {a.file.stat().st_size:,} bytes, {tokenizer.kind} tokenizer of {tokenizer.vocab_size:,}"
     )
