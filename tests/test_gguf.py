@@ -139,6 +139,7 @@ def test_the_file_says_what_the_model_is(tmp_path):
     ("changes", "says"),
     [
         ({"window": 8, "layer_pattern": "SL"}, "model.layer_pattern = 'SL': llama.cpp's qwen3 has no sliding window"),
+        ({"qk_norm": False}, "model.qk_norm = False: llama.cpp's qwen3 normalizes"),
         ({"gate": True}, "model.gate = True: llama.cpp's qwen3 has no gate"),
     ],
 )

@@ -115,6 +115,8 @@ def check(config: ModelConfig) -> None:
     """Raises ValueError for what llama.cpp's qwen3 cannot compute."""
     if "S" in config.layer_pattern:
         raise ValueError(f"model.layer_pattern = {config.layer_pattern!r}: llama.cpp's qwen3 has no sliding window")
+    if not config.qk_norm:
+        raise ValueError("model.qk_norm = False: llama.cpp's qwen3 normalizes queries and keys")
     if config.gate:
         raise ValueError("model.gate = True: llama.cpp's qwen3 has no gate on attention's output")
 
@@ -170,9 +172,10 @@ def write(path: Path, model: GPT, tokenizer: Tokenizer, dtype: str, name: str, s
     out.add_token_list(words.tokens)
     out.add_token_types(words.kinds)
     out.add_token_merges(words.merges)
-    out.add_bos_token_id(tokenizer.eot)  # a document begins after the end of another
+    opening = tokenizer.opening or [tokenizer.eot]  # a document begins after the end of another
+    out.add_bos_token_id(opening[0])
     out.add_eos_token_id(tokenizer.eot)
-    out.add_add_bos_token(False)
+    out.add_add_bos_token(bool(tokenizer.opening))
 
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config.n_layer)
     left = []

@@ -38,6 +38,11 @@ class Heed(TemplateLM):
         return self.vocabulary.eot
 
     @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text that has no context."""
+        return (self.vocabulary.opening or [self.eot_token_id])[0]
+
+    @property
     def max_length(self) -> int:
         """Tokens that the model sees at once."""
         return self.model.config.context
@@ -54,7 +59,11 @@ class Heed(TemplateLM):
     def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
         """(logprob, greedy) for each ((texts), context ids, continuation ids). A context of nothing but white space has
         no ids left, and begins a document like an empty one."""
-        pairs = [(context or [self.eot_token_id], continuation) for _, context, continuation in requests]
+        opening = self.vocabulary.opening
+        pairs = [
+            (context if context == [self.prefix_token_id] else opening + context or [self.eot_token_id], continuation)
+            for _, context, continuation in requests
+        ]
         return [(s.logprob, s.greedy) for s in score(self.model, pairs)]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -62,7 +71,7 @@ class Heed(TemplateLM):
         found = []
         for (text,) in (request.args for request in requests):
             windows = get_rolling_token_windows(
-                self.tok_encode(text), prefix_token=self.eot_token_id, max_seq_len=self.max_length, context_len=1
+                self.tok_encode(text), prefix_token=self.prefix_token_id, max_seq_len=self.max_length, context_len=1
             )
             found.append(sum(s.logprob for s in score(self.model, [make_disjoint_window(pair) for pair in windows])))
         return found
