@@ -39,6 +39,8 @@ def read_arguments() -> argparse.Namespace:
     p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
     p.add_argument("--seed", type=int, default=0, help="same seed, same text; default: 0")
     p.add_argument("--interactive", action="store_true", help="ask for one prompt after another; Ctrl-D ends")
+    p.add_argument("--chat", action="store_true", help="hold a conversation with a run that learnt to; Ctrl-D ends")
+    p.add_argument("--system", default="", help="with --chat: what the conversation is told first")
     return p.parse_args()
 
 
@@ -48,7 +50,9 @@ if __name__ == "__main__":
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from data import chat  # noqa: E402
 from data.tokenizer import Tokenizer, TokenizerError  # noqa: E402
+from data.voice import Voice  # noqa: E402
 from model import GPT, KVCache, ModelConfig  # noqa: E402
 from runtime.checkpoint import CheckpointError, find, load_weights, read_state  # noqa: E402
 
@@ -143,39 +147,16 @@ def generate(
 # 3. Text, as soon as it is sure -------------------------------------------------------------------------------------
 
 
-class Voice:
-    """One sample's text: whole characters only, nothing of a stop text, and no more once it has ended."""
-
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
-        self.eot, self.stop = tokenizer.eot, stop
-        self.stream = tokenizer.stream()
-        self.held, self.ended = "", False  # held: it may turn out to be the beginning of a stop text
-
-    def push(self, token: int, last: bool) -> str:
-        """What can be said now that `token` is known; `last`: none follows."""
-        self.ended = last or token == self.eot
-        self.held += "" if token == self.eot else self.stream.push(token)
-        if self.ended:
-            self.held += self.stream.flush()
-        stops = [at for text in self.stop if (at := self.held.find(text)) >= 0]
-        if stops:
-            self.held, self.ended = self.held[: min(stops)], True
-        begun = (n for text in self.stop for n in range(1, len(text)) if self.held.endswith(text[:n]))
-        keep = 0 if self.ended else max(begun, default=0)
-        sure, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
-        return sure
-
-
 def speak(
-    model: GPT, tokenizer: Tokenizer, prompt: str = "", *, tokens: int = 200, samples: int = 1,
+    model: GPT, tokenizer: Tokenizer, prompt: str | Sequence[int] = "", *, tokens: int = 200, samples: int = 1,
     sampling: Sampling = Sampling(), seed: int = 0, stop: Sequence[str] = (),
 ) -> Iterator[tuple[int, str]]:  # fmt: skip
     """Yield (sample, text) for every token made; the texts of one sample, joined, follow the prompt.
 
-    A sample ends with the end-of-text token, before a stop text, or after `tokens` tokens. An empty prompt begins a
-    new document. Raises TokenizerError when the tokenizer cannot spell the prompt.
+    A sample ends with an end mark (of a text or a turn), before a stop text, or after `tokens` tokens. The prompt is
+    text or its tokens; an empty one begins a new document. Raises TokenizerError when the tokenizer cannot spell it.
     """
-    ids = tokenizer.encode(prompt) or [tokenizer.eot]
+    ids = (tokenizer.encode(prompt) if isinstance(prompt, str) else prompt) or [tokenizer.eot]
     voices = [Voice(tokenizer, stop) for _ in range(samples)]
     made = generate(model, ids, tokens=tokens, samples=samples, sampling=sampling, seed=seed)
     for number, step in enumerate(made, 1):
@@ -198,18 +179,22 @@ def newest_run() -> Path:
 
 
 def load(run: Path, checkpoint: str = "best") -> tuple[GPT, Tokenizer]:
-    """A run's model and tokenizer; best means latest while there is no best yet. Raises CheckpointError."""
-    folder = find(run, "latest" if checkpoint == "best" and not (run / "best").exists() else checkpoint)
+    """A run's model and tokenizer. Raises CheckpointError."""
+    folder = find(run, checkpoint)
     config = ModelConfig(**read_state(folder)["config"]["model"])
     load_weights(folder, model := GPT(config).eval())
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), Tokenizer.load(run / "tokenizer.json")
 
 
-def say(model: GPT, tokenizer: Tokenizer, prompt: str, sampling: Sampling, a: argparse.Namespace) -> None:
-    """Print the prompt and what follows it: one sample as it is made, several one after another."""
-    stream, texts = a.num_samples == 1, [prompt] * a.num_samples
+def say(
+    model: GPT, tokenizer: Tokenizer, prompt: str | Sequence[int], sampling: Sampling, a: argparse.Namespace
+) -> str:
+    """Print the prompt, if it is text, and what follows: one sample as it is made, several one after another. Returns
+    the first sample."""
+    shown = prompt if isinstance(prompt, str) else ""
+    stream, texts = a.num_samples == 1, [shown] * a.num_samples
     made, first, start = 0, 0.0, time.perf_counter()
-    print(prompt if stream else "", end="", flush=True)
+    print(shown if stream else "", end="", flush=True)
     asked = {"tokens": a.tokens, "samples": a.num_samples, "sampling": sampling, "seed": a.seed, "stop": a.stop}
     for sample, text in speak(model, tokenizer, prompt, **asked):
         made, first = made + 1, first or time.perf_counter() - start
@@ -219,6 +204,7 @@ def say(model: GPT, tokenizer: Tokenizer, prompt: str, sampling: Sampling, a: ar
     took = time.perf_counter() - start
     speed = f"{made / took:,.0f} tokens/s, the first after {first * 1000:,.0f} ms"
     print(f"[{made} tokens in {took:.2f} s: {speed}]", file=sys.stderr)
+    return texts[0]
 
 
 def main(a: argparse.Namespace) -> None:
@@ -226,12 +212,24 @@ def main(a: argparse.Namespace) -> None:
     sampling = Sampling(a.temperature, a.top_k, a.top_p, a.min_p, a.repetition_penalty, a.greedy)
     if min(a.tokens, a.num_samples) < 1:
         raise ValueError(f"tokens = {a.tokens}, num_samples = {a.num_samples}: both must be at least 1")
+    if a.system and not a.chat:
+        raise ValueError(f"system = {a.system!r}: goes with --chat")
     model, tokenizer = load(a.run or newest_run(), a.checkpoint)
-    if not a.interactive:
-        say(model, tokenizer, sys.stdin.read() if a.prompt == "-" else a.prompt, sampling, a)
-    while a.interactive:
+    turns = [("system", a.system)] if a.system else []  # of a chat, so far
+    most = model.config.context - min(a.tokens, model.config.context // 2)  # the rest is for the answer
+
+    def answer(prompt: str) -> None:
+        begin = chat.opening(tokenizer, [*turns, ("user", prompt)], most) if a.chat else prompt
+        turns.extend([("user", prompt), ("assistant", say(model, tokenizer, begin, sampling, a))])
+
+    if a.chat:
+        chat.marks(tokenizer)  # raises if there are none
+    if not (a.interactive or (a.chat and not a.prompt)):
+        answer(sys.stdin.read() if a.prompt == "-" else a.prompt)
+        return
+    while True:
         try:
-            say(model, tokenizer, input("> "), sampling, a)
+            answer(input("> "))
         except TokenizerError as error:
             print(error, file=sys.stderr)
 

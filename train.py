@@ -24,13 +24,14 @@ from typing import Any
 
 import torch
 
+from data import chat
 from data.corpora import CorpusError
-from data.loader import Loader, validation
+from data.loader import IGNORE, Conversations, Loader, validation
 from data.prepare import prepare
 from data.shards import ShardError, Shards
 from data.tokenizer import Tokenizer, TokenizerError
 from model import GPT, count_parameters, flops_per_token
-from runtime import checkpoint, device, metrics, optim, parallel
+from runtime import checkpoint, device, metrics, optim, parallel, start
 from runtime.checkpoint import CheckpointError
 from runtime.config import SECTIONS, Config, ConfigError
 from runtime.recipes import documentation, dump, fields, load, recipes
@@ -50,9 +51,6 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
     run = RUNS / config.name
     if world.main and not resume:
         refuse_overwriting(run, overwrite)
-    if resume and config.train.dtype == "auto":  # what a measurement chose is kept: resuming must be exact
-        chosen = checkpoint.read_state(checkpoint.find(run, "latest"))["dtype"]
-        config = dataclasses.replace(config, train=dataclasses.replace(config.train, dtype=chosen))
     machine = device.choose(config.train, world.local_rank)
     for line in machine.why:
         say(line)
@@ -64,9 +62,10 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
     text = text or prepare(**dataclasses.asdict(config.data))
     train_text, val_text = Shards(text, "train"), Shards(text, "val")
     tokenizer = Tokenizer.load(text / "tokenizer.json")
+    answers = f", {train_text.counted:,} and {val_text.counted:,} of them in answers" if train_text.chat else ""
     say(
-        f"text {config.data.source}: {train_text.tokens:,} tokens to train on, {val_text.tokens:,} to validate on "
-        f"({val_text.bytes:,} bytes); {tokenizer.kind} tokenizer of {tokenizer.vocab_size:,}"
+        f"text {config.data.source}: {train_text.tokens:,} tokens to train on, {val_text.tokens:,} to validate on"
+        f"{answers} ({val_text.bytes:,} bytes); {tokenizer.kind} tokenizer of {tokenizer.vocab_size:,}"
     )
 
     # 3. The model and its batch: stated in tokens, whatever the devices ---------------------------------------------
@@ -79,11 +78,14 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
         for layer in model.model.layers:
             layer.compile()  # all layers run the code of the first
     optimizers = optim.build(model, config.optim, machine.dtype)
-    loader = Loader(train_text, context=context, seed=config.train.seed)
+    loader = (Conversations if train_text.chat else Loader)(train_text, context=context, seed=config.train.seed)
     sequences = share * world.size
     say(
         f"model {count_parameters(config.model):,} parameters, {flops_per_token(config.model) / 1e6:,.1f} MFLOP a token"
     )
+    if config.init_from and not resume:
+        checkpoint.load_weights(origin := start.source(config.init_from), model, grow=True)
+        say(f"weights {origin}, to be trained further")
     say(
         f"batch {config.train.batch_tokens:,} tokens = {world.size} devices x {share // micro} micro-batches "
         f"x {micro} sequences x {context} tokens"
@@ -133,7 +135,7 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
             save()
             validated[step] = validate(model, val_text, config, world, machine, tokenizer.eot)
             if record:
-                bits = validated[step] * val_text.tokens / val_text.bytes / math.log(2)
+                bits = validated[step] * val_text.counted / val_text.bytes / math.log(2)
                 record.log(step, val_loss=validated[step], bits_per_byte=bits, seconds=time.perf_counter() - clock)
                 say(f"step {step:,}: validation {validated[step]:.4f} nats a token, {bits:.4f} bits a byte")
                 say(excerpt(model, tokenizer, config))
@@ -151,10 +153,12 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
         # Dropout's mask is a function of seed, step and process, so that no generator's state needs to be saved.
         torch.manual_seed((config.train.seed * 1_000_003 + step) * 1_009 + world.rank)
         x, y = loader.batch(step, sequences, world.rank, world.size)  # (share, context) each
+        # The mean is over the targets that count, in all processes: conversations differ in how much of them is answer.
+        counted = world.sum([float((y != IGNORE).sum())], machine.device)[0] / world.size  # on average, a process
         loss = torch.zeros((), device=machine.device)
         for inputs, targets in zip(x.split(micro), y.split(micro), strict=True):
             with machine.autocast():
-                part = model.loss(inputs.to(machine.device), targets.to(machine.device)) / x.numel()
+                part = model.loss(inputs.to(machine.device), targets.to(machine.device)) / max(counted, 1)
             part.backward()
             loss += part.detach()
         world.average_gradients(model)
@@ -233,7 +237,7 @@ class Stop:
 def validate(
     model: GPT, text: Shards, config: Config, world: parallel.World, machine: device.Machine, eot: int
 ) -> float:
-    """Mean loss over every token of the text, in nats; the batches are shared out over the processes."""
+    """Mean loss over every token that counts, in nats; the batches are shared out over the processes."""
     model.eval()
     total = 0.0
     batches = validation(text, config.model.context, config.train.micro_batch, eot)
@@ -242,14 +246,16 @@ def validate(
             with machine.autocast():
                 total += float(model.loss(inputs.to(machine.device), targets.to(machine.device)))
     model.train()
-    return world.sum([total], machine.device)[0] / text.tokens
+    return world.sum([total], machine.device)[0] / text.counted
 
 
 def excerpt(model: GPT, tokenizer: Tokenizer, config: Config) -> str:
     """A short sample, indented."""
+    prompt, chatting = config.train.prompt, config.data.format == "chat"  # there the prompt is what the user says
+    begin = chat.opening(tokenizer, [("user", prompt)], config.model.context) if chatting else prompt
     model.eval()
     with torch.compiler.set_stance("force_eager"):  # a few tokens are not worth compiling for
-        text = config.train.prompt + "".join(t for _, t in speak(model, tokenizer, config.train.prompt, tokens=100))
+        text = prompt + "\n" * chatting + "".join(t for _, t in speak(model, tokenizer, begin, tokens=100))
     model.train()
     return "\n".join(f"    | {line}" for line in text.strip().splitlines())
 
@@ -265,6 +271,8 @@ def steps_in_time(config: Config, val_text: Shards, pace: float, step: int, elap
 def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
     """The configuration with the vocabulary that the tokenizer needs."""
     size = config.model.vocab_size or tokenizer.vocab_size
+    if config.init_from:
+        size = max(size, tokenizer.vocab_size)  # which has grown if marks were added to it
     if size < tokenizer.vocab_size:
         raise ConfigError(
             f"model.vocab_size = {size}: smaller than the tokenizer's {tokenizer.vocab_size}; 0 takes that"
@@ -317,7 +325,10 @@ def main() -> None:
 
 
 def read_arguments(words: list[str]) -> tuple[Config, bool, bool] | None:
-    """The configuration, resume and overwrite; or None when the question was answered by printing."""
+    """The configuration, resume and overwrite; or None when the question was answered by printing.
+
+    What another run decides (--init-from, --resume) is in the configuration already.
+    """
     recipe = words[0] if words and not words[0].startswith("-") else None
     defaults = load(recipe) if recipe else Config("RECIPE")
     parser = argparse.ArgumentParser(
@@ -327,6 +338,8 @@ def read_arguments(words: list[str]) -> tuple[Config, bool, bool] | None:
     parser.add_argument("--overwrite", action="store_true", help="begin again, in place of an existing run")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     parser.add_argument("--name", metavar="STR", help=f"folder under runs/; default: {defaults.name}")
+    parser.add_argument("--init-from", metavar="RUN", help="begin with the weights, tokenizer and model of this run: "
+        "its folder, or folder@step-000500; of the model only context and dropout are this run's own")  # fmt: skip
     for section in SECTIONS:
         group = parser.add_argument_group(section)
         documents = documentation(section)
@@ -347,11 +360,15 @@ def read_arguments(words: list[str]) -> tuple[Config, bool, bool] | None:
     flags_only = ("resume", "overwrite", "print_config")
     overrides = {k: v for k, v in vars(known).items() if v is not None and k not in flags_only}
     config = load(recipe, overrides)
+    if known.resume and known.overwrite:
+        raise ConfigError("--resume and --overwrite: one or the other")
+    if known.resume:
+        config = start.remembered(config, RUNS / config.name)
+    elif config.init_from:
+        config = start.inherited(config, RUNS / config.name, overrides)
     if known.print_config:
         print(dump(config), end="")
         return None
-    if known.resume and known.overwrite:
-        raise ConfigError("--resume and --overwrite: one or the other")
     return config, known.resume, known.overwrite
 
 

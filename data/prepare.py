@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from data import chat
 from data.corpora import CACHE, Corpus, CorpusError, open_corpus
 from data.cutting import Piece
 from data.shards import FORMAT_VERSION, Manifest, Writer, sync, whole
@@ -44,6 +45,7 @@ def prepare(
     val_fraction: float = 0.05,
     tokenizer: str = "bpe",
     vocab_size: int = 4096,
+    format: str = "text",
     split: str = "train",
     text_column: str = "text",
     limit: int = 0,
@@ -54,16 +56,18 @@ def prepare(
 
     `val_fraction`: the share of the pieces that goes to validation, chosen by hash. With a `val_source`, that is the
     validation text instead, and training loses the pieces that also stand in it. `tokenizer`: see `get_tokenizer`; a
-    BPE is trained on a sample of the training side, `char` takes the characters of both sides. The other arguments are
-    those of `open_corpus`. Raises CorpusError and TokenizerError, one line each.
+    BPE is trained on a sample of the training side, `char` takes the characters of both sides; for conversations
+    (`format` chat) it gets the marks of a chat if it has none. The other arguments are those of `open_corpus`. Raises
+    CorpusError and TokenizerError, one line each.
     """
     if not val_source and not 0 < val_fraction <= 0.5:
         raise CorpusError(f"data.val_fraction = {val_fraction}: must be above 0 and at most 0.5, or name a val_source")
-    corpus = open_corpus(source, split=split, text_column=text_column, limit=limit, cache=cache)
-    held = None
-    if val_source:
-        held = open_corpus(val_source, split=split, text_column=text_column, cache=cache, field="val_source")
+    how: dict[str, Any] = {"format": format, "split": split, "text_column": text_column, "cache": cache}
+    corpus = open_corpus(source, limit=limit, **how)
+    held = open_corpus(val_source, field="val_source", **how) if val_source else None
     ready = None if tokenizer in KINDS else get_tokenizer(tokenizer)
+    if ready and format == "chat":
+        ready = chat.with_marks(ready)
     made_with = ready.sha256 if ready else (tokenizer, vocab_size if tokenizer == "bpe" else 0)
     val = held.fingerprint if held else val_fraction
     key = hashlib.sha256(repr((FORMAT_VERSION, corpus.fingerprint, val, made_with)).encode()).hexdigest()[:24]
@@ -77,7 +81,7 @@ def prepare(
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".tmp-{key}-"))
     try:
         sides = Sides(corpus, held, val_fraction)
-        made = ready or learn(tokenizer, vocab_size, sides, log)
+        made = ready or learn(tokenizer, vocab_size, sides, log, marks=chat.MARKS if format == "chat" else ())
         made.save(temporary / "tokenizer.json")
         manifest = write(temporary, sides, made, log)
         (temporary / "manifest.json").write_text(json.dumps(dataclasses.asdict(manifest), indent=2) + "\n")
@@ -136,9 +140,9 @@ def text_hash(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
 
 
-def learn(kind: str, vocab_size: int, sides: Sides, log: Log) -> Tokenizer:
-    """Train a tokenizer. A BPE sees SAMPLE characters of training text: spread evenly where the size of the corpus is
-    known, from its head where it is not (the hub)."""
+def learn(kind: str, vocab_size: int, sides: Sides, log: Log, marks: tuple[str, ...] = ()) -> Tokenizer:
+    """Train a tokenizer and give it the marks. A BPE sees SAMPLE characters of training text: spread evenly where the
+    size of the corpus is known, from its head where it is not (the hub)."""
     rate = min(1.0, SAMPLE / sides.corpus.size) if sides.corpus.size else 1.0
 
     def sample() -> Iterator[str]:
@@ -156,7 +160,8 @@ def learn(kind: str, vocab_size: int, sides: Sides, log: Log) -> Tokenizer:
 
     log(f"tokenizer: learning {kind} from {sides.corpus.name}")
     started = time.perf_counter()
-    made = get_tokenizer(kind, everything if kind == "char" else sample, vocab_size)
+    made = get_tokenizer(kind, everything if kind == "char" else sample, vocab_size - len(marks))
+    made = chat.with_marks(made) if marks else made
     log(f"tokenizer: {made.kind}, {made.vocab_size} entries, {time.perf_counter() - started:.1f} s")
     if kind == "bpe" and made.vocab_size < vocab_size:
         log(f"tokenizer: the text holds no more than that to merge, so {vocab_size} was not reached")
@@ -170,15 +175,14 @@ def write(folder: Path, sides: Sides, tokenizer: Tokenizer, log: Log) -> Manifes
     started = told = time.perf_counter()
     done, total = 0, f" of {sides.corpus.size / 1e6:.0f}" if sides.corpus.size else ""
     for batch in batches(sides):
-        encoded = tokenizer.encode_batch([piece.text for _, piece in batch])
-        for (side, piece), ids in zip(batch, encoded, strict=True):
+        encoded = encode(tokenizer, [piece for _, piece in batch])
+        for (side, piece), (ids, learnt, kinds) in zip(batch, encoded, strict=True):
             for split, writer in writers.items():
                 if split != side:
                     writer.end()  # here is a gap: the text goes on, elsewhere
-            size = len(piece.text.encode())
-            done += size
+            done += len(piece.text.encode())
             if side:
-                writers[side].add(ids, size)
+                writers[side].add(ids, learnt, kinds)
                 if piece.ends:
                     writers[side].end()
         now = time.perf_counter()
@@ -199,6 +203,16 @@ def write(folder: Path, sides: Sides, tokenizer: Tokenizer, log: Log) -> Manifes
         corpus.fingerprint,
     )
     return Manifest(FORMAT_VERSION, *about, splits)
+
+
+def encode(tokenizer: Tokenizer, pieces: list[Piece]) -> list[tuple[list[int], int, list[int] | None]]:
+    """Of each piece the ids, the bytes of the text that is to be learnt, and in a conversation what each id is."""
+    if not pieces[0].turns:
+        ids = tokenizer.encode_batch([piece.text for piece in pieces])
+        return [(part, len(piece.text.encode()), None) for part, piece in zip(ids, pieces, strict=True)]
+    answers = [sum(len(text.encode()) for role, text in piece.turns if role == "assistant") for piece in pieces]
+    encoded = chat.encode(tokenizer, [list(piece.turns) for piece in pieces])
+    return [(part, size, kinds) for (part, kinds), size in zip(encoded, answers, strict=True)]
 
 
 def batches(sides: Sides) -> Iterator[list[tuple[str | None, Piece]]]:

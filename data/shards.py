@@ -3,6 +3,7 @@
     manifest.json     what is here and where it came from, with a sha256 for every shard
     tokenizer.json    the tokenizer that made it
     train-00000.bin   token ids, one after the other: uint16 (uint32 if the vocabulary is larger), little endian
+    train-00000.kinds only of conversations: one byte a token, READ, ANSWER or START
     val-00000.bin     the same for validation; a split of more than SHARD tokens goes on in -00001.bin
 
 Shards are never loaded but memory-mapped: reading touches only the pages that it needs.
@@ -19,6 +20,7 @@ import numpy as np
 
 FORMAT_VERSION = 1
 SHARD = 100_000_000  # tokens in a file, at most
+READ, ANSWER, START = 0, 1, 2  # in a conversation: read only; to be learnt; its first token, read only, too
 AGAIN = "delete the folder and prepare again"
 
 
@@ -38,53 +40,70 @@ class Manifest:
     source: str
     licence: str
     fingerprint: str
-    splits: dict[str, dict[str, Any]]  # {"train" | "val": {tokens, bytes, documents, shards: [{file, tokens, sha256}]}}
+    # {"train" | "val": {tokens, bytes, documents, shards: [{file, tokens, sha256}]}}; of conversations with the number
+    # of tokens in `answers`, and in each shard the `kinds_sha256` of its second file
+    splits: dict[str, dict[str, Any]]
 
 
 class Writer:
-    """One split's token ids, appended to shards as they come. `bytes` counts UTF-8 text, not end-of-text marks."""
+    """One split's token ids, appended to shards as they come. `bytes` counts the UTF-8 text that is to be learnt, which
+    leaves out end-of-text marks; `answers` its tokens in conversations, else it is None: all count."""
 
     def __init__(self, folder: Path, split: str, dtype: str, eot: int):
         self.folder, self.split, self.dtype, self.eot = folder, split, np.dtype(dtype).newbyteorder("<"), eot
         self.shards: list[dict[str, Any]] = []
         self.tokens = self.bytes = self.documents = 0
+        self.answers: int | None = None
         self.open = False  # the last document has not been ended yet
 
-    def add(self, ids: list[int], text_bytes: int) -> None:
-        """A further part of the document."""
-        self._append(np.array(ids, dtype=self.dtype))
+    def add(self, ids: list[int], text_bytes: int, kinds: list[int] | None = None) -> None:
+        """A further part of the document; in conversations with what each id is."""
+        if kinds is not None:
+            self.answers = (self.answers or 0) + kinds.count(ANSWER)
+        self._append(ids, kinds)
         self.bytes += text_bytes
         self.open = True
 
     def end(self) -> None:
         """The document ends here, if one was begun."""
         if self.open:
-            self._append(np.array([self.eot], dtype=self.dtype))
+            self._append([self.eot], None if self.answers is None else [READ])
             self.documents += 1
             self.open = False
 
     def finish(self) -> dict[str, Any]:
         """Close the last shard; this split's part of the manifest."""
         self._close()
-        return {"tokens": self.tokens, "bytes": self.bytes, "documents": self.documents, "shards": self.shards}
+        about = {"tokens": self.tokens, "bytes": self.bytes, "documents": self.documents, "shards": self.shards}
+        return about if self.answers is None else about | {"answers": self.answers}
 
-    def _append(self, ids: np.ndarray) -> None:
-        while len(ids):
+    def _append(self, ids: list[int], kinds: list[int] | None) -> None:
+        columns = [np.array(ids, dtype=self.dtype)] + ([] if kinds is None else [np.array(kinds, dtype=np.uint8)])
+        while len(columns[0]):
             if not self.shards or self.shards[-1]["tokens"] == SHARD:
                 self._close()
-                self.shards.append({"file": f"{self.split}-{len(self.shards):05}.bin", "tokens": 0, "sha256": ""})
-                self._file = (self.folder / self.shards[-1]["file"]).open("wb")
-                self._hash = hashlib.sha256()
-            part, ids = np.split(ids, [SHARD - self.shards[-1]["tokens"]])
-            self._file.write(part.tobytes())
-            self._hash.update(part.tobytes())
-            self.shards[-1]["tokens"] += len(part)
-            self.tokens += len(part)
+                name = f"{self.split}-{len(self.shards):05}.bin"
+                self.shards.append({"file": name, "tokens": 0, "sha256": ""})
+                self._files = [(self.folder / file).open("wb") for file in (name, kinds_of(name))[: len(columns)]]
+                self._hashes = [hashlib.sha256() for _ in columns]
+            room = SHARD - self.shards[-1]["tokens"]
+            for column, file, digest in zip(columns, self._files, self._hashes, strict=True):
+                file.write(part := column[:room].tobytes())
+                digest.update(part)
+            self.shards[-1]["tokens"] += len(columns[0][:room])
+            self.tokens += len(columns[0][:room])
+            columns = [column[room:] for column in columns]
 
     def _close(self) -> None:
         if self.shards:
-            self._file.close()
-            self.shards[-1]["sha256"] = self._hash.hexdigest()
+            for key, file, digest in zip(("sha256", "kinds_sha256"), self._files, self._hashes, strict=False):
+                file.close()
+                self.shards[-1][key] = digest.hexdigest()
+
+
+def kinds_of(file: str) -> str:
+    """The name of the file beside a shard's that says what each token is."""
+    return file.removesuffix(".bin") + ".kinds"
 
 
 def whole(folder: Path) -> bool:
@@ -93,9 +112,10 @@ def whole(folder: Path) -> bool:
         manifest = json.loads((folder / "manifest.json").read_text())
         width = np.dtype(manifest["dtype"]).itemsize
         sizes = [
-            (folder / shard["file"]).stat().st_size == shard["tokens"] * width
+            (folder / file).stat().st_size == shard["tokens"] * size
             for split in manifest["splits"].values()
             for shard in split["shards"]
+            for file, size in ((shard["file"], width), (kinds_of(shard["file"]), 1))[: 2 if "answers" in split else 1]
         ]
         return manifest["format_version"] == FORMAT_VERSION and all(sizes) and (folder / "tokenizer.json").exists()
     except (OSError, ValueError, KeyError):
@@ -113,7 +133,8 @@ def sync(path: Path) -> None:
 class Shards:
     """One split of a prepared folder.
 
-    `tokens`: how many; `bytes`: of the text they stand for, in UTF-8 (bits per byte need it); `manifest`: all the rest.
+    `tokens`: how many; `counted`: how many of them are to be learnt, all or those of answers; `bytes`: of the text that
+    these stand for, in UTF-8 (bits per byte need it); `chat`: whether it holds conversations; `manifest`: all the rest.
     Raises ShardError if a file is missing, has another size, or differs in a single bit from what was written.
     """
 
@@ -130,26 +151,46 @@ class Shards:
             raise ShardError(f"{folder}: has no split {split!r}, only {', '.join(self.manifest.splits)}")
         about = self.manifest.splits[split]
         self.tokens, self.bytes = int(about["tokens"]), int(about["bytes"])
-        dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
-        self._maps: list[np.ndarray] = []
+        self.chat, self.counted = "answers" in about, int(about.get("answers", self.tokens))
+        dtype, kinds = np.dtype(self.manifest.dtype).newbyteorder("<"), np.dtype(np.uint8)
+        self._ids, self._kinds = list[np.ndarray](), list[np.ndarray]()
         for shard in about["shards"]:
-            path = folder / shard["file"]
-            if not path.exists() or path.stat().st_size != shard["tokens"] * dtype.itemsize:
-                raise ShardError(f"{path}: is missing or has another size than its manifest says; {AGAIN}")
-            with path.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != shard["sha256"]:
-                    raise ShardError(f"{path}: is damaged, its sha256 is not its manifest's; {AGAIN}")
-            self._maps.append(np.memmap(path, dtype=dtype, mode="r"))
-        self._starts = np.cumsum([0, *(len(part) for part in self._maps)])
+            self._ids.append(_map(folder / shard["file"], dtype, shard["tokens"], shard["sha256"]))
+            if self.chat:
+                beside = folder / kinds_of(shard["file"])
+                self._kinds.append(_map(beside, kinds, shard["tokens"], shard["kinds_sha256"]))
+        self._starts = np.cumsum([0, *(len(part) for part in self._ids)])
 
     def window(self, start: int, length: int) -> np.ndarray:
         """Tokens start .. start + length - 1 as int64 (length,), counted round the circle of the whole split."""
+        return self._read(self._ids, start, length)
+
+    def window_kinds(self, start: int, length: int) -> np.ndarray:
+        """What these tokens are, READ, ANSWER or START each, as int64 (length,); of conversations only."""
+        return self._read(self._kinds, start, length)
+
+    def conversations(self) -> np.ndarray:
+        """Where each conversation begins, and as the last number the end of the split, int64 (conversations + 1,)."""
+        found = (np.flatnonzero(part == START) + at for part, at in zip(self._kinds, self._starts, strict=False))
+        return np.concatenate([*found, [self.tokens]])
+
+    def _read(self, maps: list[np.ndarray], start: int, length: int) -> np.ndarray:
         out = np.empty(length, dtype=np.int64)
         filled = 0
         while filled < length:
             at = (start + filled) % self.tokens
             shard = int(np.searchsorted(self._starts, at, side="right")) - 1
-            part = self._maps[shard][at - self._starts[shard] :][: length - filled]
+            part = maps[shard][at - self._starts[shard] :][: length - filled]
             out[filled : filled + len(part)] = part
             filled += len(part)
         return out
+
+
+def _map(path: Path, dtype: np.dtype, tokens: int, sha256: str) -> np.ndarray:
+    """A file as an array (tokens,) that is read when it is looked at."""
+    if not path.exists() or path.stat().st_size != tokens * dtype.itemsize:
+        raise ShardError(f"{path}: is missing or has another size than its manifest says; {AGAIN}")
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+            raise ShardError(f"{path}: is damaged, its sha256 is not its manifest's; {AGAIN}")
+    return np.memmap(path, dtype=dtype, mode="r")

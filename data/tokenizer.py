@@ -31,7 +31,8 @@ class TokenizerError(ValueError):
 
 
 class Tokenizer:
-    """One vocabulary. `vocab_size`: number of ids; `eot`: the id of end of text; `sha256`: of its canonical JSON."""
+    """One vocabulary. `vocab_size`: number of ids; `eot`: the id of end of text; `ends`: all ids after which a model
+    has no more to say, `eot` and in a chat `<|im_end|>`; `sha256`: of its canonical JSON."""
 
     def __init__(self, inner: tokenizers.Tokenizer, where: str = "tokenizer"):
         inner.encode_special_tokens = True  # a user's text holds no special tokens; tokenizer.json cannot keep this
@@ -41,10 +42,12 @@ class Tokenizer:
         vocab = inner.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values()) + 1
         self.eot = vocab[end_of_text(vocab, where)]
+        self.ends = {vocab[mark] for mark in (EOT, *END_MARKS) if mark in vocab}
         content = json.loads(inner.to_str())
         self.sha256 = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         self._chars = None
-        if content["model"]["type"] == "WordLevel" and all(len(token) == 1 or token == EOT for token in vocab):
+        special = {token["content"] for token in content["added_tokens"]}
+        if content["model"]["type"] == "WordLevel" and all(len(token) == 1 or token in special for token in vocab):
             self.kind, self._chars = "char", {token: i for token, i in vocab.items() if len(token) == 1}
         elif content["model"]["type"] == "BPE":
             self.kind = "bpe" if content["model"]["merges"] else "byte"
@@ -167,6 +170,8 @@ def end_of_text(vocab: dict[str, int], where: str) -> str:
     if EOT in vocab:
         return EOT
     found = [mark for mark in END_MARKS if mark in vocab]
+    if len(found) > 1:
+        found = [mark for mark in found if mark != "<|im_end|>"]  # beside another it ends a chat's turn
     if len(found) == 1:
         return found[0]
     among = f"several that might serve: {found}" if found else f"nor any of {list(END_MARKS)}"

@@ -58,10 +58,11 @@ def point(run: Path, pointer: str, folder: Path) -> None:
 
 
 def find(run: Path, which: str) -> Path:
-    """The checkpoint that a pointer (latest, best) or its own name (step-000500) means. Raises CheckpointError."""
+    """The checkpoint that a pointer (latest, best) or its own name (step-000500) means; best means latest while there
+    is no best yet. Raises CheckpointError."""
     if not run.is_dir():
         raise CheckpointError(f"{run}: no such run")
-    pointer = run / which
+    pointer = run / ("latest" if which == "best" and not (run / "best").exists() else which)
     folder = run / pointer.read_text().strip() if pointer.is_file() else pointer
     if not (folder / "state.json").is_file():
         there = ", ".join(sorted(p.name for p in run.glob("step-*"))) or "none"
@@ -84,10 +85,20 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def load_weights(folder: Path, model: nn.Module) -> None:
-    """Put the weights into the model, every name and shape as it expects. Raises CheckpointError."""
+def load_weights(folder: Path, model: nn.Module, *, grow: bool = False) -> None:
+    """Put the weights into the model, every name and shape as it expects. Raises CheckpointError.
+
+    grow: the model's vocabulary may be larger. New rows of the embedding and the head are the mean of the old ones, so
+    that a new token begins no likelier than an average one (Hewitt 2021, "Initializing New Word Embeddings").
+    """
     try:
-        model.load_state_dict(load_file(folder / "model.safetensors"))
+        weights = load_file(folder / "model.safetensors")
+        for name in ("model.embed_tokens.weight", "lm_head.weight") if grow else ():
+            if name in weights:
+                old = weights[name]  # (V, C)
+                more = max(0, model.get_parameter(name).shape[0] - len(old))
+                weights[name] = torch.cat((old, old.mean(0, keepdim=True).expand(more, -1)))
+        model.load_state_dict(weights)
     except (SafetensorError, RuntimeError) as error:
         first = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{folder / 'model.safetensors'}: does not fit this model: {first}") from None

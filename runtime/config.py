@@ -26,6 +26,8 @@ class DataConfig:
 
     source: str = "shakespeare"
     """shakespeare | kjv | wiki, a .txt/.jsonl/.parquet file, a folder, a glob, or hf:NAME for a hub dataset"""
+    format: str = "text"
+    """text, of which every token is learnt | chat: conversations in .jsonl, of which only answers are"""
     split: str = "train"
     """split of a hub dataset"""
     text_column: str = "text"
@@ -46,9 +48,13 @@ class DataConfig:
             self,
             "data",
             source=(bool(self.source), "must name a text"),
+            format=(self.format in ("text", "chat"), "must be text or chat"),
             limit=(self.limit >= 0, "must be at least 0"),
             val_fraction=(0.0 < self.val_fraction <= 0.5, "must be above 0 and at most 0.5"),
-            vocab_size=(self.vocab_size >= 257, "must be at least 257: 256 bytes and the end-of-text token"),
+            vocab_size=(
+                self.vocab_size >= (259 if self.format == "chat" else 257),
+                "must be at least 257: 256 bytes and the end-of-text token; 259 with a chat's two marks",
+            ),
         )
 
 
@@ -113,7 +119,7 @@ class TrainConfig:
     keep: int = 2
     """newest checkpoints to keep, beside the best"""
     prompt: str = ""
-    """how the sample at every evaluation begins; empty begins a new document"""
+    """how the sample at every evaluation begins, in a chat what the user says; empty begins a new document"""
     device: str = "auto"
     """auto | cpu | cuda | mps"""
     dtype: str = "auto"
@@ -149,6 +155,7 @@ class Config:
     """One run. `name` is its folder under runs/."""
 
     name: str
+    init_from: str = ""  # the run whose weights, tokenizer and model it begins with, see runtime/start.py
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

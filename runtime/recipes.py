@@ -20,6 +20,7 @@ from typing import Any
 from runtime.config import SECTIONS, Config, ConfigError
 
 RECIPES = Path(__file__).resolve().parent.parent / "configs"
+TOP = ("name", "init_from")  # what stands above the sections
 
 
 def fields(section: str) -> dict[str, type]:
@@ -73,7 +74,7 @@ def load(recipe: str, overrides: dict[str, str] | None = None) -> Config:
 
 def dump(config: Config) -> str:
     """The resolved configuration as TOML that `load` reads back to an equal Config."""
-    lines = [f"name = {json.dumps(config.name)}"]
+    lines = [f"{key} = {json.dumps(getattr(config, key))}" for key in TOP]
     for section in SECTIONS:
         lines.append(f"\n[{section}]")
         # JSON's strings, numbers and booleans are TOML's, too
@@ -84,7 +85,7 @@ def dump(config: Config) -> str:
 def _build(values: dict[str, Any], place: Any) -> Config:
     """Dotted values to dataclasses; their own checks' messages ("model.n_head = 3: ...") get the place in front."""
     try:
-        parts: dict[str, Any] = {"name": values["name"]}
+        parts: dict[str, Any] = {key: values[key] for key in TOP if key in values}
         for section, kind in SECTIONS.items():
             own = {k.partition(".")[2]: v for k, v in values.items() if k.startswith(f"{section}.")}
             if section == "train" and not {"steps", "minutes"} & own.keys():
@@ -98,7 +99,7 @@ def _build(values: dict[str, Any], place: Any) -> Config:
 def _check(dotted: str, value: Any, place: str) -> Any:
     """The value, if the field exists and has the value's type; an int serves as a float."""
     section, _, name = dotted.partition(".")
-    if dotted == "name":
+    if dotted in TOP:
         expected: type = str
     elif dotted in SECTIONS:
         raise ConfigError(f"{place}: {dotted} = {value!r}: must be a section, [{dotted}]")

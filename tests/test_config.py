@@ -71,7 +71,7 @@ def test_a_budget_on_the_command_line_replaces_the_recipes():
 def test_the_resolved_configuration_reads_back_equal(recipe):
     strange = load("shakespeare", {"data.source": 'a "b" \\c é.txt', "model.dropout": "1e-7", "train.steps": "3"})
     assert load(recipe(dump(strange))) == strange
-    assert set(tomllib.loads(dump(strange))) == {"name", *SECTIONS}
+    assert set(tomllib.loads(dump(strange))) == {"name", "init_from", *SECTIONS}
 
 
 @pytest.mark.parametrize(
