@@ -1,0 +1,274 @@
+// What model.py computes when it speaks, as one call: some tokens in, the logits of the next ones out.
+//
+// A step of a small model is some 200 small operations. Called one by one from Python they take longer than the work, so
+// here they are one parallel region: the threads share the rows of each matrix and meet at a barrier where the next
+// operation needs all of the last one's result. Reading the weights is what takes the time: they are read once a step,
+// in fp32, bf16 or int8 with a scale a row, and multiplied in fp32. All sums and norms are fp32.
+//
+// B sequences, T new tokens each, R = B * T rows; C width, H query heads, K key/value heads, D head size, F
+// feed-forward width, V vocabulary. Matrices are (rows out, columns in), as in torch.
+#include <omp.h>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+struct Matrix {
+    const void* weight;
+    const float* scale;  // (rows), for int8 alone
+};
+struct Layer {
+    Matrix q, k, v, o, gate, up, down;
+    const float *norm_in, *norm_mid, *norm_q, *norm_k;
+    void *keys, *values;  // (B, slots, K, D): position p in slot p % slots
+    int64_t slots, window;
+};
+struct Model {
+    int64_t C, H, K, D, F, V, layers, gated;
+    double eps;
+    const float *cos, *sin;  // (context, D)
+    const float* norm;
+    Matrix embed, head;
+    const Layer* layer;
+};
+
+// 1. Numbers: what is stored, read as LANES floats ----------------------------------------------------------------------
+
+#ifdef __AVX512F__
+constexpr int LANES = 16;
+#else
+constexpr int LANES = 8;
+#endif
+typedef float Floats __attribute__((vector_size(LANES * 4)));
+typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
+typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
+typedef int8_t Bytes __attribute__((vector_size(LANES)));
+
+struct Bf16 {
+    uint16_t bits;  // the upper half of a float
+    Bf16() = default;
+    explicit Bf16(float value) {
+        uint32_t whole;
+        std::memcpy(&whole, &value, 4);
+        bits = (whole + 0x7fff + (whole >> 16 & 1)) >> 16;  // to the nearest, ties to even
+    }
+    operator float() const {
+        uint32_t whole = uint32_t(bits) << 16;
+        float value;
+        std::memcpy(&value, &whole, 4);
+        return value;
+    }
+};
+
+template <class To, class From> static inline To read(const From* p) {
+    To v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+#if defined(__AVX512F__)  // one instruction, which g++ 12 does not find by itself
+static inline Ints widen(Bytes v) { return (Ints)_mm512_cvtepi8_epi32((__m128i)v); }
+static inline Ints widen(Halves v) { return (Ints)_mm512_cvtepu16_epi32((__m256i)v); }
+#elif defined(__AVX2__)
+static inline Ints widen(Bytes v) { return (Ints)_mm256_cvtepi8_epi32(_mm_set_epi64x(0, read<int64_t>(&v))); }
+static inline Ints widen(Halves v) { return (Ints)_mm256_cvtepu16_epi32((__m128i)v); }
+#else
+static inline Ints widen(Bytes v) { return __builtin_convertvector(v, Ints); }
+static inline Ints widen(Halves v) { return __builtin_convertvector(v, Ints); }
+#endif
+static inline Floats load(const float* p) { return read<Floats>(p); }
+static inline Floats load(const Bf16* p) { return (Floats)(widen(read<Halves>(p)) << 16); }
+static inline Floats load(const int8_t* p) { return __builtin_convertvector(widen(read<Bytes>(p)), Floats); }
+static inline float sum(Floats v) {
+    float total = 0;
+    for (int i = 0; i < LANES; i++) total += v[i];
+    return total;
+}
+
+// 2. Products -----------------------------------------------------------------------------------------------------------
+
+// out[n][r] = row n of w (N, columns) times row r of x (M, columns): each load serves several products.
+template <int N, int M, class W>
+static inline void tile(const W* w, const float* x, int64_t columns, float (&out)[N][M]) {
+    Floats sums[N][M] = {};
+    int64_t c = 0;
+    for (; c + LANES <= columns; c += LANES) {
+        Floats xs[M];
+        for (int m = 0; m < M; m++) xs[m] = load(x + m * columns + c);
+        for (int n = 0; n < N; n++) {
+            Floats ws = load(w + n * columns + c);
+            for (int m = 0; m < M; m++) sums[n][m] += ws * xs[m];
+        }
+    }
+    for (int n = 0; n < N; n++)
+        for (int m = 0; m < M; m++) {
+            out[n][m] = sum(sums[n][m]);
+            for (int64_t rest = c; rest < columns; rest++)
+                out[n][m] += float(w[n * columns + rest]) * x[m * columns + rest];
+        }
+}
+
+struct Part {
+    int64_t from, to;
+    Part(int64_t all, int64_t unit = 1) {  // what this thread does of `all`, in whole units
+        int64_t units = (all + unit - 1) / unit, threads = omp_get_num_threads(), me = omp_get_thread_num();
+        from = std::min(all, units * me / threads * unit);
+        to = std::min(all, units * (me + 1) / threads * unit);
+    }
+};
+
+template <int N, int M, class W>
+static inline void put(const W* w, const float* scale, const float* x, int64_t columns, float* y, int64_t rows, bool add) {
+    float out[N][M];
+    tile<N, M>(w, x, columns, out);
+    for (int n = 0; n < N; n++)
+        for (int m = 0; m < M; m++) {
+            float value = scale ? out[n][m] * scale[n] : out[n][m];
+            y[m * rows + n] = add ? y[m * rows + n] + value : value;
+        }
+}
+
+template <int N, class W>
+static void strip(const W* w, const float* scale, const float* x, int64_t R, int64_t columns, float* y, int64_t rows, bool add) {
+    int64_t r = 0;
+    for (; r + 3 <= R; r += 3) put<N, 3>(w, scale, x + r * columns, columns, y + r * rows, rows, add);
+    for (; r < R; r++) put<N, 1>(w, scale, x + r * columns, columns, y + r * rows, rows, add);
+}
+
+// y (R, rows) = x (R, columns) times the matrix, or added to y; this thread's share of its rows.
+template <class W>
+static void product(const Matrix& m, int64_t rows, int64_t columns, const float* x, int64_t R, float* y, bool add = false) {
+    constexpr int N = 4;
+    std::vector<float> wide(sizeof(W) < 4 && R > 3 ? N * columns : 0);
+    Part mine(rows, N);
+    for (int64_t n = mine.from; n < mine.to; n += N) {
+        const W* w = (const W*)m.weight + n * columns;
+        const float* scale = m.scale ? m.scale + n : nullptr;
+        if (n + N > mine.to)
+            for (int64_t i = n; i < mine.to; i++)
+                strip<1>(w + (i - n) * columns, scale ? scale + i - n : nullptr, x, R, columns, y + i, rows, add);
+        else if (wide.empty())
+            strip<N>(w, scale, x, R, columns, y + n, rows, add);
+        else {  // many rows: widen the weights once for all of them
+            for (int64_t i = 0; i < N * columns; i++) wide[i] = float(w[i]);
+            strip<N>(wide.data(), scale, x, R, columns, y + n, rows, add);
+        }
+    }
+}
+
+// 3. The other operations -----------------------------------------------------------------------------------------------
+
+static void rms_norm(const float* x, const float* gain, int64_t n, double eps, float* y) {
+    float squares = 0;
+#pragma omp simd reduction(+ : squares)
+    for (int64_t i = 0; i < n; i++) squares += x[i] * x[i];
+    float factor = 1 / std::sqrt(squares / n + float(eps));
+    for (int64_t i = 0; i < n; i++) y[i] = x[i] * factor * gain[i];
+}
+
+// One head, normed, then turned by its position: x * cos + roll(x, D / 2) * sin.
+static void place(const float* x, const float* gain, const Model& m, int64_t position, float* y) {
+    float normed[m.D];
+    rms_norm(x, gain, m.D, m.eps, normed);
+    const float *cos = m.cos + position * m.D, *sin = m.sin + position * m.D;
+    for (int64_t d = 0; d < m.D; d++) y[d] = normed[d] * cos[d] + normed[d < m.D / 2 ? d + m.D / 2 : d - m.D / 2] * sin[d];
+}
+
+// One query head over the positions first ... last of its sequence's keys and values.
+template <class E>
+static void attend(const float* q, const E* keys, const E* values, const Layer& l, const Model& m, int64_t first, int64_t last, float* scores, float* y) {
+    int64_t n = last - first + 1, stride = m.K * m.D;
+    float scale = 1 / std::sqrt(float(m.D)), largest = -INFINITY, total = 0;
+    for (int64_t i = 0; i < n; i++) {
+        float score[1][1];
+        tile<1, 1>(keys + (first + i) % l.slots * stride, q, m.D, score);
+        scores[i] = score[0][0] * scale;
+        largest = std::max(largest, scores[i]);
+    }
+#pragma omp simd reduction(+ : total)
+    for (int64_t i = 0; i < n; i++) total += scores[i] = std::exp(scores[i] - largest);
+    for (int64_t d = 0; d < m.D; d++) y[d] = 0;
+    for (int64_t i = 0; i < n; i++) {
+        const E* value = values + (first + i) % l.slots * stride;
+        float weight = scores[i] / total;
+        for (int64_t d = 0; d < m.D; d++) y[d] += weight * float(value[d]);
+    }
+}
+
+// 4. The model ----------------------------------------------------------------------------------------------------------
+
+// W is what the weights are stored in, E what the cache is: the compiler's command line says it (-DWEIGHTS -DCACHE).
+extern "C" void heed_decode(const Model& m, int64_t B, int64_t T, const int64_t* tokens, const int64_t* lengths, float* logits, int threads) {
+    using W = WEIGHTS;
+    using E = CACHE;
+    int64_t R = B * T, D = m.D, Q = m.H * D * (m.gated ? 2 : 1), KV = m.K * D, most = 0;
+    for (int64_t i = 0; i < m.layers; i++) most = std::max(most, m.layer[i].slots);
+    std::vector<float> x(R * m.C), y(R * m.C), q(R * Q), k(R * KV), v(R * KV), a(R * m.H * D), f(R * m.F), g(R * m.F);
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> scores(most);
+        auto norm = [&](const float* gain) {
+            Part mine(R);
+            for (int64_t r = mine.from; r < mine.to; r++) rms_norm(&x[r * m.C], gain, m.C, m.eps, &y[r * m.C]);
+#pragma omp barrier
+        };
+        for (int64_t r = Part(R).from; r < Part(R).to; r++)
+            for (int64_t c = 0; c < m.C; c++)
+                x[r * m.C + c] = float(((const W*)m.embed.weight)[tokens[r] * m.C + c]) * (m.embed.scale ? m.embed.scale[tokens[r]] : 1);
+        for (const Layer* l = m.layer; l < m.layer + m.layers; l++) {
+#pragma omp barrier
+            norm(l->norm_in);
+            product<W>(l->q, Q, m.C, y.data(), R, q.data());
+            product<W>(l->k, KV, m.C, y.data(), R, k.data());
+            product<W>(l->v, KV, m.C, y.data(), R, v.data());
+#pragma omp barrier
+            Part heads(R * (m.H + m.K));
+            for (int64_t i = heads.from; i < heads.to; i++) {
+                int64_t r = i / (m.H + m.K), h = i % (m.H + m.K), position = lengths[r / T] + r % T;
+                if (h < m.H) {
+                    float* query = &q[r * Q + h * (Q / m.H)];
+                    place(query, l->norm_q, m, position, query);
+                    continue;
+                }
+                int64_t from = r * KV + (h - m.H) * D;
+                int64_t to = (r / T * l->slots + position % l->slots) * KV + (h - m.H) * D;
+                place(&k[from], l->norm_k, m, position, &k[from]);
+                for (int64_t d = 0; d < D; d++) ((E*)l->keys)[to + d] = E(k[from + d]);
+                for (int64_t d = 0; d < D; d++) ((E*)l->values)[to + d] = E(v[from + d]);
+            }
+#pragma omp barrier
+            Part queries(R * m.H);
+            for (int64_t i = queries.from; i < queries.to; i++) {
+                int64_t r = i / m.H, h = i % m.H, last = lengths[r / T] + r % T;
+                int64_t first = l->window ? std::max<int64_t>(0, last + 1 - l->window) : 0;
+                int64_t cache = r / T * l->slots * KV + h / (m.H / m.K) * D;
+                const float* query = &q[r * Q + h * (Q / m.H)];
+                float* out = &a[(r * m.H + h) * D];
+                attend(query, (E*)l->keys + cache, (E*)l->values + cache, *l, m, first, last, scores.data(), out);
+                if (m.gated)
+                    for (int64_t d = 0; d < D; d++) out[d] /= 1 + std::exp(-query[D + d]);
+            }
+#pragma omp barrier
+            product<W>(l->o, m.C, m.H * D, a.data(), R, x.data(), true);
+#pragma omp barrier
+            norm(l->norm_mid);
+            product<W>(l->gate, m.F, m.C, y.data(), R, g.data());
+            product<W>(l->up, m.F, m.C, y.data(), R, f.data());
+            Part mine(m.F, 4);  // the same rows as in the two products
+            for (int64_t r = 0; r < R; r++)
+#pragma omp simd
+                for (int64_t i = r * m.F + mine.from; i < r * m.F + mine.to; i++) f[i] *= g[i] / (1 + std::exp(-g[i]));
+#pragma omp barrier
+            product<W>(l->down, m.C, m.F, f.data(), R, x.data(), true);
+        }
+#pragma omp barrier
+        for (int64_t b = Part(B).from; b < Part(B).to; b++)
+            rms_norm(&x[(b * T + T - 1) * m.C], m.norm, m.C, m.eps, &y[b * m.C]);
+#pragma omp barrier
+        product<W>(m.head, m.V, m.C, y.data(), B, logits);
+    }
+}

@@ -1,0 +1,47 @@
+"""int8 weights with a scale a row: a quarter of fp32's bytes, and reading bytes is what speaking costs.
+
+    weight[row, column] ~ codes[row, column] * scales[row],   scales[row] = the row's largest magnitude / 127
+
+Only the weights are rounded: products are made in fp32 (Dettmers et al. 2022, section 2.1, "absmax", a row at a time).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model import GPT
+
+
+class Int8(nn.Module):
+    """A matrix in int8: in the place of a linear layer or an embedding it computes what that did."""
+
+    codes: Tensor
+    scales: Tensor
+
+    def __init__(self, weight: Tensor, embedding: bool) -> None:
+        """weight (rows, columns), fp32."""
+        super().__init__()
+        self.embedding = embedding
+        largest = weight.detach().float().abs().amax(1, keepdim=True)  # (rows, 1)
+        scales = largest.clamp(min=1e-30) / 127
+        self.register_buffer("codes", (weight.detach() / scales).round().to(torch.int8))  # (rows, columns)
+        self.register_buffer("scales", scales)
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix that the codes stand for, (rows, columns) fp32: made anew each time, never kept."""
+        return self.codes * self.scales
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.embedding:
+            return self.codes[x] * self.scales[x]  # (B, T) -> (B, T, C)
+        return F.linear(x, self.weight)
+
+
+def to_int8(model: GPT) -> GPT:
+    """The same model with every matrix in int8, to speak and to be judged, not to be trained. Changes `model`."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear | nn.Embedding):
+                setattr(parent, name, Int8(child.weight, isinstance(child, nn.Embedding)))
+    return model
