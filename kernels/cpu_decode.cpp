@@ -91,22 +91,24 @@ static inline float sum(Floats v) {
 
 // 2. Products -----------------------------------------------------------------------------------------------------------
 
-// out[n][r] = row n of w (N, columns) times row r of x (M, columns): each load serves several products.
-template <int N, int M, class W>
+// out[n][m] = row n of w (N, columns) times row m of x (M, columns): each load serves several products. U sums of each
+// take turns, so that no addition waits for the last one.
+template <int N, int M, int U, class W>
 static inline void tile(const W* w, const float* x, int64_t columns, float (&out)[N][M]) {
-    Floats sums[N][M] = {};
+    Floats sums[N][M][U] = {};
     int64_t c = 0;
-    for (; c + LANES <= columns; c += LANES) {
-        Floats xs[M];
-        for (int m = 0; m < M; m++) xs[m] = load(x + m * columns + c);
-        for (int n = 0; n < N; n++) {
-            Floats ws = load(w + n * columns + c);
-            for (int m = 0; m < M; m++) sums[n][m] += ws * xs[m];
-        }
+    for (; c + U * LANES <= columns; c += U * LANES) {
+        if (sizeof(W) == 1 && N == 1) __builtin_prefetch((const char*)(w + c) + 2048);  // int8 outruns the hardware's own
+        for (int u = 0; u < U; u++)
+            for (int n = 0; n < N; n++) {
+                Floats ws = load(w + n * columns + c + u * LANES);
+                for (int m = 0; m < M; m++) sums[n][m][u] += ws * load(x + m * columns + c + u * LANES);
+            }
     }
     for (int n = 0; n < N; n++)
         for (int m = 0; m < M; m++) {
-            out[n][m] = sum(sums[n][m]);
+            for (int u = 1; u < U; u++) sums[n][m][0] += sums[n][m][u];
+            out[n][m] = sum(sums[n][m][0]);
             for (int64_t rest = c; rest < columns; rest++)
                 out[n][m] += float(w[n * columns + rest]) * x[m * columns + rest];
         }
@@ -121,42 +123,46 @@ struct Part {
     }
 };
 
-template <int N, int M, class W>
-static inline void put(const W* w, const float* scale, const float* x, int64_t columns, float* y, int64_t rows, bool add) {
+struct Product {  // y (R, rows) = x (R, columns) times a matrix (rows, columns), or added to y
+    const float* x;
+    float* y;
+    int64_t R, rows, columns;
+    bool add;
+};
+
+template <int N, int M, int U, class W>
+static inline void put(const Product& p, const W* w, const float* scale, int64_t n, int64_t r) {
     float out[N][M];
-    tile<N, M>(w, x, columns, out);
-    for (int n = 0; n < N; n++)
-        for (int m = 0; m < M; m++) {
-            float value = scale ? out[n][m] * scale[n] : out[n][m];
-            y[m * rows + n] = add ? y[m * rows + n] + value : value;
+    tile<N, M, U>(w, p.x + r * p.columns, p.columns, out);
+    for (int i = 0; i < N; i++)
+        for (int j = 0; j < M; j++) {
+            float& y = p.y[(r + j) * p.rows + n + i];
+            y = (p.add ? y : 0) + out[i][j] * (scale ? scale[n + i] : 1);
         }
 }
 
-template <int N, class W>
-static void strip(const W* w, const float* scale, const float* x, int64_t R, int64_t columns, float* y, int64_t rows, bool add) {
+// N rows of the matrix, which begin at w and are number n and the next, for all rows of x.
+template <int N, class W> static void strip(const Product& p, const W* w, const float* scale, int64_t n) {
     int64_t r = 0;
-    for (; r + 3 <= R; r += 3) put<N, 3>(w, scale, x + r * columns, columns, y + r * rows, rows, add);
-    for (; r < R; r++) put<N, 1>(w, scale, x + r * columns, columns, y + r * rows, rows, add);
+    for (; r + 4 <= p.R; r += 4) put<N, 4, 1>(p, w, scale, n, r);
+    for (; r < p.R; r++) put<N, 1, N == 1 ? 8 : 2>(p, w, scale, n, r);
 }
 
-// y (R, rows) = x (R, columns) times the matrix, or added to y; this thread's share of its rows.
+// This thread's share of the rows: each is read once. One row of x wants them in the order of memory, several want
+// them by threes, widened once for all if they are narrow.
 template <class W>
 static void product(const Matrix& m, int64_t rows, int64_t columns, const float* x, int64_t R, float* y, bool add = false) {
-    constexpr int N = 4;
-    std::vector<float> wide(sizeof(W) < 4 && R > 3 ? N * columns : 0);
-    Part mine(rows, N);
-    for (int64_t n = mine.from; n < mine.to; n += N) {
+    Product p = {x, y, R, rows, columns, add};
+    Part mine(rows, 3);
+    std::vector<float> wide(sizeof(W) < 4 && R >= 4 ? 3 * columns : 0);
+    for (int64_t n = mine.from, N; n < mine.to; n += N) {
         const W* w = (const W*)m.weight + n * columns;
-        const float* scale = m.scale ? m.scale + n : nullptr;
-        if (n + N > mine.to)
-            for (int64_t i = n; i < mine.to; i++)
-                strip<1>(w + (i - n) * columns, scale ? scale + i - n : nullptr, x, R, columns, y + i, rows, add);
-        else if (wide.empty())
-            strip<N>(w, scale, x, R, columns, y + n, rows, add);
-        else {  // many rows: widen the weights once for all of them
+        N = R > 1 && n + 3 <= mine.to ? 3 : 1;
+        if (!wide.empty()) {
             for (int64_t i = 0; i < N * columns; i++) wide[i] = float(w[i]);
-            strip<N>(wide.data(), scale, x, R, columns, y + n, rows, add);
-        }
+            N == 3 ? strip<3>(p, wide.data(), m.scale, n) : strip<1>(p, wide.data(), m.scale, n);
+        } else
+            N == 3 ? strip<3>(p, w, m.scale, n) : strip<1>(p, w, m.scale, n);
     }
 }
 
@@ -185,7 +191,7 @@ static void attend(const float* q, const E* keys, const E* values, const Layer& 
     float scale = 1 / std::sqrt(float(m.D)), largest = -INFINITY, total = 0;
     for (int64_t i = 0; i < n; i++) {
         float score[1][1];
-        tile<1, 1>(keys + (first + i) % l.slots * stride, q, m.D, score);
+        tile<1, 1, 2>(keys + (first + i) % l.slots * stride, q, m.D, score);
         scores[i] = score[0][0] * scale;
         largest = std::max(largest, scores[i]);
     }
@@ -258,7 +264,7 @@ extern "C" void heed_decode(const Model& m, int64_t B, int64_t T, const int64_t*
             norm(l->norm_mid);
             product<W>(l->gate, m.F, m.C, y.data(), R, g.data());
             product<W>(l->up, m.F, m.C, y.data(), R, f.data());
-            Part mine(m.F, 4);  // the same rows as in the two products
+            Part mine(m.F, 3);  // the same rows as in the two products
             for (int64_t r = 0; r < R; r++)
 #pragma omp simd
                 for (int64_t i = r * m.F + mine.from; i < r * m.F + mine.to; i++) f[i] *= g[i] / (1 + std::exp(-g[i]));
