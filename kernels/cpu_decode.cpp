@@ -83,6 +83,11 @@ static inline Ints widen(Halves v) { return __builtin_convertvector(v, Ints); }
 static inline Floats load(const float* p) { return read<Floats>(p); }
 static inline Floats load(const Bf16* p) { return (Floats)(widen(read<Halves>(p)) << 16); }
 static inline Floats load(const int8_t* p) { return __builtin_convertvector(widen(read<Bytes>(p)), Floats); }
+#ifdef __x86_64__  // keep a value in its register: g++ would read it anew for each product
+#define HOLD(v) asm("" : "+x"(v))
+#else
+#define HOLD(v)
+#endif
 static inline float sum(Floats v) {
     float total = 0;
     for (int i = 0; i < LANES; i++) total += v[i];
@@ -99,11 +104,18 @@ static inline void tile(const W* w, const float* x, int64_t columns, float (&out
     int64_t c = 0;
     for (; c + U * LANES <= columns; c += U * LANES) {
         if (sizeof(W) == 1 && N == 1) __builtin_prefetch((const char*)(w + c) + 2048);  // int8 outruns the hardware's own
-        for (int u = 0; u < U; u++)
-            for (int n = 0; n < N; n++) {
-                Floats ws = load(w + n * columns + c + u * LANES);
-                for (int m = 0; m < M; m++) sums[n][m][u] += ws * load(x + m * columns + c + u * LANES);
+        for (int u = 0; u < U; u++) {
+            Floats ws[N];
+            for (int n = 0; n < N; n++) ws[n] = load(w + n * columns + c + u * LANES);
+            for (int m = 0; m < M; m++) {
+                Floats xs = load(x + m * columns + c + u * LANES);
+                if (N > 1 && M > 1) HOLD(xs);
+                for (int n = 0; n < N; n++) {
+                    if (N > 1 && M > 1) HOLD(ws[n]);
+                    sums[n][m][u] += ws[n] * xs;
+                }
             }
+        }
     }
     for (int n = 0; n < N; n++)
         for (int m = 0; m < M; m++) {
@@ -141,10 +153,15 @@ static inline void put(const Product& p, const W* w, const float* scale, int64_t
         }
 }
 
-// N rows of the matrix, which begin at w and are number n and the next, for all rows of x.
-template <int N, class W> static void strip(const Product& p, const W* w, const float* scale, int64_t n) {
-    int64_t r = 0;
-    for (; r + 4 <= p.R; r += 4) put<N, 4, 1>(p, w, scale, n, r);
+// N rows of the matrix, which begin at w and are number n and the next, for all rows of x. Meanwhile the `bytes` of the
+// next rows are called from memory, a part with each product.
+template <int N, class W>
+__attribute__((noinline)) static void strip(const Product& p, const W* w, const float* scale, int64_t n, const char* next, int64_t bytes) {
+    int64_t r = 0, share = (bytes * 4 / p.R + 63) / 64 * 64;
+    for (; r + 4 <= p.R; r += 4, next += share) {
+        for (int64_t byte = 0; byte < share; byte += 64) __builtin_prefetch(next + byte);
+        put<N, 4, 1>(p, w, scale, n, r);
+    }
     for (; r < p.R; r++) put<N, 1, N == 1 ? 8 : 2>(p, w, scale, n, r);
 }
 
@@ -156,13 +173,14 @@ static void product(const Matrix& m, int64_t rows, int64_t columns, const float*
     Part mine(rows, 3);
     std::vector<float> wide(sizeof(W) < 4 && R >= 4 ? 3 * columns : 0);
     for (int64_t n = mine.from, N; n < mine.to; n += N) {
-        const W* w = (const W*)m.weight + n * columns;
         N = R > 1 && n + 3 <= mine.to ? 3 : 1;
+        const W *w = (const W*)m.weight + n * columns, *next = w + N * columns;
+        int64_t bytes = N * columns * sizeof(W);
         if (!wide.empty()) {
             for (int64_t i = 0; i < N * columns; i++) wide[i] = float(w[i]);
-            N == 3 ? strip<3>(p, wide.data(), m.scale, n) : strip<1>(p, wide.data(), m.scale, n);
+            N == 3 ? strip<3>(p, wide.data(), m.scale, n, (const char*)next, bytes) : strip<1>(p, wide.data(), m.scale, n, (const char*)next, bytes);
         } else
-            N == 3 ? strip<3>(p, w, m.scale, n) : strip<1>(p, w, m.scale, n);
+            N == 3 ? strip<3>(p, w, m.scale, n, (const char*)next, bytes) : strip<1>(p, w, m.scale, n, (const char*)next, bytes);
     }
 }
 
