@@ -37,6 +37,7 @@ def read_arguments() -> argparse.Namespace:
     p.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: avoid what was said; default: 1")
     p.add_argument("--greedy", action="store_true", help="always take the likeliest token")
     p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
+    p.add_argument("--quantize", choices=["bf16", "int8"], help="weights of fewer bytes: faster, a little less exact")
     p.add_argument("--seed", type=int, default=0, help="same seed, same text; default: 0")
     p.add_argument("--interactive", action="store_true", help="ask for one prompt after another; Ctrl-D ends")
     p.add_argument("--chat", action="store_true", help="hold a conversation with a run that learnt to; Ctrl-D ends")
@@ -55,6 +56,8 @@ from data.tokenizer import Tokenizer, TokenizerError  # noqa: E402
 from data.voice import Voice  # noqa: E402
 from model import GPT, KVCache, ModelConfig  # noqa: E402
 from runtime.checkpoint import CheckpointError, find, load_weights, read_state  # noqa: E402
+from runtime.quantize import quantize  # noqa: E402
+from runtime.reader import reader  # noqa: E402
 
 # 1. Drawing one token -----------------------------------------------------------------------------------------------
 
@@ -81,11 +84,24 @@ class Sampling:
             if not holds:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be {right}")
 
+    def draw(self, logits: Tensor, seen: Tensor, random: torch.Generator) -> Tensor:
+        """One token a row, (B, 1): where the running sum of its probabilities first reaches a random part of all."""
+        if self.greedy:
+            return self.penalized(logits, seen).argmax(1, keepdim=True)
+        sums = self.probabilities(logits, seen).cumsum(1)  # (B, V); torch.multinomial would draw V random numbers a row
+        part = 1 - torch.rand(len(sums), 1, generator=random, device=sums.device)  # above 0: no token of probability 0
+        return torch.searchsorted(sums, part * sums[:, -1:])
+
+    def penalized(self, logits: Tensor, seen: Tensor) -> Tensor:
+        """Keskar et al. 2019 (CTRL), section 4.1, away from zero on either side."""
+        if self.repetition_penalty == 1.0:
+            return logits
+        penalized = torch.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)
+        return torch.where(seen, penalized, logits)
+
     def probabilities(self, logits: Tensor, seen: Tensor) -> Tensor:
         """(B, V) fp32 logits -> (B, V) probabilities to draw from. seen (B, V): the tokens of the text so far."""
-        if self.repetition_penalty != 1.0:  # Keskar et al. 2019 (CTRL), section 4.1, away from zero on either side
-            penalized = torch.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)
-            logits = torch.where(seen, penalized, logits)
+        logits = self.penalized(logits, seen)
         if self.greedy:
             return torch.zeros_like(logits).scatter_(1, logits.argmax(1, keepdim=True), 1.0)
         logits = logits / self.temperature
@@ -124,20 +140,18 @@ def generate(
     seen = torch.zeros(samples, model.config.vocab_size, dtype=torch.bool, device=device)
     seen.index_fill_(1, text[0, : len(prompt)], True)
 
-    cache = KVCache(model.config, 1, device=device, dtype=model.model.embed_tokens.weight.dtype)
+    read_on = reader(model)
+    cache = KVCache(model.config, 1, device=device, dtype=model.model.norm.weight.dtype)
     start = read = max(0, len(prompt) - context)  # where the window begins, and up to where it has been read
     for end in range(len(prompt), len(prompt) + tokens):
         if end - start > context:
             start = read = end - max(1, context // 2)
             cache.clear()
         rows = text[:1] if end == len(prompt) else text
-        for piece in rows[:, read:end].split(KVCache.CHUNK, dim=1):  # after the prompt, a single token
-            hidden = model.model(piece, cache)  # (B, T, C)
-            cache.advance(piece.shape[1])
-        logits = model.head(hidden[:, -1]).float()  # (B, C) -> (B, V)
+        logits = read_on(rows[:, read:end], cache)  # (B, V); after the prompt, of a single token
         if end == len(prompt):
             cache, logits = cache.repeat(samples), logits.expand(samples, -1)
-        token = torch.multinomial(sampling.probabilities(logits, seen), 1, generator=random)  # (B, 1)
+        token = sampling.draw(logits, seen, random)  # (B, 1)
         text[:, end : end + 1] = token
         seen.scatter_(1, token, True)
         read = end
@@ -215,6 +229,8 @@ def main(a: argparse.Namespace) -> None:
     if a.system and not a.chat:
         raise ValueError(f"system = {a.system!r}: goes with --chat")
     model, tokenizer = load(a.run or newest_run(), a.checkpoint)
+    if a.quantize:
+        quantize(model, a.quantize)
     turns = [("system", a.system)] if a.system else []  # of a chat, so far
     most = model.config.context - min(a.tokens, model.config.context // 2)  # the rest is for the answer
 

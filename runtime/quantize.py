@@ -38,10 +38,14 @@ class Int8(nn.Module):
         return F.linear(x, self.weight)
 
 
-def to_int8(model: GPT) -> GPT:
-    """The same model with every matrix in int8, to speak and to be judged, not to be trained. Changes `model`."""
+def quantize(model: GPT, kind: str) -> GPT:
+    """The same model with its weights in `kind`, bf16 or int8, to speak and to be judged, not to be trained on. Changes
+    `model`. Positions stay fp32, and in int8 the gains of the norms do."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear | nn.Embedding):
+            if kind == "bf16":
+                for weight in child.parameters(recurse=False):
+                    weight.data = weight.data.bfloat16()
+            elif isinstance(child, nn.Linear | nn.Embedding):
                 setattr(parent, name, Int8(child.weight, isinstance(child, nn.Embedding)))
     return model
