@@ -128,7 +128,8 @@ def llama(folder: Path, name: str, nanogpt: Path | None) -> Speak:
     """llama.cpp's llama_decode with one batch a step; the cache is of the precision of the weights, at least 16 bits."""
     import llama_cpp as lib
 
-    lib.llama_log_set(lib.llama_log_callback(lambda *_: None), ctypes.c_void_p(0))
+    lib.silent = lib.llama_log_callback(lambda *_: None)  # kept as long as the library, which calls it
+    lib.llama_log_set(lib.silent, ctypes.c_void_p(0))
     lib.llama_backend_init()
     path = folder / f"{GGUF[name]}.gguf"
     model = lib.llama_model_load_from_file(str(path).encode(), lib.llama_model_default_params())
