@@ -56,7 +56,7 @@ from data.tokenizer import Tokenizer, TokenizerError  # noqa: E402
 from data.voice import Voice  # noqa: E402
 from model import GPT, KVCache, ModelConfig  # noqa: E402
 from runtime.checkpoint import CheckpointError, find, load_weights, read_state  # noqa: E402
-from runtime.quantize import quantize  # noqa: E402
+from runtime.weights import gather, quantize  # noqa: E402
 from runtime.reader import reader  # noqa: E402
 
 # 1. Drawing one token -----------------------------------------------------------------------------------------------
@@ -141,7 +141,8 @@ def generate(
     seen.index_fill_(1, text[0, : len(prompt)], True)
 
     read_on = reader(model)
-    cache = KVCache(model.config, 1, device=device, dtype=model.model.norm.weight.dtype)
+    dtype = model.model.norm.weight.dtype
+    cache = KVCache(model.config, 1, most=len(prompt) + tokens, device=device, dtype=dtype)
     start = read = max(0, len(prompt) - context)  # where the window begins, and up to where it has been read
     for end in range(len(prompt), len(prompt) + tokens):
         if end - start > context:
@@ -197,7 +198,8 @@ def load(run: Path, checkpoint: str = "best") -> tuple[GPT, Tokenizer]:
     folder = find(run, checkpoint)
     config = ModelConfig(**read_state(folder)["config"]["model"])
     load_weights(folder, model := GPT(config).eval())
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), Tokenizer.load(run / "tokenizer.json")
+    model = model.to("cuda") if torch.cuda.is_available() else gather(model)
+    return model, Tokenizer.load(run / "tokenizer.json")
 
 
 def say(

@@ -96,14 +96,19 @@ static inline float sum(Floats v) {
 
 // 2. Products -----------------------------------------------------------------------------------------------------------
 
+template <class W> constexpr int AHEAD = sizeof(W) == 1 ? 4096 : sizeof(W) == 2 ? 1024 : 0;  // bytes, found by trying
+template <class W> constexpr int LINE = std::max(4, 64 / (LANES * int(sizeof(W))));  // vectors in a line of the cache
+
 // out[n][m] = row n of w (N, columns) times row m of x (M, columns): each load serves several products. U sums of each
 // take turns, so that no addition waits for the last one.
 template <int N, int M, int U, class W>
-static inline void tile(const W* w, const float* x, int64_t columns, float (&out)[N][M]) {
+[[gnu::always_inline]] static inline void tile(const W* w, const float* x, int64_t columns, float (&out)[N][M]) {
     Floats sums[N][M][U] = {};
     int64_t c = 0;
     for (; c + U * LANES <= columns; c += U * LANES) {
-        if (sizeof(W) == 1 && N == 1) __builtin_prefetch((const char*)(w + c) + 2048);  // int8 outruns the hardware's own
+        if (AHEAD<W> && N == 1)  // narrow weights go by faster than the hardware calls the next
+            for (int64_t byte = 0; byte < U * LANES * int64_t(sizeof(W)); byte += 64)
+                __builtin_prefetch((const char*)(w + c) + AHEAD<W> + byte);
         for (int u = 0; u < U; u++) {
             Floats ws[N];
             for (int n = 0; n < N; n++) ws[n] = load(w + n * columns + c + u * LANES);
@@ -162,7 +167,7 @@ __attribute__((noinline)) static void strip(const Product& p, const W* w, const 
         for (int64_t byte = 0; byte < share; byte += 64) __builtin_prefetch(next + byte);
         put<N, 4, 1>(p, w, scale, n, r);
     }
-    for (; r < p.R; r++) put<N, 1, N == 1 ? 8 : 2>(p, w, scale, n, r);
+    for (; r < p.R; r++) put<N, 1, N == 1 ? LINE<W> : 2>(p, w, scale, n, r);
 }
 
 // This thread's share of the rows: each is read once. One row of x wants them in the order of memory, several want
@@ -194,6 +199,25 @@ static void rms_norm(const float* x, const float* gain, int64_t n, double eps, f
     for (int64_t i = 0; i < n; i++) y[i] = x[i] * factor * gain[i];
 }
 
+// e ** x: 2 to the whole part of x / ln 2 is an exponent, to the rest, which is at most a half, a polynomial.
+static inline Floats exp(Floats x) {
+    x = x < -87.f ? Floats{} - 87.f : x > 88.f ? Floats{} + 88.f : x;  // what a float can hold
+    Floats t = x * 1.44269504f;
+    Ints whole = __builtin_convertvector(t + (t < 0.f ? Floats{} - .5f : Floats{} + .5f), Ints);
+    Floats f = t - __builtin_convertvector(whole, Floats);
+    Floats power = 1 + f * (.69314718f + f * (.24022651f + f * (.05550411f + f * (.00961813f + f * (.00133336f + f * .00015469f)))));
+    return power * (Floats)((whole + 127) << 23);
+}
+// n numbers of p become f of them, LANES at a time.
+template <class F> static inline void each(float* p, int64_t n, F f) {
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        Floats y = f(load(p + i));
+        std::memcpy(p + i, &y, sizeof y);
+    }
+    for (; i < n; i++) p[i] = f(Floats{} + p[i])[0];
+}
+
 // One head, normed, then turned by its position: x * cos + roll(x, D / 2) * sin.
 static void place(const float* x, const float* gain, const Model& m, int64_t position, float* y) {
     float normed[m.D];
@@ -213,8 +237,8 @@ static void attend(const float* q, const E* keys, const E* values, const Layer& 
         scores[i] = score[0][0] * scale;
         largest = std::max(largest, scores[i]);
     }
-#pragma omp simd reduction(+ : total)
-    for (int64_t i = 0; i < n; i++) total += scores[i] = std::exp(scores[i] - largest);
+    each(scores, n, [&](Floats v) { return exp(v - largest); });
+    for (int64_t i = 0; i < n; i++) total += scores[i];
     for (int64_t d = 0; d < m.D; d++) y[d] = 0;
     for (int64_t i = 0; i < n; i++) {
         const E* value = values + (first + i) % l.slots * stride;
@@ -283,9 +307,11 @@ extern "C" void heed_decode(const Model& m, int64_t B, int64_t T, const int64_t*
             product<W>(l->gate, m.F, m.C, y.data(), R, g.data());
             product<W>(l->up, m.F, m.C, y.data(), R, f.data());
             Part mine(m.F, 3);  // the same rows as in the two products
-            for (int64_t r = 0; r < R; r++)
-#pragma omp simd
-                for (int64_t i = r * m.F + mine.from; i < r * m.F + mine.to; i++) f[i] *= g[i] / (1 + std::exp(-g[i]));
+            for (int64_t r = 0; r < R; r++) {
+                float *silu = &g[r * m.F], *up = &f[r * m.F];
+                each(silu + mine.from, mine.to - mine.from, [](Floats v) { return v / (1 + exp(-v)); });
+                for (int64_t i = mine.from; i < mine.to; i++) up[i] *= silu[i];
+            }
 #pragma omp barrier
             product<W>(l->down, m.C, m.F, f.data(), R, x.data(), true);
         }

@@ -58,9 +58,9 @@ def library(weights: torch.dtype, cache: torch.dtype, folder: Path) -> ctypes.CD
 
     Its name is a hash of all that it depends on: the source, the compiler, the flags and the processor.
     """
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    compiler = shutil.which(os.environ.get("CXX") or "g++") or shutil.which("clang++")
     if compiler is None:
-        raise Unavailable("there is no C++ compiler (g++ or clang++)")
+        raise Unavailable("there is no C++ compiler here (g++ or clang++)")
     command = [compiler, *FLAGS, f"-DWEIGHTS={TYPES[weights]}", f"-DCACHE={TYPES[cache]}", str(SOURCE)]
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
     known = "\n".join([SOURCE.read_text(), *command, version, _processor()])

@@ -64,8 +64,7 @@ class CpuReader:
         if len(kinds) > 1 or not kinds <= cpu_decode.TYPES.keys():
             raise cpu_decode.Unavailable(f"it does not know weights of {', '.join(map(str, kinds))}")
         self.weights = kinds.pop()
-        self.dtype = model.model.norm.weight.dtype  # of the cache
-        self.library = cpu_decode.library(self.weights, self.dtype, CACHE / "cpu")
+        cpu_decode.library(self.weights, model.model.norm.weight.dtype, CACHE / "cpu")  # raises now, not later
         decoder = model.model
         self.layers = (cpu_decode.Layer * config.n_layer)()
         for number, (row, block) in enumerate(zip(self.layers, decoder.layers, strict=True)):
@@ -98,9 +97,10 @@ class CpuReader:
         return self.kept[-1].data_ptr()
 
     def __call__(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        library = cpu_decode.library(self.weights, cache.layers[0][0].dtype, CACHE / "cpu")
         for row, (keys, values) in zip(self.layers, cache.layers, strict=True):
             row.keys, row.values, row.slots = keys.data_ptr(), values.data_ptr(), keys.shape[1]
         for piece in tokens.split(max(1, ROWS // len(tokens)), dim=1):
-            logits = cpu_decode.decode(self.library, self.model, piece, cache.lengths)
+            logits = cpu_decode.decode(library, self.model, piece, cache.lengths)
             cache.advance(piece.shape[1])
         return logits

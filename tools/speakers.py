@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from model import GPT, ModelConfig
-from runtime.quantize import quantize
+from runtime.weights import gather, quantize
 from sample import Sampling, generate
 
 Speak = Callable[[list[int], int, int], Iterator[np.ndarray]]
@@ -73,6 +73,8 @@ def heed(folder: Path, name: str, nanogpt: Path | None) -> Speak:
     model.load_state_dict(torch.load(folder / "model.pt"))
     if name.split()[1] in ("bf16", "int8"):
         quantize(model, name.split()[1])
+    else:
+        gather(model)
     if name == "heed in torch":
         os.environ["CXX"] = "false"  # a compiler that fails
 

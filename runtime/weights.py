@@ -1,9 +1,14 @@
-"""int8 weights with a scale a row: a quarter of fp32's bytes, and reading bytes is what speaking costs.
+"""How weights lie in memory, for speaking on a CPU: each token reads all of them, and that is what takes the time.
+
+`quantize` makes them fewer bytes. In int8 a row has a scale; only the weights are rounded, products are made in fp32
+(Dettmers et al. 2022, section 2.1, "absmax", a row at a time):
 
     weight[row, column] ~ codes[row, column] * scales[row],   scales[row] = the row's largest magnitude / 127
 
-Only the weights are rounded: products are made in fp32 (Dettmers et al. 2022, section 2.1, "absmax", a row at a time).
+`gather` puts them side by side into large pages of memory, which are read a third faster than small ones.
 """
+
+import mmap
 
 import torch
 import torch.nn.functional as F
@@ -48,4 +53,22 @@ def quantize(model: GPT, kind: str) -> GPT:
                     weight.data = weight.data.bfloat16()
             elif isinstance(child, nn.Linear | nn.Embedding):
                 setattr(parent, name, Int8(child.weight, isinstance(child, nn.Embedding)))
+    return gather(model)
+
+
+@torch.inference_mode(False)
+def gather(model: GPT) -> GPT:
+    """The same model with its matrices in one block of memory, for which large pages are asked where Linux has them
+    (madvise(2), MADV_HUGEPAGE). Changes `model`; on other systems, and on a GPU, does nothing."""
+    matrices = [x for x in (*model.parameters(), *model.buffers()) if x.ndim == 2]
+    if not hasattr(mmap, "MADV_HUGEPAGE") or matrices[0].device.type != "cpu":
+        return model
+    sizes = [-(-x.nbytes // 64) * 64 for x in matrices]  # each begins a line of the cache
+    block = mmap.mmap(-1, sum(sizes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # torch keeps it as long as a matrix is in it
+    block.madvise(mmap.MADV_HUGEPAGE)
+    begin = 0
+    for matrix, size in zip(matrices, sizes, strict=True):
+        place = torch.frombuffer(block, dtype=matrix.dtype, count=matrix.numel(), offset=begin).view(matrix.shape)
+        matrix.data = place.copy_(matrix.data)
+        begin += size
     return model
