@@ -1,4 +1,4 @@
-"""kernels/cpu_decode.cpp, compiled for this machine when it is first needed, and called through ctypes."""
+"""cpu_decode.cpp and cpu_products.h, compiled for this machine when first needed, and called through ctypes."""
 
 import ctypes
 import functools
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).with_name("cpu_decode.cpp")
+SOURCES = [Path(__file__).with_name(name) for name in ("cpu_decode.cpp", "cpu_products.h")]
 # What -ffast-math would also allow, to forget infinities and to flush small numbers in the whole process, is left out.
 FLAGS = (
     "-O3 -march=native -std=c++17 -fopenmp -shared -fPIC "
@@ -61,9 +61,9 @@ def library(weights: torch.dtype, cache: torch.dtype, folder: Path) -> ctypes.CD
     compiler = shutil.which(os.environ.get("CXX") or "g++") or shutil.which("clang++")
     if compiler is None:
         raise Unavailable("there is no C++ compiler here (g++ or clang++)")
-    command = [compiler, *FLAGS, f"-DWEIGHTS={TYPES[weights]}", f"-DCACHE={TYPES[cache]}", str(SOURCE)]
+    command = [compiler, *FLAGS, f"-DWEIGHTS={TYPES[weights]}", f"-DCACHE={TYPES[cache]}", str(SOURCES[0])]
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    known = "\n".join([SOURCE.read_text(), *command, version, _processor()])
+    known = "\n".join([*(source.read_text() for source in SOURCES), *command, version, _processor()])
     path = folder / f"{hashlib.sha256(known.encode()).hexdigest()[:16]}.so"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
