@@ -67,7 +67,7 @@ static void attend(const float* q, const E* keys, const E* values, const Layer& 
     }
 }
 
-// 2. The model ----------------------------------------------------------------------------------------------------------
+// 2. The model ------------------------------------------------------------------------------------------------------
 
 // W is what the weights are stored in, E what the cache is: the compiler's command line says it (-DWEIGHTS -DCACHE).
 extern "C" void heed_decode(const Model& m, int64_t B, int64_t T, const int64_t* tokens, const int64_t* lengths,

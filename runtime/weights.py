@@ -56,7 +56,6 @@ def quantize(model: GPT, kind: str) -> GPT:
     return gather(model)
 
 
-@torch.inference_mode(False)
 def gather(model: GPT) -> GPT:
     """The same model with its matrices in one block of memory, for which large pages are asked where Linux has them
     (madvise(2), MADV_HUGEPAGE). Changes `model`; on other systems, and on a GPU, does nothing."""
@@ -67,8 +66,9 @@ def gather(model: GPT) -> GPT:
     block = mmap.mmap(-1, sum(sizes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # torch keeps it as long as a matrix is in it
     block.madvise(mmap.MADV_HUGEPAGE)
     begin = 0
-    for matrix, size in zip(matrices, sizes, strict=True):
-        place = torch.frombuffer(block, dtype=matrix.dtype, count=matrix.numel(), offset=begin).view(matrix.shape)
-        matrix.data = place.copy_(matrix.data)
-        begin += size
+    with torch.inference_mode(matrices[0].is_inference()):  # what may be trained stays so
+        for matrix, size in zip(matrices, sizes, strict=True):
+            place = torch.frombuffer(block, dtype=matrix.dtype, count=matrix.numel(), offset=begin).view(matrix.shape)
+            matrix.data = place.copy_(matrix.data)
+            begin += size
     return model
