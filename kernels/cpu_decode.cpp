@@ -45,25 +45,36 @@ static void place(const float* x, const float* gain, const Model& m, int64_t pos
         y[d] = normed[d] * cos[d] + normed[d < half ? d + half : d - half] * sin[d];
 }
 
+// y[0 ... U * LANES) = the sum of scores times values over n positions, the first in `slot`; kept in registers.
+template <int U, class E>
+static void weigh(const float* scores, const E* values, int64_t n, int64_t slot, int64_t slots, int64_t stride,
+                  float* y) {
+    Floats sums[U] = {};
+    for (int64_t i = 0; i < n; i++, slot = slot + 1 == slots ? 0 : slot + 1)
+        for (int u = 0; u < U; u++) sums[u] += scores[i] * load(values + slot * stride + u * LANES);
+    std::memcpy(y, sums, sizeof sums);
+}
+
 // One query head over the positions first ... last of its sequence's keys and values.
 template <class E>
 static void attend(const float* q, const E* keys, const E* values, const Layer& l, const Model& m, int64_t first,
                    int64_t last, float* scores, float* y) {
-    int64_t n = last - first + 1, stride = m.K * m.D;
+    int64_t n = last - first + 1, stride = m.K * m.D, begin = first % l.slots, d = 0;
     float scale = 1 / std::sqrt(float(m.D)), largest = -INFINITY, total = 0;
-    for (int64_t i = 0; i < n; i++) {
+    for (int64_t i = 0, slot = begin; i < n; i++, slot = slot + 1 == l.slots ? 0 : slot + 1) {
         float score[1][1];
-        tile<1, 1, 2>(keys + (first + i) % l.slots * stride, q, m.D, score);
+        tile<1, 1, 2>(keys + slot * stride, q, m.D, score);
         scores[i] = score[0][0] * scale;
         largest = std::max(largest, scores[i]);
     }
     each(scores, n, [&](Floats v) { return exp(v - largest); });
     for (int64_t i = 0; i < n; i++) total += scores[i];
-    for (int64_t d = 0; d < m.D; d++) y[d] = 0;
-    for (int64_t i = 0; i < n; i++) {
-        const E* value = values + (first + i) % l.slots * stride;
-        float weight = scores[i] / total;
-        for (int64_t d = 0; d < m.D; d++) y[d] += weight * float(value[d]);
+    for (int64_t i = 0; i < n; i++) scores[i] /= total;
+    for (; d + 8 * LANES <= m.D; d += 8 * LANES) weigh<8>(scores, values + d, n, begin, l.slots, stride, y + d);
+    for (; d + LANES <= m.D; d += LANES) weigh<1>(scores, values + d, n, begin, l.slots, stride, y + d);
+    for (; d < m.D; d++) {
+        y[d] = 0;
+        for (int64_t i = 0; i < n; i++) y[d] += scores[i] * float(values[(first + i) % l.slots * stride + d]);
     }
 }
 
