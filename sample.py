@@ -16,7 +16,6 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 RUNS = Path(os.environ.get("HEED_RUNS") or Path(__file__).resolve().parent / "runs")
@@ -58,69 +57,9 @@ from model import GPT, KVCache, ModelConfig  # noqa: E402
 from runtime.checkpoint import CheckpointError, find, load_weights, read_state  # noqa: E402
 from runtime.weights import gather, quantize  # noqa: E402
 from runtime.reader import reader  # noqa: E402
+from runtime.sampling import Sampling  # noqa: E402
 
-# 1. Drawing one token -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a token is drawn from the model's probabilities; the fields do what the flags of the same names say."""
-
-    temperature: float = 0.8
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    greedy: bool = False
-
-    def __post_init__(self) -> None:
-        for name, holds, right in (
-            ("temperature", self.temperature > 0, "above 0 (greedy takes the likeliest each time)"),
-            ("top_k", self.top_k >= 0, "at least 0"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
-            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
-        ):
-            if not holds:
-                raise ValueError(f"{name} = {getattr(self, name)}: must be {right}")
-
-    def draw(self, logits: Tensor, seen: Tensor, random: torch.Generator) -> Tensor:
-        """One token a row, (B, 1): where the running sum of its probabilities first reaches a random part of all."""
-        if self.greedy:
-            return self.penalized(logits, seen).argmax(1, keepdim=True)
-        sums = self.probabilities(logits, seen).cumsum(1)  # (B, V); torch.multinomial would draw V random numbers a row
-        part = 1 - torch.rand(len(sums), 1, generator=random, device=sums.device)  # above 0: no token of probability 0
-        return torch.searchsorted(sums, part * sums[:, -1:])
-
-    def penalized(self, logits: Tensor, seen: Tensor) -> Tensor:
-        """Keskar et al. 2019 (CTRL), section 4.1, away from zero on either side."""
-        if self.repetition_penalty == 1.0:
-            return logits
-        penalized = torch.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)
-        return torch.where(seen, penalized, logits)
-
-    def probabilities(self, logits: Tensor, seen: Tensor) -> Tensor:
-        """(B, V) fp32 logits -> (B, V) probabilities to draw from. seen (B, V): the tokens of the text so far."""
-        logits = self.penalized(logits, seen)
-        if self.greedy:
-            return torch.zeros_like(logits).scatter_(1, logits.argmax(1, keepdim=True), 1.0)
-        logits = logits / self.temperature
-        if 0 < self.top_k < logits.shape[1]:  # Fan et al. 2018
-            kth = logits.topk(self.top_k, dim=1).values[:, -1:]  # (B, 1)
-            logits = logits.masked_fill(logits < kth, float("-inf"))
-        if self.top_p < 1.0:  # Holtzman et al. 2020: the fewest likeliest tokens that reach p, always one
-            ordered, order = logits.softmax(1).sort(1, descending=True)
-            beyond = ordered.cumsum(1) - ordered >= self.top_p  # what is likelier already reaches p
-            logits = logits.masked_fill(torch.zeros_like(beyond).scatter_(1, order, beyond), float("-inf"))
-        probabilities = logits.softmax(1)
-        if self.min_p > 0.0:  # Nguyen et al. 2024
-            likeliest = probabilities.amax(1, keepdim=True)
-            probabilities = probabilities.masked_fill(probabilities < self.min_p * likeliest, 0.0)
-            probabilities = probabilities / probabilities.sum(1, keepdim=True)
-        return probabilities
-
-
-# 2. Tokens, one after another ---------------------------------------------------------------------------------------
+# 1. Tokens, one after another ---------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
@@ -141,8 +80,7 @@ def generate(
     seen.index_fill_(1, text[0, : len(prompt)], True)
 
     read_on = reader(model)
-    dtype = model.model.norm.weight.dtype
-    cache = KVCache(model.config, 1, most=len(prompt) + tokens, device=device, dtype=dtype)
+    cache = KVCache(model.config, 1, most=len(prompt) + tokens, device=device, dtype=model.model.norm.weight.dtype)
     start = read = max(0, len(prompt) - context)  # where the window begins, and up to where it has been read
     for end in range(len(prompt), len(prompt) + tokens):
         if end - start > context:
@@ -159,7 +97,7 @@ def generate(
         yield token[:, 0]
 
 
-# 3. Text, as soon as it is sure -------------------------------------------------------------------------------------
+# 2. Text, as soon as it is sure -------------------------------------------------------------------------------------
 
 
 def speak(
@@ -182,7 +120,7 @@ def speak(
             return
 
 
-# 4. The command -----------------------------------------------------------------------------------------------------
+# 3. The command -----------------------------------------------------------------------------------------------------
 
 
 def newest_run() -> Path:
@@ -198,8 +136,7 @@ def load(run: Path, checkpoint: str = "best") -> tuple[GPT, Tokenizer]:
     folder = find(run, checkpoint)
     config = ModelConfig(**read_state(folder)["config"]["model"])
     load_weights(folder, model := GPT(config).eval())
-    model = model.to("cuda") if torch.cuda.is_available() else gather(model)
-    return model, Tokenizer.load(run / "tokenizer.json")
+    return gather(model.to("cuda" if torch.cuda.is_available() else "cpu")), Tokenizer.load(run / "tokenizer.json")
 
 
 def say(

@@ -86,7 +86,9 @@ def test_the_reader_of_a_cpu_is_the_fast_one_and_generate_asks_it(monkeypatch):
     model = randomized(TINY)
     assert isinstance(reader(model), CpuReader)
     asked = []
-    monkeypatch.setattr(cpu_decode, "decode", lambda *a, real=cpu_decode.decode: (asked.append(a[2].shape), real(*a))[1])
+    monkeypatch.setattr(
+        cpu_decode, "decode", lambda *a, real=cpu_decode.decode: (asked.append(a[2].shape), real(*a))[1]
+    )
     list(sample.generate(model, [1, 2, 3], tokens=3, samples=2))
     assert asked == [(1, 3), (2, 1), (2, 1)]
 
@@ -163,7 +165,9 @@ def test_int8_is_a_quarter_of_the_bytes_and_within_half_a_step():
 
 def test_int8_costs_less_than_half_a_percent_in_bits_per_byte(runs):
     model, tokenizer = sample.load(runs / "songs")
-    text = "".join(f"Song {n}: the {n % 7} birds sing to the {n % 5} bees, and the bees to the {n % 3} ants.\n" for n in range(40))
+    text = "".join(
+        f"Song {n}: the {n % 7} birds sing to the {n % 5} bees, and the bees to the {n % 3} ants.\n" for n in range(40)
+    )
     ids = torch.tensor(tokenizer.encode(text))
     windows = ids[: len(ids) // 32 * 32].view(-1, 32)
 

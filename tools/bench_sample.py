@@ -40,7 +40,9 @@ class Speaker:
         self.pipe: Connection
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=speakers.serve, args=(theirs, name, folder, nanogpt, threads), daemon=True)
+        self.process = context.Process(
+            target=speakers.serve, args=(theirs, name, folder, nanogpt, threads), daemon=True
+        )
         self.process.start()
         theirs.close()
         self.hear()
@@ -122,7 +124,9 @@ def run(names: list[str], sizes: list[str], batches: list[int], prompts: list[in
                 speaker.close()
     print(table(list(rows[0]), [list(row.values()) for row in rows]))
     print(f"first ms: until the first token. heed/it: rate of heed at that precision by its rate, the median of pairs.")
-    print(f"same: tokens equal to those of heed in fp32, of the first {SAME}. MB: what model and speaking added to a process.")
+    print(
+        f"same: tokens equal to those of heed in fp32, of the first {SAME}. MB: what model and speaking added to a process."
+    )
     for fault in faults:
         print(fault)
     if out:
