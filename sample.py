@@ -55,9 +55,9 @@ from data.tokenizer import Tokenizer, TokenizerError  # noqa: E402
 from data.voice import Voice  # noqa: E402
 from model import GPT, KVCache, ModelConfig  # noqa: E402
 from runtime.checkpoint import CheckpointError, find, load_weights, read_state  # noqa: E402
-from runtime.weights import gather, quantize  # noqa: E402
 from runtime.reader import reader  # noqa: E402
 from runtime.sampling import Sampling  # noqa: E402
+from runtime.weights import gather, quantize  # noqa: E402
 
 # 1. Tokens, one after another ---------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from ctypes import POINTER, Structure, c_double, c_float, c_int, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_double, c_int, c_int64, c_void_p
 from pathlib import Path
 
 import torch
@@ -16,10 +16,10 @@ from torch import Tensor
 
 SOURCES = [Path(__file__).with_name(name) for name in ("cpu_decode.cpp", "cpu_products.h")]
 # What -ffast-math would also allow, to forget infinities and to flush small numbers in the whole process, is left out.
-FLAGS = (
-    "-O3 -march=native -std=c++17 -fopenmp -shared -fPIC "
-    "-fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math"
-).split()
+FLAGS = [
+    "-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC",
+    "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math",
+]  # fmt: skip
 TYPES = {torch.float32: "float", torch.bfloat16: "Bf16", torch.int8: "int8_t"}
 
 

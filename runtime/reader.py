@@ -4,13 +4,12 @@
 where it cannot (no compiler, a model of a kind that it does not know), torch serves, and one line says why.
 """
 
-import ctypes
 import dataclasses
 import functools
 import sys
 from collections.abc import Callable
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from data.corpora import CACHE
@@ -21,8 +20,8 @@ Reader = Callable[[Tensor, KVCache], Tensor]
 
 ROWS = 64  # tokens in one call of the C++ file, of all sequences: so many stay in a core's cache
 KNOWN = {
-    "vocab_size", "context", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_ffn", "tie_embeddings", "dropout",
-    "window", "layer_pattern", "gate", "rope_theta", "yarn_factor", "yarn_original_context", "norm_eps",
+    "vocab_size", "context", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_ffn", "tie_embeddings",
+    "dropout", "window", "layer_pattern", "gate", "rope_theta", "yarn_factor", "yarn_original_context", "norm_eps",
 }  # fmt: skip
 
 
@@ -67,6 +66,7 @@ class CpuReader:
         cpu_decode.library(self.weights, model.model.norm.weight.dtype, CACHE / "cpu")  # raises now, not later
         decoder = model.model
         self.layers = (cpu_decode.Layer * config.n_layer)()
+        block: Any
         for number, (row, block) in enumerate(zip(self.layers, decoder.layers, strict=True)):
             attention, mlp = block.self_attn, block.mlp
             for name in ("q", "k", "v", "o"):
@@ -84,7 +84,7 @@ class CpuReader:
             self._matrix(model.lm_head or decoder.embed_tokens), self.layers,
         )  # fmt: skip
 
-    def _matrix(self, module: nn.Module) -> cpu_decode.Matrix:
+    def _matrix(self, module: Any) -> cpu_decode.Matrix:
         if hasattr(module, "codes"):
             return cpu_decode.Matrix(self._keep(module.codes), self._floats(module.scales))
         return cpu_decode.Matrix(self._keep(module.weight), None)

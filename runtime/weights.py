@@ -63,9 +63,8 @@ def gather(model: GPT) -> GPT:
     if not hasattr(mmap, "MADV_HUGEPAGE") or matrices[0].device.type != "cpu":
         return model
     sizes = [-(-x.nbytes // 64) * 64 for x in matrices]  # each begins a line of the cache
-    block = mmap.mmap(
-        -1, sum(sizes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    )  # torch keeps it as long as a matrix is in it
+    # a matrix in it keeps it
+    block = mmap.mmap(-1, sum(sizes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     block.madvise(mmap.MADV_HUGEPAGE)
     begin = 0
     with torch.inference_mode(matrices[0].is_inference()):  # what may be trained stays so

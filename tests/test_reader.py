@@ -1,4 +1,4 @@
-"""Reading on: the C++ file against the model in fp64 without a cache, for every flag; and where it cannot be compiled."""
+"""Reading on: the C++ file against the model in fp64 without a cache, for every flag; and no compiler, and int8."""
 
 import dataclasses
 import re
@@ -10,8 +10,8 @@ import sample
 from kernels import cpu_decode
 from model import GPT, KVCache
 from runtime import reader as room
-from runtime.weights import Int8, quantize
 from runtime.reader import CpuReader, plainly, reader
+from runtime.weights import Int8, quantize
 from tests.conftest import TINY, command, randomized
 
 FLAGS = {
@@ -85,10 +85,8 @@ def test_threads_share_the_work():
 def test_the_reader_of_a_cpu_is_the_fast_one_and_generate_asks_it(monkeypatch):
     model = randomized(TINY)
     assert isinstance(reader(model), CpuReader)
-    asked = []
-    monkeypatch.setattr(
-        cpu_decode, "decode", lambda *a, real=cpu_decode.decode: (asked.append(a[2].shape), real(*a))[1]
-    )
+    asked, real = [], cpu_decode.decode
+    monkeypatch.setattr(cpu_decode, "decode", lambda *a: (asked.append(a[2].shape), real(*a))[1])
     list(sample.generate(model, [1, 2, 3], tokens=3, samples=2))
     assert asked == [(1, 3), (2, 1), (2, 1)]
 
@@ -165,9 +163,8 @@ def test_int8_is_a_quarter_of_the_bytes_and_within_half_a_step():
 
 def test_int8_costs_less_than_half_a_percent_in_bits_per_byte(runs):
     model, tokenizer = sample.load(runs / "songs")
-    text = "".join(
-        f"Song {n}: the {n % 7} birds sing to the {n % 5} bees, and the bees to the {n % 3} ants.\n" for n in range(40)
-    )
+    song = "Song {}: the {} birds sing to the {} bees, and the bees to the {} ants.\n"
+    text = "".join(song.format(n, n % 7, n % 5, n % 3) for n in range(40))
     ids = torch.tensor(tokenizer.encode(text))
     windows = ids[: len(ids) // 32 * 32].view(-1, 32)
 

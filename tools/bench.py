@@ -67,9 +67,7 @@ def sample(a: argparse.Namespace) -> int:
     if a.nanogpt and not (a.nanogpt / "model.py").exists():
         raise ValueError(f"--nanogpt {a.nanogpt}: there is no model.py; name the folder of a clone of nanoGPT")
     if min([*a.batches, *a.prompts, a.tokens - 1, a.repetitions]) < 1 or max(a.prompts) + a.tokens > 1024:
-        raise ValueError(
-            "batches, prompts and repetitions are at least 1, tokens at least 2, a prompt and tokens 1,024"
-        )
+        raise ValueError("batches, prompts, repetitions: at least 1, tokens: 2, and a prompt with them at most 1,024")
     if a.quick:
         a.sizes, a.batches, a.prompts, a.tokens, a.repetitions = ["tiny"], [1, 3], [5], 4, 1
     threads = torch.get_num_threads()

@@ -40,9 +40,8 @@ class Speaker:
         self.pipe: Connection
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(
-            target=speakers.serve, args=(theirs, name, folder, nanogpt, threads), daemon=True
-        )
+        args = (theirs, name, folder, nanogpt, threads)
+        self.process = context.Process(target=speakers.serve, args=args, daemon=True)
         self.process.start()
         theirs.close()
         self.hear()
@@ -123,17 +122,16 @@ def run(names: list[str], sizes: list[str], batches: list[int], prompts: list[in
             for speaker in there:
                 speaker.close()
     print(table(list(rows[0]), [list(row.values()) for row in rows]))
-    print(f"first ms: until the first token. heed/it: rate of heed at that precision by its rate, the median of pairs.")
-    print(
-        f"same: tokens equal to those of heed in fp32, of the first {SAME}. MB: what model and speaking added to a process."
-    )
-    for fault in faults:
-        print(fault)
+    print("first ms: until the first token. heed/it: rate of heed at that precision by its rate, the median of pairs.")
+    print(f"same: tokens equal to those of heed in fp32, of the first {SAME}.")
+    print("MB: added to a process by the model and its speaking, at most so far.")
+    for line in faults:
+        print(line)
     if out:
         out.mkdir(parents=True, exist_ok=True)
         write_csv(out / "sample.csv", rows)
         print(f"wrote {out / 'sample.csv'}")
-    return int(any("heed" in fault for fault in faults))
+    return int(any("heed" in line for line in faults))
 
 
 def setting(
@@ -166,7 +164,7 @@ def setting(
     for speaker, rates in rate.items():
         heed = ours.get(f"heed {speaker.precision}")
         exact = ours.get("heed fp32")
-        compared = exact and speaker.name != "nanoGPT"  # which has weights of its own
+        compared = speaker.name != "nanoGPT"  # which has weights of its own
         rows.append(
             {
                 "who": speaker.name,
@@ -175,7 +173,7 @@ def setting(
                 "first ms": statistics.median(first[speaker]) * 1000,
                 "MB": size[speaker],
                 "heed/it": statistics.median(a / b for a, b in zip(rate[heed], rates, strict=False)) if heed else None,
-                "same": f"{(made[exact][:SAME] == made[speaker][:SAME]).mean():.0%}" if compared else None,
+                "same": f"{(made[exact][:SAME] == made[speaker][:SAME]).mean():.0%}" if exact and compared else None,
             }
         )
     return rows, faults

@@ -127,11 +127,12 @@ def transformers(folder: Path, name: str, nanogpt: Path | None) -> Speak:
 
 
 def llama(folder: Path, name: str, nanogpt: Path | None) -> Speak:
-    """llama.cpp's llama_decode with one batch a step; the cache is of the precision of the weights, at least 16 bits."""
+    """llama.cpp's llama_decode with one batch a step; the cache is fp32 with F32, else 16 bits, its own choice."""
     import llama_cpp as lib
 
-    lib.silent = lib.llama_log_callback(lambda *_: None)  # kept as long as the library, which calls it
-    lib.llama_log_set(lib.silent, ctypes.c_void_p(0))
+    silent = lib.llama_log_callback(lambda *_: None)
+    vars(lib)["silent"] = silent  # kept as long as the library, which calls it
+    lib.llama_log_set(silent, ctypes.c_void_p(0))
     lib.llama_backend_init()
     path = folder / f"{GGUF[name]}.gguf"
     model = lib.llama_model_load_from_file(str(path).encode(), lib.llama_model_default_params())
