@@ -140,13 +140,16 @@ class KVCache:
     CHUNK = 256  # tokens at most in one call of the model
 
     def __init__(
-        self, config: ModelConfig, batch: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-    ) -> None:
+        self, config: ModelConfig, batch: int, *, most: int | None = None, device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:  # fmt: skip
+        """`most`: the tokens that will come, if they may be fewer than the context."""
+        context = min(config.context, most or config.context)
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)  # (B,) tokens written
         self.layers: list[tuple[Tensor, Tensor]] = []
         for layer in range(config.n_layer):
             window = config.pattern(layer).window
-            size = config.context if window is None else min(config.context, window + self.CHUNK - 1)
+            size = context if window is None else min(context, window + self.CHUNK - 1)
             shape = (batch, size, config.n_kv_head, config.head_dim)  # (B, S, K, D)
             self.layers.append(
                 (torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))

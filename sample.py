@@ -16,7 +16,6 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 RUNS = Path(os.environ.get("HEED_RUNS") or Path(__file__).resolve().parent / "runs")
@@ -37,6 +36,7 @@ def read_arguments() -> argparse.Namespace:
     p.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: avoid what was said; default: 1")
     p.add_argument("--greedy", action="store_true", help="always take the likeliest token")
     p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
+    p.add_argument("--quantize", choices=["bf16", "int8"], help="weights of fewer bytes: faster, a little less exact")
     p.add_argument("--seed", type=int, default=0, help="same seed, same text; default: 0")
     p.add_argument("--interactive", action="store_true", help="ask for one prompt after another; Ctrl-D ends")
     p.add_argument("--chat", action="store_true", help="hold a conversation with a run that learnt to; Ctrl-D ends")
@@ -55,56 +55,11 @@ from data.tokenizer import Tokenizer, TokenizerError  # noqa: E402
 from data.voice import Voice  # noqa: E402
 from model import GPT, KVCache, ModelConfig  # noqa: E402
 from runtime.checkpoint import CheckpointError, find, load_weights, read_state  # noqa: E402
+from runtime.reader import reader  # noqa: E402
+from runtime.sampling import Sampling  # noqa: E402
+from runtime.weights import gather, quantize  # noqa: E402
 
-# 1. Drawing one token -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a token is drawn from the model's probabilities; the fields do what the flags of the same names say."""
-
-    temperature: float = 0.8
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    greedy: bool = False
-
-    def __post_init__(self) -> None:
-        for name, holds, right in (
-            ("temperature", self.temperature > 0, "above 0 (greedy takes the likeliest each time)"),
-            ("top_k", self.top_k >= 0, "at least 0"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
-            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
-        ):
-            if not holds:
-                raise ValueError(f"{name} = {getattr(self, name)}: must be {right}")
-
-    def probabilities(self, logits: Tensor, seen: Tensor) -> Tensor:
-        """(B, V) fp32 logits -> (B, V) probabilities to draw from. seen (B, V): the tokens of the text so far."""
-        if self.repetition_penalty != 1.0:  # Keskar et al. 2019 (CTRL), section 4.1, away from zero on either side
-            penalized = torch.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)
-            logits = torch.where(seen, penalized, logits)
-        if self.greedy:
-            return torch.zeros_like(logits).scatter_(1, logits.argmax(1, keepdim=True), 1.0)
-        logits = logits / self.temperature
-        if 0 < self.top_k < logits.shape[1]:  # Fan et al. 2018
-            kth = logits.topk(self.top_k, dim=1).values[:, -1:]  # (B, 1)
-            logits = logits.masked_fill(logits < kth, float("-inf"))
-        if self.top_p < 1.0:  # Holtzman et al. 2020: the fewest likeliest tokens that reach p, always one
-            ordered, order = logits.softmax(1).sort(1, descending=True)
-            beyond = ordered.cumsum(1) - ordered >= self.top_p  # what is likelier already reaches p
-            logits = logits.masked_fill(torch.zeros_like(beyond).scatter_(1, order, beyond), float("-inf"))
-        probabilities = logits.softmax(1)
-        if self.min_p > 0.0:  # Nguyen et al. 2024
-            likeliest = probabilities.amax(1, keepdim=True)
-            probabilities = probabilities.masked_fill(probabilities < self.min_p * likeliest, 0.0)
-            probabilities = probabilities / probabilities.sum(1, keepdim=True)
-        return probabilities
-
-
-# 2. Tokens, one after another ---------------------------------------------------------------------------------------
+# 1. Tokens, one after another ---------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
@@ -124,28 +79,25 @@ def generate(
     seen = torch.zeros(samples, model.config.vocab_size, dtype=torch.bool, device=device)
     seen.index_fill_(1, text[0, : len(prompt)], True)
 
-    room = replace(model.config, context=min(context, text.shape[1]))  # no more memory than this text can fill
-    cache = KVCache(room, 1, device=device, dtype=model.model.embed_tokens.weight.dtype)
+    read_on = reader(model)
+    cache = KVCache(model.config, 1, most=len(prompt) + tokens, device=device, dtype=model.model.norm.weight.dtype)
     start = read = max(0, len(prompt) - context)  # where the window begins, and up to where it has been read
     for end in range(len(prompt), len(prompt) + tokens):
         if end - start > context:
             start = read = end - max(1, context // 2)
             cache.clear()
         rows = text[:1] if end == len(prompt) else text
-        for piece in rows[:, read:end].split(KVCache.CHUNK, dim=1):  # after the prompt, a single token
-            hidden = model.model(piece, cache)  # (B, T, C)
-            cache.advance(piece.shape[1])
-        logits = model.head(hidden[:, -1]).float()  # (B, C) -> (B, V)
+        logits = read_on(rows[:, read:end], cache)  # (B, V); after the prompt, of a single token
         if end == len(prompt):
             cache, logits = cache.repeat(samples), logits.expand(samples, -1)
-        token = torch.multinomial(sampling.probabilities(logits, seen), 1, generator=random)  # (B, 1)
+        token = sampling.draw(logits, seen, random)  # (B, 1)
         text[:, end : end + 1] = token
         seen.scatter_(1, token, True)
         read = end
         yield token[:, 0]
 
 
-# 3. Text, as soon as it is sure -------------------------------------------------------------------------------------
+# 2. Text, as soon as it is sure -------------------------------------------------------------------------------------
 
 
 def speak(
@@ -168,7 +120,7 @@ def speak(
             return
 
 
-# 4. The command -----------------------------------------------------------------------------------------------------
+# 3. The command -----------------------------------------------------------------------------------------------------
 
 
 def newest_run() -> Path:
@@ -184,7 +136,7 @@ def load(run: Path, checkpoint: str = "best") -> tuple[GPT, Tokenizer]:
     folder = find(run, checkpoint)
     config = ModelConfig(**read_state(folder)["config"]["model"])
     load_weights(folder, model := GPT(config).eval())
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), Tokenizer.load(run / "tokenizer.json")
+    return gather(model.to("cuda" if torch.cuda.is_available() else "cpu")), Tokenizer.load(run / "tokenizer.json")
 
 
 def say(
@@ -216,6 +168,8 @@ def main(a: argparse.Namespace) -> None:
     if a.system and not a.chat:
         raise ValueError(f"system = {a.system!r}: goes with --chat")
     model, tokenizer = load(a.run or newest_run(), a.checkpoint)
+    if a.quantize:
+        quantize(model, a.quantize)
     turns = [("system", a.system)] if a.system else []  # of a chat, so far
     most = model.config.context - min(a.tokens, model.config.context // 2)  # the rest is for the answer
 

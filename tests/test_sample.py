@@ -1,5 +1,7 @@
 """Speaking: probabilities against transformers' processors, tokens against a model without a cache, text by eye."""
 
+from functools import partial
+
 import pytest
 import torch
 from transformers import LogitsProcessorList
@@ -7,6 +9,7 @@ from transformers.generation import logits_process as theirs
 
 from data.tokenizer import EOT, Tokenizer
 from model import KVCache
+from runtime.reader import plainly
 from sample import Sampling, Voice, generate, load, speak
 from tests.conftest import TINY, command, randomized
 
@@ -99,6 +102,7 @@ def test_same_seed_same_text_and_another_seed_another():
 def test_the_prompt_is_read_once_for_all_samples(monkeypatch):
     read = []
     write = KVCache.write
+    monkeypatch.setattr("sample.reader", lambda model: partial(plainly, model))
     monkeypatch.setattr(KVCache, "write", lambda self, n, k, v: (read.append(k.shape[:2]), write(self, n, k, v))[1])
     list(generate(randomized(TINY), list(range(20)), tokens=3, samples=5))
     assert read == [(1, 20)] * 2 + [(5, 1)] * 4  # two layers; the last token is never read
@@ -154,7 +158,8 @@ def test_text_ends_before_a_stop_text_and_shows_nothing_of_it(bytes_tokenizer, s
     assert "".join(said(bytes_tokenizer, text, stop)) == (text if expected is None else expected)
 
 
-def test_end_of_text_ends_a_sample_and_an_empty_prompt_begins_a_document(bytes_tokenizer):
+def test_end_of_text_ends_a_sample_and_an_empty_prompt_begins_a_document(bytes_tokenizer, monkeypatch):
+    monkeypatch.setattr("sample.reader", lambda model: partial(plainly, model))
     config = type(TINY)(**{**vars(TINY), "vocab_size": 257})
     model = randomized(config)
     asked = []

@@ -7,6 +7,7 @@ python tools/bench.py tiles [KERNEL]        on a GPU: searches tiles, prints row
 python tools/bench.py train --nanogpt DIR --text FILE [--setting cpu|gpu] [--out DIR]
                                             anywhere: seconds of training to a validation loss, beside nanoGPT
 python tools/bench.py grow [--out DIR]      anywhere: how a step's time and memory grow with the model's sizes
+python tools/bench.py sample [--out DIR]    on a CPU: how fast heed speaks, against transformers, llama.cpp and nanoGPT
 """
 
 import argparse
@@ -14,7 +15,8 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __name__ == "__main__":  # the repository in the place of this folder, where gguf.py would be the package gguf
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
@@ -40,6 +42,19 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     tiles.add_argument("kernel", nargs="?", help="a row of kernels/tiles.py; all if none")
     for command in (kernels, tiles):
         command.add_argument("--dry-run", action="store_true", help="without a GPU: tiny shapes, no times")
+    from tools.bench_sample import SIZES
+    from tools.speakers import SPEAKERS
+
+    sample = commands.add_parser("sample", help="heed's speaking against others and the bound")
+    sample.add_argument("--only", nargs="+", choices=SPEAKERS, default=list(SPEAKERS), metavar="NAME", help="of these")
+    sample.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="of the model; default: all")
+    sample.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64], metavar="N", help="default: 1 8 64")
+    sample.add_argument("--prompts", nargs="+", type=int, default=[16, 512], metavar="N", help="default: 16 512 tokens")
+    sample.add_argument("--tokens", type=int, default=32, help="made by each in each turn; default: 32")
+    sample.add_argument("--repetitions", type=int, default=5, help="turns; default: 5")
+    sample.add_argument("--nanogpt", type=Path, metavar="DIR", help="folder with nanoGPT, to have it speak, too")
+    sample.add_argument("--out", type=Path, metavar="DIR", help="write sample.csv there")
+    sample.add_argument("--quick", action="store_true", help="a tiny model, once: the code, not the speed")
     return parser.parse_args(words)
 
 
@@ -56,6 +71,24 @@ def check_device() -> None:
         raise ValueError("TRITON_INTERPRET=1 is set: the kernels would run on the CPU. Unset it, or pass --dry-run")
 
 
+def sample(a: argparse.Namespace) -> int:
+    """bench.py sample. Raises ValueError for what cannot be measured."""
+    import torch
+
+    from tools import bench_sample
+
+    if a.nanogpt and not (a.nanogpt / "model.py").exists():
+        raise ValueError(f"--nanogpt {a.nanogpt}: there is no model.py; name the folder of a clone of nanoGPT")
+    if min([*a.batches, *a.prompts, a.tokens - 1, a.repetitions]) < 1 or max(a.prompts) + a.tokens > 1024:
+        raise ValueError("batches, prompts, repetitions: at least 1, tokens: 2, and a prompt with them at most 1,024")
+    if a.quick:
+        a.sizes, a.batches, a.prompts, a.tokens, a.repetitions = ["tiny"], [1, 3], [5], 4, 1
+    threads = torch.get_num_threads()
+    return bench_sample.run(
+        a.only, a.sizes, a.batches, a.prompts, a.tokens, a.repetitions, a.nanogpt, a.out, threads
+    )  # fmt: skip
+
+
 def main(a: argparse.Namespace) -> int:
     """Do what was asked; returns the exit status."""
     if a.command == "grow":
@@ -66,6 +99,8 @@ def main(a: argparse.Namespace) -> int:
         from tools import bench_train
 
         return bench_train.run(a.nanogpt, a.text, a.setting, a.seeds, a.out, a.options)
+    if a.command == "sample":
+        return sample(a)
     if a.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
     elif not a.bound:

@@ -1,0 +1,158 @@
+// What model.py computes when it speaks, as one call: some tokens in, the logits of the next ones out.
+//
+// A step of a small model is some 200 small operations. Called one by one from Python they take longer than the work;
+// here they are one parallel region: the threads share the rows of each matrix and meet at a barrier where the next
+// operation needs all of the last one's result. Reading the weights is what takes the time: they are read once a step,
+// in fp32, bf16 or int8 with a scale a row, and multiplied in fp32. All sums and norms are fp32.
+//
+// B sequences, T new tokens each, R = B * T rows; C width, H query heads, K key/value heads, D head size, F
+// feed-forward width, V vocabulary. Matrices are (rows out, columns in), as in torch.
+#include <cmath>
+
+#include "cpu_products.h"
+
+struct Layer {
+    Matrix q, k, v, o, gate, up, down;
+    const float *norm_in, *norm_mid, *norm_q, *norm_k;
+    void *keys, *values;  // (B, slots, K, D): position p in slot p % slots
+    int64_t slots, window;
+};
+struct Model {
+    int64_t C, H, K, D, F, V, layers, gated;
+    double eps;
+    const float *cos, *sin;  // (context, D)
+    const float* norm;
+    Matrix embed, head;
+    const Layer* layer;
+};
+
+// 1. Operations -----------------------------------------------------------------------------------------------------
+
+static void rms_norm(const float* x, const float* gain, int64_t n, double eps, float* y) {
+    float squares = 0;
+#pragma omp simd reduction(+ : squares)
+    for (int64_t i = 0; i < n; i++) squares += x[i] * x[i];
+    float factor = 1 / std::sqrt(squares / n + float(eps));
+    for (int64_t i = 0; i < n; i++) y[i] = x[i] * factor * gain[i];
+}
+
+// One head, normed, then turned by its position: x * cos + roll(x, D / 2) * sin.
+static void place(const float* x, const float* gain, const Model& m, int64_t position, float* y) {
+    float normed[m.D];
+    rms_norm(x, gain, m.D, m.eps, normed);
+    const float *cos = m.cos + position * m.D, *sin = m.sin + position * m.D;
+    for (int64_t d = 0, half = m.D / 2; d < m.D; d++)
+        y[d] = normed[d] * cos[d] + normed[d < half ? d + half : d - half] * sin[d];
+}
+
+// y[0 ... U * LANES) = the sum of scores times values over n positions, the first in `slot`; kept in registers.
+template <int U, class E>
+static void weigh(const float* scores, const E* values, int64_t n, int64_t slot, int64_t slots, int64_t stride,
+                  float* y) {
+    Floats sums[U] = {};
+    for (int64_t i = 0; i < n; i++, slot = slot + 1 == slots ? 0 : slot + 1)
+        for (int u = 0; u < U; u++) sums[u] += scores[i] * load(values + slot * stride + u * LANES);
+    std::memcpy(y, sums, sizeof sums);
+}
+
+// One query head over the positions first ... last of its sequence's keys and values.
+template <class E>
+static void attend(const float* q, const E* keys, const E* values, const Layer& l, const Model& m, int64_t first,
+                   int64_t last, float* scores, float* y) {
+    int64_t n = last - first + 1, stride = m.K * m.D, begin = first % l.slots, d = 0;
+    float scale = 1 / std::sqrt(float(m.D)), largest = -INFINITY, total = 0;
+    for (int64_t i = 0, slot = begin; i < n; i++, slot = slot + 1 == l.slots ? 0 : slot + 1) {
+        float score[1][1];
+        tile<1, 1, 2>(keys + slot * stride, q, m.D, score);
+        scores[i] = score[0][0] * scale;
+        largest = std::max(largest, scores[i]);
+    }
+    each(scores, n, [&](Floats v) { return exp(v - largest); });
+    for (int64_t i = 0; i < n; i++) total += scores[i];
+    for (int64_t i = 0; i < n; i++) scores[i] /= total;
+    for (; d + 8 * LANES <= m.D; d += 8 * LANES) weigh<8>(scores, values + d, n, begin, l.slots, stride, y + d);
+    for (; d + LANES <= m.D; d += LANES) weigh<1>(scores, values + d, n, begin, l.slots, stride, y + d);
+    for (; d < m.D; d++) {
+        y[d] = 0;
+        for (int64_t i = 0; i < n; i++) y[d] += scores[i] * float(values[(first + i) % l.slots * stride + d]);
+    }
+}
+
+// 2. The model ------------------------------------------------------------------------------------------------------
+
+// W is what the weights are stored in, E what the cache is: the compiler's command line says it (-DWEIGHTS -DCACHE).
+extern "C" void heed_decode(const Model& m, int64_t B, int64_t T, const int64_t* tokens, const int64_t* lengths,
+                            float* logits, int threads) {
+    using W = WEIGHTS;
+    using E = CACHE;
+    int64_t R = B * T, D = m.D, Q = m.H * D * (m.gated ? 2 : 1), KV = m.K * D, most = 0;
+    for (int64_t i = 0; i < m.layers; i++) most = std::max(most, m.layer[i].slots);
+    std::vector<float> x(R * m.C), y(R * m.C), q(R * Q), k(R * KV), v(R * KV), a(R * m.H * D), f(R * m.F), g(R * m.F);
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> scores(most);
+        auto norm = [&](const float* gain) {
+            Part mine(R);
+            for (int64_t r = mine.from; r < mine.to; r++) rms_norm(&x[r * m.C], gain, m.C, m.eps, &y[r * m.C]);
+#pragma omp barrier
+        };
+        for (int64_t r = Part(R).from; r < Part(R).to; r++)
+            for (int64_t c = 0; c < m.C; c++) {
+                float scale = m.embed.scale ? m.embed.scale[tokens[r]] : 1;
+                x[r * m.C + c] = float(((const W*)m.embed.weight)[tokens[r] * m.C + c]) * scale;
+            }
+        for (const Layer* l = m.layer; l < m.layer + m.layers; l++) {
+#pragma omp barrier
+            norm(l->norm_in);
+            product<W>(l->q, {y.data(), q.data(), R, Q, m.C, false});
+            product<W>(l->k, {y.data(), k.data(), R, KV, m.C, false});
+            product<W>(l->v, {y.data(), v.data(), R, KV, m.C, false});
+#pragma omp barrier
+            Part heads(R * (m.H + m.K));
+            for (int64_t i = heads.from; i < heads.to; i++) {
+                int64_t r = i / (m.H + m.K), h = i % (m.H + m.K), position = lengths[r / T] + r % T;
+                if (h < m.H) {
+                    float* query = &q[r * Q + h * (Q / m.H)];
+                    place(query, l->norm_q, m, position, query);
+                    continue;
+                }
+                int64_t from = r * KV + (h - m.H) * D;
+                int64_t to = (r / T * l->slots + position % l->slots) * KV + (h - m.H) * D;
+                place(&k[from], l->norm_k, m, position, &k[from]);
+                for (int64_t d = 0; d < D; d++) ((E*)l->keys)[to + d] = E(k[from + d]);
+                for (int64_t d = 0; d < D; d++) ((E*)l->values)[to + d] = E(v[from + d]);
+            }
+#pragma omp barrier
+            Part queries(R * m.H);
+            for (int64_t i = queries.from; i < queries.to; i++) {
+                int64_t r = i / m.H, h = i % m.H, last = lengths[r / T] + r % T;
+                int64_t first = l->window ? std::max<int64_t>(0, last + 1 - l->window) : 0;
+                int64_t cache = r / T * l->slots * KV + h / (m.H / m.K) * D;
+                const float* query = &q[r * Q + h * (Q / m.H)];
+                float* out = &a[(r * m.H + h) * D];
+                attend(query, (E*)l->keys + cache, (E*)l->values + cache, *l, m, first, last, scores.data(), out);
+                if (m.gated)
+                    for (int64_t d = 0; d < D; d++) out[d] /= 1 + std::exp(-query[D + d]);
+            }
+#pragma omp barrier
+            product<W>(l->o, {a.data(), x.data(), R, m.C, m.H * D, true});
+#pragma omp barrier
+            norm(l->norm_mid);
+            product<W>(l->gate, {y.data(), g.data(), R, m.F, m.C, false});
+            product<W>(l->up, {y.data(), f.data(), R, m.F, m.C, false});
+            Part mine(m.F, 3);  // the same rows as in the two products
+            for (int64_t r = 0; r < R; r++) {
+                float *silu = &g[r * m.F], *up = &f[r * m.F];
+                each(silu + mine.from, mine.to - mine.from, [](Floats v) { return v / (1 + exp(-v)); });
+                for (int64_t i = mine.from; i < mine.to; i++) up[i] *= silu[i];
+            }
+#pragma omp barrier
+            product<W>(l->down, {f.data(), x.data(), R, m.C, m.F, true});
+        }
+#pragma omp barrier
+        for (int64_t b = Part(B).from; b < Part(B).to; b++)
+            rms_norm(&x[(b * T + T - 1) * m.C], m.norm, m.C, m.eps, &y[b * m.C]);
+#pragma omp barrier
+        product<W>(m.head, {y.data(), logits, B, m.V, m.C, false});
+    }
+}

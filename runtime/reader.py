@@ -1,0 +1,106 @@
+"""How a model reads on: `read = reader(model)`, then `logits = read(tokens, cache)`, as fast as this machine can.
+
+`plainly` is the definition, in torch, for every device. On a CPU kernels/cpu_decode.cpp computes the same in one call;
+where it cannot (no compiler, a model of a kind that it does not know), torch serves, and one line says why.
+"""
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from data.corpora import CACHE
+from kernels import cpu_decode
+from model import GPT, KVCache, ModelConfig
+
+Reader = Callable[[Tensor, KVCache], Tensor]
+
+ROWS = 64  # tokens in one call of the C++ file, of all sequences: so many stay in a core's cache
+KNOWN = {
+    "vocab_size", "context", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_ffn", "tie_embeddings",
+    "dropout", "window", "layer_pattern", "gate", "rope_theta", "yarn_factor", "yarn_original_context", "norm_eps",
+}  # fmt: skip
+
+
+def plainly(model: GPT, tokens: Tensor, cache: KVCache) -> Tensor:
+    """tokens (B, T), which follow those in the cache -> logits of what comes next, (B, V) fp32. Advances the cache."""
+    for piece in tokens.split(KVCache.CHUNK, dim=1):
+        hidden = model.model(piece, cache)  # (B, T, C)
+        cache.advance(piece.shape[1])
+    return model.head(hidden[:, -1]).float()  # (B, C) -> (B, V)
+
+
+def reader(model: GPT) -> Reader:
+    """What reads tokens for `model` from now on: see `plainly`. The weights must stay where they are meanwhile."""
+    if model.model.cos.device.type == "cpu":
+        try:
+            return CpuReader(model)
+        except cpu_decode.Unavailable as reason:
+            _say(f"[torch serves, some times slower than heed's C++: {reason}]")
+    return functools.partial(plainly, model)
+
+
+@functools.cache
+def _say(line: str) -> None:
+    """Once a process."""
+    print(line, file=sys.stderr)
+
+
+class CpuReader:
+    """Calls the C++ file with pointers to the model's own weights. Raises cpu_decode.Unavailable."""
+
+    def __init__(self, model: GPT) -> None:
+        config = model.config
+        for field in dataclasses.fields(ModelConfig):
+            if field.name not in KNOWN and getattr(config, field.name) != field.default:
+                raise cpu_decode.Unavailable(f"it does not know model.{field.name}")
+        self.kept: list[Tensor] = []  # the pointers' tensors
+        matrices = [m for m in model.modules() if hasattr(m, "codes") or isinstance(m, nn.Linear | nn.Embedding)]
+        kinds = {(m.codes if hasattr(m, "codes") else m.weight).dtype for m in matrices}
+        if len(kinds) > 1 or not kinds <= cpu_decode.TYPES.keys():
+            raise cpu_decode.Unavailable(f"it does not know weights of {', '.join(map(str, kinds))}")
+        self.weights = kinds.pop()
+        cpu_decode.library(self.weights, model.model.norm.weight.dtype, CACHE / "cpu")  # raises now, not later
+        decoder = model.model
+        self.layers = (cpu_decode.Layer * config.n_layer)()
+        block: Any
+        for number, (row, block) in enumerate(zip(self.layers, decoder.layers, strict=True)):
+            attention, mlp = block.self_attn, block.mlp
+            for name in ("q", "k", "v", "o"):
+                setattr(row, name, self._matrix(getattr(attention, f"{name}_proj")))
+            for name in ("gate", "up", "down"):
+                setattr(row, name, self._matrix(getattr(mlp, f"{name}_proj")))
+            row.norm_in = self._floats(block.input_layernorm.weight)
+            row.norm_mid = self._floats(block.post_attention_layernorm.weight)
+            row.norm_q, row.norm_k = self._floats(attention.q_norm.weight), self._floats(attention.k_norm.weight)
+            row.window = config.pattern(number).window or 0
+        self.model = cpu_decode.Model(
+            config.n_embd, config.n_head, config.n_kv_head, config.head_dim, config.n_ffn, config.vocab_size,
+            config.n_layer, config.gate, config.norm_eps, self._floats(decoder.cos), self._floats(decoder.sin),
+            self._floats(decoder.norm.weight), self._matrix(decoder.embed_tokens),
+            self._matrix(model.lm_head or decoder.embed_tokens), self.layers,
+        )  # fmt: skip
+
+    def _matrix(self, module: Any) -> cpu_decode.Matrix:
+        if hasattr(module, "codes"):
+            return cpu_decode.Matrix(self._keep(module.codes), self._floats(module.scales))
+        return cpu_decode.Matrix(self._keep(module.weight), None)
+
+    def _floats(self, tensor: Tensor) -> int:
+        return self._keep(tensor.float())
+
+    def _keep(self, tensor: Tensor) -> int:
+        self.kept.append(tensor.detach().contiguous())
+        return self.kept[-1].data_ptr()
+
+    def __call__(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        library = cpu_decode.library(self.weights, cache.layers[0][0].dtype, CACHE / "cpu")
+        for row, (keys, values) in zip(self.layers, cache.layers, strict=True):
+            row.keys, row.values, row.slots = keys.data_ptr(), values.data_ptr(), keys.shape[1]
+        for piece in tokens.split(max(1, ROWS // len(tokens)), dim=1):
+            logits = cpu_decode.decode(library, self.model, piece, cache.lengths)
+            cache.advance(piece.shape[1])
+        return logits
