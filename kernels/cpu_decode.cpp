@@ -18,7 +18,7 @@ struct Layer {
     int64_t slots, window;
 };
 struct Model {
-    int64_t C, H, K, D, F, V, layers, gated;
+    int64_t C, H, K, D, F, V, layers, gated, context;
     double eps;
     const float *cos, *sin;  // (context, D)
     const float* norm;
@@ -80,9 +80,13 @@ static void attend(const float* q, const E* keys, const E* values, const Layer& 
 
 // 2. The model ------------------------------------------------------------------------------------------------------
 
+// 0, or 1 for no token, one that is not in the vocabulary or a position beyond the context.
 // W is what the weights are stored in, E what the cache is: the compiler's command line says it (-DWEIGHTS -DCACHE).
-extern "C" void heed_decode(const Model& m, int64_t B, int64_t T, const int64_t* tokens, const int64_t* lengths,
+extern "C" int heed_decode(const Model& m, int64_t B, int64_t T, const int64_t* tokens, const int64_t* lengths,
                             float* logits, int threads) {
+    if (B * T == 0) return 1;
+    for (int64_t i = 0; i < B * T; i++)
+        if (tokens[i] < 0 || tokens[i] >= m.V || lengths[i / T] + T > m.context) return 1;
     using W = WEIGHTS;
     using E = CACHE;
     int64_t R = B * T, D = m.D, Q = m.H * D * (m.gated ? 2 : 1), KV = m.K * D, most = 0;
@@ -155,4 +159,5 @@ extern "C" void heed_decode(const Model& m, int64_t B, int64_t T, const int64_t*
 #pragma omp barrier
         product<W>(m.head, {y.data(), logits, B, m.V, m.C, false});
     }
+    return 0;
 }

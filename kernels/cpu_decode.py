@@ -39,7 +39,7 @@ class Layer(Structure):
 
 class Model(Structure):
     _fields_ = (
-        *((name, c_int64) for name in ("C", "H", "K", "D", "F", "V", "layers", "gated")),
+        *((name, c_int64) for name in ("C", "H", "K", "D", "F", "V", "layers", "gated", "context")),
         ("eps", c_double),
         *((name, c_void_p) for name in ("cos", "sin", "norm")),
         ("embed", Matrix),
@@ -75,7 +75,7 @@ def library(weights: torch.dtype, cache: torch.dtype, folder: Path) -> ctypes.CD
             out.replace(path)
     found = ctypes.CDLL(str(path))
     found.heed_decode.argtypes = [POINTER(Model), c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int]
-    found.heed_decode.restype = None
+    found.heed_decode.restype = c_int
     return found
 
 
@@ -91,12 +91,12 @@ def _processor() -> str:
 def decode(found: ctypes.CDLL, model: Model, tokens: Tensor, lengths: Tensor) -> Tensor:
     """tokens (B, T) int64 after those that the cache holds, lengths (B,) -> the next one's logits (B, V) fp32.
 
-    Writes keys and values into the cache that `model` points to.
+    Writes keys and values into the cache that `model` points to. Raises IndexError as torch would: a token that is not
+    in the vocabulary, or a position beyond the context.
     """
     B, T = tokens.shape
-    tokens = tokens.contiguous()
-    logits = torch.empty(B, model.V)
-    found.heed_decode(
-        model, B, T, tokens.data_ptr(), lengths.data_ptr(), logits.data_ptr(), torch.get_num_threads()
-    )  # fmt: skip
+    tokens, logits = tokens.contiguous(), torch.empty(B, model.V)
+    places = (x.data_ptr() for x in (tokens, lengths, logits))
+    if found.heed_decode(model, B, T, *places, torch.get_num_threads()):
+        raise IndexError(f"tokens from 0 to {model.V - 1}, 1 to {model.context} of them")
     return logits

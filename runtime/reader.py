@@ -79,8 +79,8 @@ class CpuReader:
             row.window = config.pattern(number).window or 0
         self.model = cpu_decode.Model(
             config.n_embd, config.n_head, config.n_kv_head, config.head_dim, config.n_ffn, config.vocab_size,
-            config.n_layer, config.gate, config.norm_eps, self._floats(decoder.cos), self._floats(decoder.sin),
-            self._floats(decoder.norm.weight), self._matrix(decoder.embed_tokens),
+            config.n_layer, config.gate, config.context, config.norm_eps, self._floats(decoder.cos),
+            self._floats(decoder.sin), self._floats(decoder.norm.weight), self._matrix(decoder.embed_tokens),
             self._matrix(model.lm_head or decoder.embed_tokens), self.layers,
         )  # fmt: skip
 

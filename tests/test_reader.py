@@ -82,6 +82,13 @@ def test_threads_share_the_work():
         torch.set_num_threads(before)
 
 
+def test_what_torch_would_refuse_is_refused():
+    read, cache = CpuReader(randomized(TINY)), KVCache(TINY, 1)
+    for tokens in ([97], [-1], [0] * 33, []):
+        with pytest.raises(IndexError, match="tokens from 0 to 96, 1 to 32 of them"):
+            read(torch.tensor([tokens], dtype=torch.long), cache)
+
+
 def test_the_reader_of_a_cpu_is_the_fast_one_and_generate_asks_it(monkeypatch):
     model = randomized(TINY)
     assert isinstance(reader(model), CpuReader)

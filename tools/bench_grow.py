@@ -94,7 +94,7 @@ def run(quick: bool, out: Path | None) -> int:
                 # one sequence alone where the sequence grows
                 whole = {**(dict.fromkeys(BASE, 64) if quick else BASE), axis: size}
                 whole |= {"batch": 1} if axis == "context" else {}
-                found = measure(**whole, recompute=recompute)
+                found = (step if quick else measure)(**whole, recompute=recompute)
                 series = f"{axis}, recomputed" if recompute else axis
                 rows.append({"series": series, "size": size, "tokens": whole["batch"] * whole["context"], **found})
                 print(f"{series} {size:,}: {found['seconds']:.3f} s", file=sys.stderr)
