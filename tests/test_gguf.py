@@ -260,9 +260,7 @@ def test_llama_cpp_says_the_same_in_f32(run, tmp_path):
 @pytest.mark.parametrize("dtype", tool.DTYPES)
 def test_llama_cpp_finds_the_same_perplexity(dtype, run, text, tmp_path, capsys):
     assert tool.main([str(run), str(tmp_path / "x.gguf"), "--dtype", dtype]) == 0
-    assert capsys.readouterr().out.startswith(
-        f"{tmp_path / 'x.gguf'}: {dtype}, {(tmp_path / 'x.gguf').stat().st_size:,} bytes, bpe"
-    )
+    assert capsys.readouterr().out.startswith(f"{tmp_path / 'x.gguf'}: {dtype}, {(tmp_path / 'x.gguf').stat().st_size:,} bytes, bpe")
     model, tokenizer = load(run)
     ids = torch.tensor(tokenizer.encode(text.read_text())[:257])
     with torch.inference_mode():

@@ -32,7 +32,9 @@ BLOCK = 32  # weights of a row that share a scale in Q8_0
 # 1. The vocabulary --------------------------------------------------------------------------------------------------
 
 # How a text is split before merges, as tokenizer.json says it: what llama.cpp calls it.
-QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+QWEN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 WORDS = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 SPLITS: dict[str, list[dict[str, Any]]] = {
     "gpt-2": [WORDS],
@@ -215,9 +217,7 @@ def export(a: argparse.Namespace) -> None:
     model, tokenizer = load(a.run, a.checkpoint)
     recipe = tomllib.loads((a.run / "config.toml").read_text())
     left = write(a.file, model, tokenizer, a.dtype, a.run.resolve().name, recipe["data"]["source"])
-    print(
-        f"{a.file}: {a.dtype}, {a.file.stat().st_size:,} bytes, {tokenizer.kind} tokenizer of {tokenizer.vocab_size:,}"
-    )
+    print(f"{a.file}: {a.dtype}, {a.file.stat().st_size:,} bytes, {tokenizer.kind} tokenizer of {tokenizer.vocab_size:,}")
     if left:
         print(f"in f16, since their rows are no multiple of {BLOCK}: {len(left)} tensors, the first {left[0]}")
 
