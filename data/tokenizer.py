@@ -167,6 +167,7 @@ class Stream:
         while known and tokenizer.whole is not None and known[-1] not in tokenizer.whole:
             known.pop()
         self._decoder = decoders.DecodeStream(known, skip_special_tokens=True)
+        self._said = known  # ids whose text is out
         self._held: list[int] = []  # ids without their text so far
         self._new: list[int] = []  # those of them that the decoder has not seen
 
@@ -179,14 +180,17 @@ class Stream:
         text, self._new = self._decoder.step(self._tokenizer.inner, self._new), []
         if text is None:
             return ""
+        self._said += self._held
         self._held = []
         return text
 
     def flush(self) -> str:
         """What is still held back when no more ids come, its broken bytes as U+FFFD."""
-        held, self._held, self._new = self._held, [], []
+        before = self._tokenizer.decode(self._said)  # by itself a text may lose a space at its beginning
+        text = self._tokenizer.decode(self._said + self._held)[len(before) :]
+        self._said, self._held, self._new = [], [], []
         self._decoder = decoders.DecodeStream(skip_special_tokens=True)
-        return self._tokenizer.decode(held)
+        return text
 
 
 def end_of_text(vocab: dict[str, int], where: str) -> str:

@@ -31,5 +31,5 @@ def test_the_whole_path(tmp_path, capsys):
     rows = list(csv.DictReader((tmp_path / "grow.csv").open()))
     assert len(rows) == 10
     assert {row["series"] for row in rows} == {"context", "context, recomputed", "width", "batch", "vocabulary"}
-    assert all(float(row["seconds"]) > 0 and int(row["bytes"]) > 0 for row in rows)
+    assert all(float(row["seconds"]) > 0 for row in rows)
     assert (tmp_path / "grow.png").stat().st_size > 1000

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
@@ -80,7 +80,8 @@ def test_a_sentencepiece_keeps_the_space_after_the_prompt(monkeypatch):
     assert "".join(part for _, part in speak(None, tokenizer, "the cat")) == " sat on"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, derandomize=True)
+@example([259, 35])  # a last byte that is a space
 @given(st.lists(st.integers(0, 329) | st.sampled_from([1, 2, 0xF0 + 3, 0x9F + 3, 0x91 + 3, 0xA9 + 3]), max_size=20))
 def test_streams_survive_what_a_model_may_write(ids):
     stream = SENTENCEPIECE.stream()

@@ -60,7 +60,7 @@ def step(context: int, width: int, batch: int, vocabulary: int, recompute: bool)
             torch.cuda.synchronize()
         took.append(time.perf_counter() - start)
     peak = torch.cuda.max_memory_allocated() if on_gpu else _resident() - before
-    return {"seconds": statistics.median(took[1:]), "bytes": peak}
+    return {"seconds": statistics.median(took[1:]), "bytes": max(peak, 1)}
 
 
 def _resident() -> int:
