@@ -60,6 +60,6 @@ def test_a_speaker_that_fails_is_named_and_the_others_go_on(tmp_path):
     config = ModelConfig(**{**vars(bench_sample.TINY), "vocab_size": 280})
     speakers.write(tmp_path, config, [])
     here = bench_sample.Speaker("heed fp32", tmp_path, None, 1)
-    with pytest.raises(ValueError, match="heed fp32: IndexError: tokens from 0 to 279"):
+    with pytest.raises(ValueError, match="heed fp32: IndexError"):
         here.speak([280], 1, 2)
     here.close()
