@@ -208,8 +208,8 @@ def _forward(  # type: ignore[no-untyped-def]
     sums = tl.zeros((M, BLOCK_D), tl.float32)
 
     low, high = _key_range(start, b, first, last, T, S, CAUSAL, WINDOW, M, N)
-    # Where only the diagonal and the end hide keys, blocks before them need no mask: half of the instructions. The
-    # backward has one loop, since two take registers that it lacks.
+    # Where only the diagonal and the end hide keys, blocks before them need no mask. The backward has one loop for all,
+    # since two take registers that it lacks.
     clear = low
     if WINDOW is None and first is None:
         clear = tl.maximum(tl.minimum(high, start + S - T + 1) if CAUSAL else high, 0) // N * N
