@@ -8,8 +8,10 @@ first step to the last, with all that happens between: compiling, evaluating, sa
 A setting names what nanoGPT's own README does on a CPU or a GPU, the loss that it states for that, and heed's recipe.
 """
 
+import contextlib
 import csv
 import importlib.util
+import io
 import os
 import pickle
 import shutil
@@ -118,7 +120,8 @@ def whole_loss(folder: Path, device: str) -> float:
     sys.modules["nanogpt_model"] = theirs = importlib.util.module_from_spec(spec)  # dataclasses look it up there
     spec.loader.exec_module(theirs)
     kept = torch.load(folder / "out-shakespeare-char" / "ckpt.pt", map_location=device, weights_only=True)
-    model = theirs.GPT(theirs.GPTConfig(**kept["model_args"])).to(device).eval()
+    with contextlib.redirect_stdout(io.StringIO()):  # it tells its number of parameters
+        model = theirs.GPT(theirs.GPTConfig(**kept["model_args"])).to(device).eval()
     model.load_state_dict({name.removeprefix("_orig_mod."): x for name, x in kept["model"].items()})
     data = np.fromfile(folder / "data" / "shakespeare_char" / "val.bin", dtype=np.uint16)
     tokens = torch.from_numpy(data.astype(np.int64)).to(device)
