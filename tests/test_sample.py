@@ -55,6 +55,18 @@ def test_greedy_is_certain_of_the_likeliest():
     assert Sampling(greedy=True, repetition_penalty=2.0).probabilities(logits, seen).tolist() == [[0, 0, 1], [1, 0, 0]]
 
 
+@pytest.mark.parametrize("number", [0.0, 1 - 2**-24])  # the first and the last of torch.rand
+def test_a_token_without_probability_is_not_drawn_by_any_random_number(number, monkeypatch):
+    logits = torch.randn(64, 5000, generator=torch.Generator().manual_seed(0))
+    logits[:, :10] = logits[:, -10:] = float("-inf")
+    seen, sampling = torch.zeros(64, 5000, dtype=torch.bool), Sampling(temperature=1.0)
+    sums = sampling.probabilities(logits, seen).cumsum(1)[:, -1]
+    assert (sums < 1).any() and (sums > 1).any()  # rounded, they end beside 1
+    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, number))
+    drawn = sampling.draw(logits, seen, torch.Generator())
+    assert drawn.min() >= 10 and drawn.max() < 4990
+
+
 @pytest.mark.parametrize(
     "how", [{"temperature": 0.0}, {"top_k": -1}, {"top_p": 0.0}, {"min_p": 1.5}, {"repetition_penalty": 0.0}]
 )
