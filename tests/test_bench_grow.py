@@ -15,7 +15,7 @@ def test_exponents():
 
 
 def test_recomputing_takes_less_memory():
-    size = {"context": 2048, "width": 256, "batch": 1, "vocabulary": 256}
+    size = {"context": 2048, "width": 128, "batch": 1, "vocabulary": 256}
     kept, recomputed = (bench_grow.measure(**size, recompute=recompute)["bytes"] for recompute in (False, True))
     assert recomputed < 0.7 * kept
 

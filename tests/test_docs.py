@@ -85,6 +85,7 @@ def test_commands_run(line, place, text, chats, tmp_path):
     line = line.replace("my-notes", str(text.parent)).replace("chat.jsonl", str(chats))
     line = re.sub(r"--nproc-per-node[ =]8", "--nproc-per-node=2", line)
     environment = os.environ | {"HEED_RUNS": str(place), "OMP_NUM_THREADS": "1"}
+    environment.pop("COVERAGE_PROCESS_CONFIG", None)  # the tests of each command are measured, these only take time
     done = subprocess.run(["bash", "-ec", line], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
 

@@ -56,6 +56,7 @@ def losses(steps: int) -> list[float]:
     return seen
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_twenty_steps_of_training(in_triton):
     expected = losses(20)
     in_triton()

@@ -111,6 +111,11 @@ def test_same_seed_same_text_and_another_seed_another():
     assert len({tuple(sample) for sample in many}) == 4
 
 
+def test_a_cache_is_as_long_as_what_will_come_and_no_longer_than_the_context():
+    sizes = [[len(keys[0]) for keys, _ in KVCache(TINY, 1, most=most).layers] for most in (5, 32, 1000, None)]
+    assert sizes == [[5, 5], [32, 32], [32, 32], [32, 32]]
+
+
 def test_the_prompt_is_read_once_for_all_samples(monkeypatch):
     read = []
     write = KVCache.write

@@ -11,6 +11,7 @@ import time
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from safetensors.torch import load_file
 
 import train
@@ -265,3 +266,10 @@ def test_recomputing_changes_nothing_but_memory():
         model.loss(tokens, tokens).backward()
         gradients.append([p.grad for p in model.parameters()])
     assert all(a.equal(b) for a, b in zip(*gradients, strict=True))
+
+
+def test_recomputing_is_a_field_of_the_run(learn, monkeypatch):
+    layers, real = [], torch.utils.checkpoint.checkpoint
+    monkeypatch.setattr("model.checkpoint", lambda layer, *a, **how: (layers.append(layer), real(layer, *a, **how))[1])
+    learn("recomputed", "--train.steps=1", "--train.evals=1", "--train.recompute=true")
+    assert len(layers) == 2 * 2  # layers x micro-batches; not in validation
