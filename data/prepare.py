@@ -22,6 +22,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -174,8 +175,7 @@ def write(folder: Path, sides: Sides, tokenizer: Tokenizer, log: Log) -> Manifes
     writers = {split: Writer(folder, split, dtype, tokenizer.eot) for split in ("train", "val")}
     started = told = time.perf_counter()
     done, total = 0, f" of {sides.corpus.size / 1e6:.0f}" if sides.corpus.size else ""
-    for batch in batches(sides):
-        encoded = encode(tokenizer, [piece for _, piece in batch])
+    for batch, encoded in encoded_ahead(sides, tokenizer):
         for (side, piece), (ids, learnt, kinds) in zip(batch, encoded, strict=True):
             for split, writer in writers.items():
                 if split != side:
@@ -205,7 +205,24 @@ def write(folder: Path, sides: Sides, tokenizer: Tokenizer, log: Log) -> Manifes
     return Manifest(FORMAT_VERSION, *about, splits)
 
 
-def encode(tokenizer: Tokenizer, pieces: list[Piece]) -> list[tuple[list[int], int, list[int] | None]]:
+Batch = list[tuple[str | None, Piece]]
+Encoded = list[tuple[list[int], int, list[int] | None]]
+
+
+def encoded_ahead(sides: Sides, tokenizer: Tokenizer) -> Iterator[tuple[Batch, Encoded]]:
+    """Batches, encoded. The tokenizer's threads work on the next one while Python writes this one and reads on."""
+    with ThreadPoolExecutor(1) as thread:
+        ready: tuple[Batch, Future[Encoded]] | None = None
+        for batch in batches(sides):
+            coming = thread.submit(encode, tokenizer, [piece for _, piece in batch])
+            if ready:
+                yield ready[0], ready[1].result()
+            ready = batch, coming
+        if ready:
+            yield ready[0], ready[1].result()
+
+
+def encode(tokenizer: Tokenizer, pieces: list[Piece]) -> Encoded:
     """Of each piece the ids, the bytes of the text that is to be learnt, and in a conversation what each id is."""
     if not pieces[0].turns:
         ids = tokenizer.encode_batch([piece.text for piece in pieces])
@@ -215,9 +232,9 @@ def encode(tokenizer: Tokenizer, pieces: list[Piece]) -> list[tuple[list[int], i
     return [(part, size, kinds) for (part, kinds), size in zip(encoded, answers, strict=True)]
 
 
-def batches(sides: Sides) -> Iterator[list[tuple[str | None, Piece]]]:
+def batches(sides: Sides) -> Iterator[Batch]:
     """Runs of pieces of about BATCH characters together."""
-    batch: list[tuple[str | None, Piece]] = []
+    batch: Batch = []
     size = 0
     for side, piece in sides:
         batch.append((side, piece))

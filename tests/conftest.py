@@ -23,6 +23,7 @@ from runtime import checkpoint, metrics
 from runtime.recipes import load
 
 ROOT = Path(__file__).resolve().parent.parent
+AS_A_USER = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
 
 @pytest.fixture
@@ -48,7 +49,7 @@ def randomized(config: ModelConfig, seed: int = 0) -> GPT:
 
 def command(script: str, *words: str, where: Path, stdin: str = "", **environment: str) -> subprocess.CompletedProcess:
     """Run a front door as a user does, with its runs/ in the folder `where`."""
-    env = os.environ | {"HEED_RUNS": str(where), "OMP_NUM_THREADS": "1"} | environment
+    env = AS_A_USER | {"HEED_RUNS": str(where), "OMP_NUM_THREADS": "1"} | environment
     return subprocess.run(
         [sys.executable, str(ROOT / script), *words], cwd=ROOT, env=env, input=stdin, capture_output=True, text=True
     )

@@ -7,7 +7,6 @@ text block that follows it. Commands (sh blocks) run as they stand, on the tests
 import contextlib
 import io
 import json
-import os
 import re
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, SMALL
+from tests.conftest import AS_A_USER, ROOT, SMALL
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("[0-9]*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
@@ -84,7 +83,7 @@ def test_commands_run(line, place, text, chats, tmp_path):
     line = re.sub(r"\bruns/", f"{place}/", line)
     line = line.replace("my-notes", str(text.parent)).replace("chat.jsonl", str(chats))
     line = re.sub(r"--nproc-per-node[ =]8", "--nproc-per-node=2", line)
-    environment = os.environ | {"HEED_RUNS": str(place), "OMP_NUM_THREADS": "1"}
+    environment = AS_A_USER | {"HEED_RUNS": str(place), "OMP_NUM_THREADS": "1"}
     environment.pop("COVERAGE_PROCESS_CONFIG", None)  # the tests of each command are measured, these only take time
     done = subprocess.run(["bash", "-ec", line], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"

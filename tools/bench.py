@@ -6,6 +6,7 @@ python tools/bench.py kernels --dry-run     anywhere: the first command's code o
 python tools/bench.py tiles [KERNEL]        on a GPU: searches tiles, prints rows for kernels/tiles.py
 python tools/bench.py train --nanogpt DIR --text FILE [--setting cpu|gpu] [--out DIR]
                                             anywhere: seconds of training to a validation loss, beside nanoGPT
+python tools/bench.py data [--megabytes N]  anywhere: text to tokens to batches, beside datasets.map and nanoGPT's way
 python tools/bench.py grow [--out DIR]      anywhere: how a step's time and memory grow with the model's sizes
 python tools/bench.py sample [--out DIR]    on a CPU: how fast heed speaks, against transformers, llama.cpp and nanoGPT
 """
@@ -13,6 +14,7 @@ python tools/bench.py sample [--out DIR]    on a CPU: how fast heed speaks, agai
 import argparse
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 if __name__ == "__main__":  # the repository in the place of this folder, where gguf.py would be the package gguf
@@ -38,16 +40,17 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     train.add_argument("--seeds", type=int, default=3, help="trainings of each, in turns; default: 3")
     train.add_argument("--out", type=Path, metavar="DIR", help="write a CSV and a picture there")
     train.add_argument("options", nargs="*", help="after --: options for heed's train.py, beside the setting's recipe")
+    data = commands.add_parser("data", help="text to tokens to batches")
+    data.add_argument("--megabytes", type=int, default=1000, help="of text; default: 1000")
+    data.add_argument("--turns", type=int, default=1, help="default: 1")
+    data.add_argument("--quick", action="store_true", help="little text and a small model, to see that it runs")
     tiles = commands.add_parser("tiles", help="search the tiles of a kernel")
     tiles.add_argument("kernel", nargs="?", help="a row of kernels/tiles.py; all if none")
     for command in (kernels, tiles):
         command.add_argument("--dry-run", action="store_true", help="without a GPU: tiny shapes, no times")
-    from tools.bench_sample import SIZES
-    from tools.speakers import SPEAKERS
-
     sample = commands.add_parser("sample", help="heed's speaking against others and the bound")
-    sample.add_argument("--only", nargs="+", choices=SPEAKERS, default=list(SPEAKERS), metavar="NAME", help="of these")
-    sample.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="of the model; default: all")
+    sample.add_argument("--only", nargs="+", default=[], metavar="NAME", help="of these; default: all")
+    sample.add_argument("--sizes", nargs="+", default=[], metavar="SIZE", help="of the model; default: all")
     sample.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64], metavar="N", help="default: 1 8 64")
     sample.add_argument("--prompts", nargs="+", type=int, default=[16, 512], metavar="N", help="default: 16 512 tokens")
     sample.add_argument("--tokens", type=int, default=32, help="made by each in each turn; default: 32")
@@ -76,7 +79,11 @@ def sample(a: argparse.Namespace) -> int:
     import torch
 
     from tools import bench_sample
+    from tools.bench_sample import SIZES
+    from tools.speakers import SPEAKERS
 
+    known("--only", a.only, SPEAKERS)
+    known("--sizes", a.sizes, SIZES)
     if a.nanogpt and not (a.nanogpt / "model.py").exists():
         raise ValueError(f"--nanogpt {a.nanogpt}: there is no model.py; name the folder of a clone of nanoGPT")
     if min([*a.batches, *a.prompts, a.tokens - 1, a.repetitions]) < 1 or max(a.prompts) + a.tokens > 1024:
@@ -85,8 +92,16 @@ def sample(a: argparse.Namespace) -> int:
         a.sizes, a.batches, a.prompts, a.tokens, a.repetitions = ["tiny"], [1, 3], [5], 4, 1
     threads = torch.get_num_threads()
     return bench_sample.run(
-        a.only, a.sizes, a.batches, a.prompts, a.tokens, a.repetitions, a.nanogpt, a.out, threads
+        a.only or list(SPEAKERS), a.sizes or list(SIZES), a.batches, a.prompts, a.tokens, a.repetitions, a.nanogpt,
+        a.out, threads,
     )  # fmt: skip
+
+
+def known(option: str, asked: list[str], names: Iterable[str]) -> None:
+    """Raises ValueError for a name that is none."""
+    for name in asked:
+        if name not in names:
+            raise ValueError(f"{option} {name}: there are {', '.join(names)}")
 
 
 def main(a: argparse.Namespace) -> int:
@@ -101,6 +116,10 @@ def main(a: argparse.Namespace) -> int:
         return bench_train.run(a.nanogpt, a.text, a.setting, a.seeds, a.out, a.options)
     if a.command == "sample":
         return sample(a)
+    if a.command == "data":
+        from tools import bench_data
+
+        return bench_data.run(a.megabytes, a.turns, a.quick)
     if a.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
     elif not a.bound:
@@ -111,9 +130,7 @@ def main(a: argparse.Namespace) -> int:
         return bench_tiles.run(a.kernel, a.dry_run)
     from tools.cases import KERNELS
 
-    unknown = [name for name in a.only if name not in KERNELS]
-    if unknown:
-        raise ValueError(f"--only {unknown[0]}: the kernels are {', '.join(KERNELS)}")
+    known("--only", a.only, KERNELS)
     if a.bound:
         from tools import bounds
 
@@ -131,7 +148,7 @@ if __name__ == "__main__":
         print(f"bench.py: {error}", file=sys.stderr)
         sys.exit(2)
     except ImportError as error:
-        print(f"bench.py: {error}: heed's kernels need torch and triton", file=sys.stderr)
+        print(f"bench.py: {error}: what heed needs is in pyproject.toml, triton for Linux alone", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -7,7 +7,6 @@ upper half of the points in logarithms: 1 is proportional, 2 is its square.
 """
 
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -20,6 +19,7 @@ import torch
 from model import GPT, ModelConfig
 from runtime import device, optim
 from runtime.config import OptimConfig, TrainConfig
+from tools import memory
 from tools.report import table, write_csv
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,7 +42,7 @@ def step(context: int, width: int, batch: int, vocabulary: int, recompute: bool)
         vocab_size=vocabulary, context=context, n_layer=LAYERS, n_embd=width, head_dim=HEAD, n_head=width // HEAD,
         n_kv_head=width // HEAD, n_ffn=width * 8 // 3,
     )  # fmt: skip
-    on_gpu, before = machine.device.type == "cuda", _resident()
+    on_gpu, before = machine.device.type == "cuda", memory.peak()
     model = GPT(config).to(machine.device)
     model.model.recompute = recompute
     optimizers = optim.build(model, OptimConfig(), machine.dtype)
@@ -59,13 +59,8 @@ def step(context: int, width: int, batch: int, vocabulary: int, recompute: bool)
         if on_gpu:
             torch.cuda.synchronize()
         took.append(time.perf_counter() - start)
-    peak = torch.cuda.max_memory_allocated() if on_gpu else _resident() - before
+    peak = torch.cuda.max_memory_allocated() if on_gpu else memory.peak() - before
     return {"seconds": statistics.median(took[1:]), "bytes": max(peak, 1)}
-
-
-def _resident() -> int:
-    """The most memory that this process has had, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def measure(**size: Any) -> dict[str, float]:

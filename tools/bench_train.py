@@ -153,6 +153,8 @@ def run(nanogpt: Path, text: Path, name: str, seeds: int, out: Path | None, extr
     setting, device = SETTINGS[name], "cuda" if torch.cuda.is_available() else "cpu"
     if not (nanogpt / "train.py").is_file():
         raise ValueError(f"--nanogpt {nanogpt}: there is no train.py; a clone of nanoGPT is wanted")
+    if seeds < 1:
+        raise ValueError(f"--seeds {seeds}: at least 1")
     if not text.is_file():
         raise ValueError(f"--text {text}: no such file; nanoGPT's input.txt, tiny Shakespeare, is wanted")
     runs: list[Run] = []
