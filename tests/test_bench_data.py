@@ -1,0 +1,69 @@
+"""bench.py data: all of its code once, on little text."""
+
+import json
+
+import pytest
+
+from data.tokenizer import Tokenizer, get_tokenizer
+from tests.conftest import SMALL
+from tools import bench, bench_data
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A text, a tokenizer of it, and how many tokens it has, an end of text after every document."""
+    folder = tmp_path_factory.mktemp("text")
+    documents = [
+        f"Day {n}: the sea was {n % 7} feet high, the wind came from the {n % 4}th side.\n" for n in range(3000)
+    ]
+    text, tokenizer = folder / "text.jsonl", folder / "tokenizer.json"
+    text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+    get_tokenizer("bpe", lambda: iter(documents), 300).save(tokenizer)
+    ids = Tokenizer.load(tokenizer).encode_batch(documents)
+    return text, tokenizer, sum(map(len, ids)) + len(documents)
+
+
+@pytest.mark.parametrize("way", bench_data.WAYS)
+def test_every_way_makes_all_tokens(way, prepared):
+    text, tokenizer, tokens = prepared
+    found = bench_data.one(way, text, tokenizer)
+    assert found["tokens"] == tokens
+    assert found["seconds"] > 0 and found["bytes"] > text.stat().st_size
+
+
+def test_the_text_is_as_long_as_asked_and_says_nothing_twice(tmp_path):
+    path = tmp_path / "text.jsonl"
+    bench_data.make_text(path, 7_000_000)  # more than the plays have, which are 5 MB
+    lines = path.read_text().splitlines()
+    assert 7_000_000 <= path.stat().st_size < 7_200_000
+    assert len(set(lines)) == len(lines)
+    assert len(json.loads(lines[-1])["text"].split()) > 10
+
+
+def test_the_time_that_training_waits_is_a_share_of_its_time(text, tmp_path, monkeypatch):
+    words = [word.removeprefix("--") for word in (*SMALL, f"--data.source={text}")]
+    _, share = bench_data.waiting(tmp_path, "shakespeare", *words)
+    assert 0 < share < 0.5
+    real = bench_data.Loader.batch
+
+    def slow(self, step, *arguments):  # as long as a hundred thousand additions take, so that no clock is asked
+        sum(range(3_000_000))
+        return real(self, step, *arguments)
+
+    monkeypatch.setattr(bench_data.Loader, "batch", slow)
+    assert share < bench_data.waiting(tmp_path, "shakespeare", *words)[1] < 1
+
+
+def test_the_command(capsys, monkeypatch):
+    monkeypatch.setattr(bench_data, "SHAPES", [(2, 32)])
+    assert bench.main(bench.arguments(["data", "--quick"])) == 0
+    printed = capsys.readouterr().out
+    assert all(f"\n{way} " in printed for way in bench_data.WAYS)
+    assert "\n2 x 32 " in printed and "of it waiting for batches" in printed
+
+
+def test_mistakes_are_one_line(tmp_path):
+    with pytest.raises(ValueError, match="--megabytes and --turns: at least 1"):
+        bench.main(bench.arguments(["data", "--megabytes", "0"]))
+    with pytest.raises(ValueError, match=r"heed: .*no such file"):
+        bench_data.measure("heed", tmp_path / "none.jsonl", tmp_path / "none.json")
