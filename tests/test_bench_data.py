@@ -24,9 +24,9 @@ def prepared(tmp_path_factory):
 
 
 @pytest.mark.parametrize("way", bench_data.WAYS)
-def test_every_way_makes_all_tokens(way, prepared):
+def test_every_way_makes_all_tokens(way, prepared, tmp_path):
     text, tokenizer, tokens = prepared
-    found = bench_data.one(way, text, tokenizer)
+    found = bench_data.one(way, text, tokenizer, tmp_path)
     assert found["tokens"] == tokens
     assert found["seconds"] > 0 and found["bytes"] > text.stat().st_size
 
@@ -66,4 +66,4 @@ def test_mistakes_are_one_line(tmp_path):
     with pytest.raises(ValueError, match="--megabytes and --turns: at least 1"):
         bench.main(bench.arguments(["data", "--megabytes", "0"]))
     with pytest.raises(ValueError, match=r"heed: .*no such file"):
-        bench_data.measure("heed", tmp_path / "none.jsonl", tmp_path / "none.json")
+        bench_data.measure("heed", tmp_path / "none.jsonl", tmp_path / "none.json", tmp_path)

@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from tests.conftest import AS_A_USER, ROOT
+from tests.conftest import ROOT, UNMEASURED
 
 BUDGET = json.loads((ROOT / "tests" / "compiled_budget.json").read_text())
 RECORD = "record it on purpose with `python tests/compile_kernels.py --record`"
@@ -47,8 +47,7 @@ def compare(recorded: dict, found: dict) -> tuple[list[str], list[str]]:
 def compile_kernels(code: str = "") -> dict:
     """The figures; with code, of what it prints after it has imported the script."""
     words = ["-c", f"from tests.compile_kernels import *\n{code}"] if code else ["tests/compile_kernels.py"]
-    environment = {name: value for name, value in AS_A_USER.items() if name != "COVERAGE_PROCESS_CONFIG"}  # slow
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, env=UNMEASURED, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

@@ -10,11 +10,12 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import AS_A_USER, ROOT, SMALL
+from tests.conftest import ROOT, SMALL, UNMEASURED
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("[0-9]*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
@@ -71,7 +72,11 @@ def test_commands_run(line, place, text, chats, tmp_path):
     elif "-m venv" in line:
         line = f"{sys.executable} -m venv --without-pip {tmp_path / 'venv'}"
     elif "pip install" in line:
-        line = f"{line} --dry-run --no-deps".replace(".venv/bin/pip", f"{sys.executable} -m pip")
+        for extra in re.findall(r"\[(\w+)\]", line):
+            assert extra in EXTRAS
+        line = f"{sys.executable} -m pip install --dry-run --no-deps -c requirements.txt torch"  # what is there already
+    elif "kernels --dry-run" in line:
+        line = f"{line} --only cross-entropy"
     elif "train.py" in line and "--help" not in line and re.search(r"train\.py \S", line):
         small = [word for word in SMALL if word.partition("=")[0] not in line]
         source = "" if "--data.source" in line else f"--data.source={text} "
@@ -83,12 +88,12 @@ def test_commands_run(line, place, text, chats, tmp_path):
     line = re.sub(r"\bruns/", f"{place}/", line)
     line = line.replace("my-notes", str(text.parent)).replace("chat.jsonl", str(chats))
     line = re.sub(r"--nproc-per-node[ =]8", "--nproc-per-node=2", line)
-    environment = AS_A_USER | {"HEED_RUNS": str(place), "OMP_NUM_THREADS": "1"}
-    environment.pop("COVERAGE_PROCESS_CONFIG", None)  # the tests of each command are measured, these only take time
+    environment = UNMEASURED | {"HEED_RUNS": str(place), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(["bash", "-ec", line], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
 
 
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 LIMITS = {"model.py": 400, "train.py": 400, "flash.py": 450} | dict.fromkeys(
     ("sample.py", "decode.py", "cross_entropy.py"), 250
 )

@@ -30,7 +30,7 @@ def own(tmp_path_factory) -> Path:
     done = command(
         "train.py", "shakespeare", "--data.source", str(notes), "--name", "notes", *SHAPE, *QUICK,
         "--data.vocab_size=340", "--train.batch_tokens=1024", "--train.steps=40", "--train.evals=1",
-        "--train.prompt=Today", where=where,
+        "--train.prompt=Today", where=where, measured=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
 
@@ -43,7 +43,7 @@ def own(tmp_path_factory) -> Path:
     done = command(
         "train.py", "chat", "--init-from", str(where / "notes"), "--data.source", str(chats), "--name", "assistant",
         *QUICK, "--optim.lr=0.01", "--optim.muon_lr=0.02", "--train.batch_tokens=1024", "--train.steps=90",
-        "--train.evals=1", "--train.prompt=say red cat", where=where,
+        "--train.evals=1", "--train.prompt=say red cat", where=where, measured=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return where
@@ -51,7 +51,16 @@ def own(tmp_path_factory) -> Path:
 
 def test_a_folder_of_texts_becomes_a_model_that_speaks_of_them(own):
     done = command(
-        "sample.py", "--run", str(own / "notes"), "--prompt", "Today", "--greedy", "--tokens", "40", where=own
+        "sample.py",
+        "--run",
+        str(own / "notes"),
+        "--prompt",
+        "Today",
+        "--greedy",
+        "--tokens",
+        "40",
+        where=own,
+        measured=False,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Today I saw the")
@@ -64,7 +73,7 @@ def test_the_assistant_answers_and_keeps_the_conversation(own):
     model, tokenizer = load(run)
     assert model.config.vocab_size == tokenizer.vocab_size == load(own / "notes")[1].vocab_size + 2
     ask = ["--run", str(run), "--chat", "--greedy"]
-    once = command("sample.py", *ask, "--prompt", "say blue moon", where=own)
+    once = command("sample.py", *ask, "--prompt", "say blue moon", where=own, measured=False)
     assert (once.returncode, once.stdout) == (0, "blue moon\n"), once.stderr
     assert "tokens in" in once.stderr
     turns = "say happy dog\nsay old sun\nsay new tree\n"

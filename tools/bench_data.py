@@ -12,6 +12,7 @@ import importlib
 import itertools
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -119,21 +120,20 @@ def _load(text: Path, folder: Path) -> Any:
     return datasets.load_dataset("json", data_files=str(text), split="train", cache_dir=str(folder / "cache"))
 
 
-def one(way: str, text: Path, tokenizer: Path) -> dict[str, float]:
+def one(way: str, text: Path, tokenizer: Path, folder: Path) -> dict[str, float]:
     """One way, in this process: seconds, tokens and peak memory in bytes."""
     importlib.import_module("datasets")  # which is not what is timed
-
     made = Tokenizer.load(tokenizer)
-    with tempfile.TemporaryDirectory(dir=text.parent) as folder, contextlib.redirect_stdout(sys.stderr):
+    with contextlib.redirect_stdout(sys.stderr):
         start = time.perf_counter()
-        tokens = WAYS[way](text, made, Path(folder))
+        tokens = WAYS[way](text, made, folder)
         seconds = time.perf_counter() - start
     return {"seconds": seconds, "tokens": tokens, "bytes": max(memory.peak(), memory.peak_of_children())}
 
 
-def measure(way: str, text: Path, tokenizer: Path) -> dict[str, float]:
+def measure(way: str, *paths: Path) -> dict[str, float]:
     """`one` in a process of its own. Raises ValueError when it fails."""
-    words = [sys.executable, "-m", "tools.bench_data", way, str(text), str(tokenizer)]
+    words = [sys.executable, "-m", "tools.bench_data", way, *map(str, paths)]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise ValueError(f"{way}: {(done.stderr.strip() or f'killed, status {done.returncode}').splitlines()[-1]}")
@@ -206,7 +206,9 @@ def run(megabytes: int, turns: int, quick: bool) -> int:
         found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
         for turn in range(turns):
             for way, own in found.items():
-                own.append(measure(way, text, tokenizer))
+                shutil.rmtree(folder / way, ignore_errors=True)
+                (folder / way).mkdir()
+                own.append(measure(way, text, tokenizer, folder / way))
                 print(f"turn {turn + 1}, {way}: {own[-1]['seconds']:.1f} s", file=sys.stderr)
         size = text.stat().st_size / 1e6
         ways = []
@@ -217,8 +219,8 @@ def run(megabytes: int, turns: int, quick: bool) -> int:
         head = [f"{size:,.0f} MB, {CORES} cores", "MB/s", "seconds", "peak MiB", "tokens", "times heed's"]
         print(table(head, ways), end="\n\n")
         with contextlib.redirect_stdout(sys.stderr):
-            made = prepare(str(text), tokenizer=str(tokenizer), cache=folder)
             speed, share = waiting(folder, "shakespeare", *(QUICK if quick else []))
+        made = next((folder / "heed" / "tokens").iterdir())
         paces = [[f"{rows} x {context}", *batches(made, rows, context, max(turns, 3))] for rows, context in SHAPES]
         print(table(["batches, tokens a second", "heed", "nanoGPT"], paces), end="\n\n")
         print(
@@ -228,4 +230,4 @@ def run(megabytes: int, turns: int, quick: bool) -> int:
 
 
 if __name__ == "__main__":
-    print(json.dumps(one(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))))
+    print(json.dumps(one(sys.argv[1], *map(Path, sys.argv[2:]))))
