@@ -19,6 +19,7 @@ import signal
 import statistics
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -131,8 +132,7 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
     model.train()
     while True:
         # Save before anything that takes long; then validate, and let the model speak.
-        points = {round(steps * i / config.train.evals) for i in range(1, config.train.evals + 1)} if steps else set()
-        if step in points and step not in validated:
+        if evaluation_due(step, steps, config.train.evals, validated):
             save()
             validated[step] = validate(model, val_text, config, world, machine, tokenizer.eot)
             if record:
@@ -232,6 +232,13 @@ class Stop:
         print("\nsaving after this step; once more ends at once", flush=True)
         for again in (signal.SIGINT, signal.SIGTERM):
             signal.signal(again, signal.SIG_DFL)
+
+
+def evaluation_due(step: int, steps: int, evals: int, validated: Iterable[int]) -> bool:
+    """Whether one of `evals` evaluations, spread evenly over `steps`, is to be made now: its step was reached, or was
+    passed when the number of steps changed, and none was made since."""
+    last = max(validated, default=0)
+    return any(last < round(steps * i / evals) <= step for i in range(1, evals + 1))
 
 
 @torch.inference_mode()

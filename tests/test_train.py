@@ -255,6 +255,21 @@ def test_epochs_and_batches_come_from_the_loader(learn, monkeypatch):
     assert asked == [(0, 8, 0, 1), (1, 8, 0, 1), (2, 8, 0, 1)]
 
 
+def test_evaluations_are_spread_evenly_and_none_is_lost_when_the_steps_change():
+    def made(steps_at, end, validated=()):
+        validated = list(validated)
+        for step in range(max(validated, default=0), end + 1):
+            if train.evaluation_due(step, steps_at(step), 2, validated):
+                validated.append(step)
+        return validated
+
+    assert made(lambda step: 100, 100) == [50, 100]
+    assert made(lambda step: 0, 12) == []  # not yet known
+    assert made(lambda step: 120 if step < 55 else 90, 90) == [55, 90]  # fewer: 45 was passed
+    assert made(lambda step: 100 if step < 60 else 130, 130) == [50, 65, 130]
+    assert made(lambda step: 200, 200, [50, 100]) == [50, 100, 200]  # a finished run goes on
+
+
 def test_recomputing_changes_nothing_but_memory():
     """The same gradients, dropout's masks included."""
     gradients = []
