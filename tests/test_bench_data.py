@@ -59,7 +59,7 @@ def test_the_command(capsys, monkeypatch):
     assert bench.main(bench.arguments(["data", "--quick"])) == 0
     printed = capsys.readouterr().out
     assert all(f"\n{way} " in printed for way in bench_data.WAYS)
-    assert "\n2 x 32 " in printed and "of the time waiting for batches" in printed
+    assert "\n2 x 32 " in printed and "of the time waiting for them" in printed
 
 
 def test_mistakes_are_one_line(tmp_path):
