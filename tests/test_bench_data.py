@@ -1,12 +1,14 @@
 """bench.py data: all of its code once, on little text."""
 
+import itertools
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from data.tokenizer import Tokenizer, get_tokenizer
 from tests.conftest import SMALL
-from tools import bench, bench_data
+from tools import apart, bench, bench_data
 
 
 @pytest.fixture(scope="module")
@@ -40,18 +42,12 @@ def test_the_text_is_as_long_as_asked_and_says_nothing_twice(tmp_path):
     assert len(json.loads(lines[-1])["text"].split()) > 10
 
 
-def test_the_time_that_training_waits_is_a_share_of_its_time(text, tmp_path, monkeypatch):
+def test_the_share_of_time_that_training_waits(text, tmp_path, monkeypatch):
+    """By a clock that makes every batch take one second and every step four."""
+    ticks = (4.0 * step + end for step in itertools.count() for end in (0, 1))
+    monkeypatch.setattr(bench_data, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
     words = [word.removeprefix("--") for word in (*SMALL, f"--data.source={text}")]
-    _, share = bench_data.waiting(tmp_path, "shakespeare", *words)
-    assert 0 < share < 0.5
-    real = bench_data.Loader.batch
-
-    def slow(self, step, *arguments):  # as long as a hundred thousand additions take, so that no clock is asked
-        sum(range(3_000_000))
-        return real(self, step, *arguments)
-
-    monkeypatch.setattr(bench_data.Loader, "batch", slow)
-    assert share < bench_data.waiting(tmp_path, "shakespeare", *words)[1] < 1
+    assert bench_data.waiting(tmp_path, "shakespeare", *words) == (256 / 4, 1 / 4)
 
 
 def test_the_command(capsys, monkeypatch):
@@ -59,11 +55,12 @@ def test_the_command(capsys, monkeypatch):
     assert bench.main(bench.arguments(["data", "--quick"])) == 0
     printed = capsys.readouterr().out
     assert all(f"\n{way} " in printed for way in bench_data.WAYS)
-    assert "\n2 x 32 " in printed and "of the time waiting for them" in printed
+    assert "\n2 x 32 " in printed and "of the time waiting for batches" in printed
 
 
 def test_mistakes_are_one_line(tmp_path):
     with pytest.raises(ValueError, match="--megabytes and --turns: at least 1"):
         bench.main(bench.arguments(["data", "--megabytes", "0"]))
     with pytest.raises(ValueError, match=r"heed: .*no such file"):
-        bench_data.measure("heed", tmp_path / "none.jsonl", tmp_path / "none.json", tmp_path)
+        none = str(tmp_path / "none.json")
+        apart.measure("heed", "tools.bench_data", "heed", none, none, str(tmp_path))

@@ -10,7 +10,6 @@ import json
 import re
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -72,9 +71,7 @@ def test_commands_run(line, place, text, chats, tmp_path):
     elif "-m venv" in line:
         line = f"{sys.executable} -m venv --without-pip {tmp_path / 'venv'}"
     elif "pip install" in line:
-        for extra in re.findall(r"\[(\w+)\]", line):
-            assert extra in EXTRAS
-        line = f"{sys.executable} -m pip install --dry-run --no-deps -c requirements.txt torch"  # what is there already
+        line = f"{line} --dry-run --no-deps".replace(".venv/bin/pip", f"{sys.executable} -m pip")
     elif "kernels --dry-run" in line:
         line = f"{line} --only cross-entropy"
     elif "train.py" in line and "--help" not in line and re.search(r"train\.py \S", line):
@@ -93,7 +90,6 @@ def test_commands_run(line, place, text, chats, tmp_path):
     assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
 
 
-EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 LIMITS = {"model.py": 400, "train.py": 400, "flash.py": 450} | dict.fromkeys(
     ("sample.py", "decode.py", "cross_entropy.py"), 250
 )

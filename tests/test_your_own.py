@@ -51,17 +51,9 @@ def own(tmp_path_factory) -> Path:
 
 def test_a_folder_of_texts_becomes_a_model_that_speaks_of_them(own):
     done = command(
-        "sample.py",
-        "--run",
-        str(own / "notes"),
-        "--prompt",
-        "Today",
-        "--greedy",
-        "--tokens",
-        "40",
-        where=own,
+        "sample.py", "--run", str(own / "notes"), "--prompt", "Today", "--greedy", "--tokens", "40", where=own,
         measured=False,
-    )
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Today I saw the")
     assert losses(own / "notes")[40] < losses(own / "notes")[1] - 2

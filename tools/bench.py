@@ -82,8 +82,8 @@ def sample(a: argparse.Namespace) -> int:
     from tools.bench_sample import SIZES
     from tools.speakers import SPEAKERS
 
-    known("--only", a.only, SPEAKERS)
-    known("--sizes", a.sizes, SIZES)
+    check_names("--only", a.only, SPEAKERS)
+    check_names("--sizes", a.sizes, SIZES)
     if a.nanogpt and not (a.nanogpt / "model.py").exists():
         raise ValueError(f"--nanogpt {a.nanogpt}: there is no model.py; name the folder of a clone of nanoGPT")
     if min([*a.batches, *a.prompts, a.tokens - 1, a.repetitions]) < 1 or max(a.prompts) + a.tokens > 1024:
@@ -97,7 +97,7 @@ def sample(a: argparse.Namespace) -> int:
     )  # fmt: skip
 
 
-def known(option: str, asked: list[str], names: Iterable[str]) -> None:
+def check_names(option: str, asked: list[str], names: Iterable[str]) -> None:
     """Raises ValueError for a name that is none."""
     for name in asked:
         if name not in names:
@@ -130,7 +130,7 @@ def main(a: argparse.Namespace) -> int:
         return bench_tiles.run(a.kernel, a.dry_run)
     from tools.cases import KERNELS
 
-    known("--only", a.only, KERNELS)
+    check_names("--only", a.only, KERNELS)
     if a.bound:
         from tools import bounds
 

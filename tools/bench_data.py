@@ -14,7 +14,6 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,10 +30,9 @@ from data.loader import Loader
 from data.prepare import prepare
 from data.shards import Shards
 from data.tokenizer import Tokenizer, get_tokenizer
-from tools import memory
+from tools import apart
 from tools.report import table
 
-ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY = 4096
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 SHAPES = [(8, 256), (64, 256), (32, 1024)]  # sequences, context
@@ -121,23 +119,14 @@ def _load(text: Path, folder: Path) -> Any:
 
 
 def one(way: str, text: Path, tokenizer: Path, folder: Path) -> dict[str, float]:
-    """One way, in this process: seconds, tokens and peak memory in bytes."""
+    """One way, in this process, which is its own: seconds, tokens and peak memory in bytes."""
     importlib.import_module("datasets")  # which is not what is timed
     made = Tokenizer.load(tokenizer)
     with contextlib.redirect_stdout(sys.stderr):
         start = time.perf_counter()
         tokens = WAYS[way](text, made, folder)
         seconds = time.perf_counter() - start
-    return {"seconds": seconds, "tokens": tokens, "bytes": max(memory.peak(), memory.peak_of_children())}
-
-
-def measure(way: str, *paths: Path) -> dict[str, float]:
-    """`one` in a process of its own. Raises ValueError when it fails."""
-    words = [sys.executable, "-m", "tools.bench_data", way, *map(str, paths)]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise ValueError(f"{way}: {(done.stderr.strip() or f'killed, status {done.returncode}').splitlines()[-1]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return {"seconds": seconds, "tokens": tokens, "bytes": max(apart.peak(), apart.peak_of_children())}
 
 
 # Batches
@@ -208,7 +197,7 @@ def run(megabytes: int, turns: int, quick: bool) -> int:
             for way, own in found.items():
                 shutil.rmtree(folder / way, ignore_errors=True)
                 (folder / way).mkdir()
-                own.append(measure(way, text, tokenizer, folder / way))
+                own.append(apart.measure(way, "tools.bench_data", way, *map(str, (text, tokenizer, folder / way))))
                 print(f"turn {turn + 1}, {way}: {own[-1]['seconds']:.1f} s", file=sys.stderr)
         size = text.stat().st_size / 1e6
         ways = []
@@ -223,9 +212,7 @@ def run(megabytes: int, turns: int, quick: bool) -> int:
         made = next((folder / "heed" / "tokens").iterdir())
         paces = [[f"{rows} x {context}", *batches(made, rows, context, max(turns, 3))] for rows, context in SHAPES]
         print(table(["batches, tokens a second", "heed", "nanoGPT"], paces), end="\n\n")
-        print(
-            f"training, the shakespeare recipe: {speed:,.0f} tokens a second, {share:.2%} of the time waiting for them"
-        )
+        print(f"a short run of shakespeare: {speed:,.0f} tokens a second, {share:.2%} of the time waiting for batches")
     return 0
 
 

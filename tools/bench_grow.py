@@ -8,7 +8,6 @@ upper half of the points in logarithms: 1 is proportional, 2 is its square.
 
 import json
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,10 +18,9 @@ import torch
 from model import GPT, ModelConfig
 from runtime import device, optim
 from runtime.config import OptimConfig, TrainConfig
-from tools import memory
+from tools import apart
 from tools.report import table, write_csv
 
-ROOT = Path(__file__).resolve().parent.parent
 HEAD = 64  # size of a head; width / HEAD of them, each with keys and values of its own
 BASE = {"context": 256, "width": 256, "batch": 8, "vocabulary": 4096}
 AXES = {
@@ -43,7 +41,7 @@ def step(context: int, width: int, batch: int, vocabulary: int, recompute: bool)
         vocab_size=vocabulary, context=context, n_layer=LAYERS, n_embd=width, head_dim=HEAD, n_head=width // HEAD,
         n_kv_head=width // HEAD, n_ffn=width * 8 // 3,
     )  # fmt: skip
-    on_gpu, before = machine.device.type == "cuda", memory.peak()
+    on_gpu, before = machine.device.type == "cuda", apart.peak()
     model = GPT(config).to(machine.device)
     model.model.recompute = recompute
     optimizers = optim.build(model, OptimConfig(), machine.dtype)
@@ -60,17 +58,13 @@ def step(context: int, width: int, batch: int, vocabulary: int, recompute: bool)
         if on_gpu:
             torch.cuda.synchronize()
         took.append(time.perf_counter() - start)
-    peak = torch.cuda.max_memory_allocated() if on_gpu else memory.peak() - before
+    peak = torch.cuda.max_memory_allocated() if on_gpu else apart.peak() - before
     return {"seconds": statistics.median(took[1:]), "bytes": max(peak, 1)}
 
 
 def measure(**size: Any) -> dict[str, float]:
     """`step` in a process of its own. Raises ValueError when it fails, as when memory is short."""
-    words = [sys.executable, "-m", "tools.bench_grow", json.dumps(size)]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise ValueError(f"{size}: {(done.stderr.strip() or f'killed, status {done.returncode}').splitlines()[-1]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return apart.measure(str(size), "tools.bench_grow", json.dumps(size))
 
 
 def exponent(sizes: list[int], values: list[float]) -> float:

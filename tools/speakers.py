@@ -22,6 +22,7 @@ import torch
 from model import GPT, ModelConfig
 from runtime.weights import gather, quantize
 from sample import Sampling, generate
+from tools import apart
 
 Speak = Callable[[list[int], int, int], Iterator[np.ndarray]]
 """(prompt, batch, tokens) -> an array of the batch's next tokens, `tokens` times."""
@@ -217,7 +218,7 @@ def serve(connection: Connection, name: str, folder: Path, nanogpt: Path | None,
     makers = {"heed": heed, "transformers": transformers, "llama.cpp": llama, "nanoGPT": nano}
     if SPEAKERS[name][1]:
         importlib.import_module(SPEAKERS[name][1])
-    before = memory("VmRSS")
+    before = apart.peak()
     try:
         with torch.inference_mode():
             speak = makers[name.split()[0]](folder, name, nanogpt)
@@ -228,15 +229,6 @@ def serve(connection: Connection, name: str, folder: Path, nanogpt: Path | None,
                     at, tokens = step if isinstance(step, tuple) else (time.perf_counter(), step)
                     times.append(at - start)
                     made.append(tokens)
-                connection.send((times, np.stack(made), memory("VmHWM") - before))
+                connection.send((times, np.stack(made), (apart.peak() - before) / 1e6))
     except Exception as error:  # told to the other side; the others go on
         connection.send(f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}")
-
-
-def memory(which: str) -> float:
-    """VmRSS, resident now, or VmHWM, at most so far, in megabytes. 0 where there is no /proc."""
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return 0.0
-    return int(status.partition(f"{which}:")[2].split()[0]) / 1000
