@@ -241,6 +241,7 @@ def evaluation_due(step: int, steps: int, evals: int, validated: Iterable[int]) 
     return any(last < round(steps * i / evals) <= step for i in range(1, evals + 1))
 
 
+@torch.compiler.set_stance("force_eager")  # compiling a second graph takes longer than it saves
 @torch.inference_mode()
 def validate(
     model: GPT, text: Shards, config: Config, world: parallel.World, machine: device.Machine, eot: int
@@ -257,13 +258,13 @@ def validate(
     return world.sum([total], machine.device)[0] / text.counted
 
 
+@torch.compiler.set_stance("force_eager")
 def excerpt(model: GPT, tokenizer: Tokenizer, config: Config) -> str:
     """A short sample, indented."""
     prompt, chatting = config.train.prompt, config.data.format == "chat"  # there the prompt is what the user says
     begin = chat.opening(tokenizer, [("user", prompt)], config.model.context) if chatting else prompt
     model.eval()
-    with torch.compiler.set_stance("force_eager"):  # a few tokens are not worth compiling for
-        text = prompt + "\n" * chatting + "".join(t for _, t in speak(model, tokenizer, begin, tokens=100))
+    text = prompt + "\n" * chatting + "".join(t for _, t in speak(model, tokenizer, begin, tokens=100))
     model.train()
     return "\n".join(f"    | {line}" for line in text.strip().splitlines())
 
