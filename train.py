@@ -364,7 +364,7 @@ def read_arguments(words: list[str]) -> tuple[Config, bool, bool] | None:
     if recipe is None:
         print("python train.py RECIPE [--help], where RECIPE is a path to a TOML file or one of\n")
         for name, line in recipes().items():
-            print(f"  {name:18s} {line}")
+            print(f"  {name:24s} {line}")
         return None
     flags_only = ("resume", "overwrite", "print_config")
     overrides = {k: v for k, v in vars(known).items() if v is not None and k not in flags_only}

@@ -224,7 +224,10 @@ def test_best_is_the_best_and_old_checkpoints_go(learn, monkeypatch):
 
 def test_compiled_blocks_learn_the_same(learn):
     eager = learn("eager", "--train.steps=3", "--train.evals=1")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     compiled = learn("compiled", "--train.steps=3", "--train.evals=1", "--train.compile=on")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # a block in training, none to evaluate
     assert losses(compiled) == pytest.approx(losses(eager), rel=1e-3)
     assert set(load_file(checkpoint.find(compiled, "latest") / "model.safetensors")) == set(
         load_file(checkpoint.find(eager, "latest") / "model.safetensors")

@@ -14,7 +14,7 @@ from tests.conftest import command
 def test_without_words_the_recipes_are_listed(tmp_path):
     done = command("train.py", where=tmp_path)
     assert done.returncode == 0
-    for name in ("shakespeare", "shakespeare-char", "tinystories", "gpt2-124m"):
+    for name in ("shakespeare", "shakespeare-char", "shakespeare-char-laptop", "tinystories", "gpt2-124m"):
         assert re.search(rf"^  {name} +\S.{{20}}", done.stdout, re.M)
 
 

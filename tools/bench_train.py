@@ -48,7 +48,9 @@ SMALL = "n_layer=4 n_head=4 n_embd=128 block_size=64 batch_size=12 eval_iters=20
 SETTINGS = {
     "cpu": Setting(1.88, (*SMALL.split(), "dropout=0.0", "log_interval=10"), ("shakespeare-quick",)),
     # two thousand steps would take hours on a CPU: a few are timed
-    "gpu": Setting(1.4697, ("max_iters=10", "eval_iters=1", "log_interval=1"), ("shakespeare-char",), whole=2000),
+    "gpu": Setting(
+        1.4697, ("max_iters=10", "eval_iters=1", "log_interval=1"), ("shakespeare-char-laptop",), whole=2000
+    ),
 }
 
 
@@ -210,6 +212,8 @@ def write(out: Path, setting: Setting, runs: list[Run]) -> None:
         colour = "tab:red" if r.who == HEED else "tab:grey"
         if r.curve:
             axis.plot(*zip(*r.curve, strict=True), "o-", color=colour, markersize=3, label=None if r.seed else r.who)
+        if r.estimated:  # the loss that nanoGPT states, at the time that its steps would take
+            axis.plot(r.seconds, setting.target, "x", color=colour, label=None if r.seed else f"{r.who} (estimated)")
     axis.axhline(setting.target, color="black", linestyle=":", label=f"{setting.target}")
     axis.set_xscale("log")
     axis.set_xlabel("seconds since the first step")
