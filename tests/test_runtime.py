@@ -128,14 +128,16 @@ def test_what_is_not_there_is_refused(monkeypatch):
 
 def test_compiling_is_for_machines_and_runs_that_win_by_it(monkeypatch):
     def choose(**fields) -> tuple[bool, str]:
-        machine = device.choose(TrainConfig(device="cpu", dtype="float32", **fields))
+        machine = device.choose(TrainConfig(device="cpu", **({"dtype": "float32"} | fields)))
         return machine.compile, machine.why[2]
 
     monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/g++" if name == "g++" else None)
     assert choose(steps=10_000)[0]
     assert choose(minutes=30)[0]
     assert not choose(steps=10)[0]
-    assert not choose(minutes=1)[0]
+    assert not choose(minutes=5)[0]
+    assert choose(minutes=5, dtype="bfloat16")[0]
+    assert not choose(minutes=1, dtype="bfloat16")[0]
     assert choose(steps=10, compile="on") == (True, "compile on: asked for")
     monkeypatch.setattr(shutil, "which", lambda _: None)
     assert choose(steps=10_000) == (False, "compile off: no C++ compiler (g++ or clang++) on this machine")
