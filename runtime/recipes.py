@@ -39,7 +39,8 @@ def documentation(section: str) -> dict[str, str]:
 
 def recipes() -> dict[str, str]:
     """Recipe name -> the first line of its header."""
-    return {f.stem: f.read_text().partition("\n")[0].lstrip("# ") for f in sorted(RECIPES.glob("*.toml"))}
+    files = sorted(RECIPES.glob("*.toml"), key=lambda file: file.stem)
+    return {f.stem: f.read_text().partition("\n")[0].lstrip("# ") for f in files}
 
 
 def load(recipe: str, overrides: dict[str, str] | None = None) -> Config:
@@ -50,7 +51,7 @@ def load(recipe: str, overrides: dict[str, str] | None = None) -> Config:
     path = Path(recipe) if recipe.endswith(".toml") else RECIPES / f"{recipe}.toml"
     if not path.is_file():
         wrong = "no such file" if recipe.endswith(".toml") else "no such recipe"
-        raise ConfigError(f"{recipe}: {wrong}{_closest(recipe, recipes())}; there are {', '.join(recipes())}")
+        raise ConfigError(f"{recipe}: {wrong}, only {', '.join(recipes())}{_closest(recipe, recipes())}")
     text = path.read_text()
     try:
         tree = tomllib.loads(text)

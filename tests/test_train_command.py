@@ -36,7 +36,7 @@ def test_print_config_prints_what_would_run(capsys):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["shakespear"], "shakespear: no such recipe; did you mean shakespeare?"),
+        (["shakespear"], "shakespeare-quick, tinystories; did you mean shakespeare?"),
         (["shakespeare", "--model.n_layr", "3"], "--model.n_layr: no such option; did you mean --model.n_layer?"),
         (["shakespeare", "--model.n_layer", "six"], "model.n_layer = 'six': must be a whole number"),
         (["shakespeare", "--data.source", "no.txt"], "data.source = 'no.txt': no such file"),
