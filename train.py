@@ -134,12 +134,14 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
         # Save before anything that takes long; then validate, and let the model speak.
         if evaluation_due(step, steps, config.train.evals, validated):
             save()
-            validated[step] = validate(model, val_text, config, world, machine, tokenizer.eot)
+            with machine.uncompiled():
+                validated[step] = validate(model, val_text, config, world, machine, tokenizer.eot)
+                said = excerpt(model, tokenizer, config) if record else ""
             if record:
                 bits = validated[step] * val_text.counted / val_text.bytes / math.log(2)
                 record.log(step, val_loss=validated[step], bits_per_byte=bits, seconds=time.perf_counter() - clock)
                 say(f"step {step:,}: validation {validated[step]:.4f} nats a token, {bits:.4f} bits a byte")
-                say(excerpt(model, tokenizer, config))
+                say(said)
                 if validated[step] == min(validated.values()):
                     checkpoint.point(run, "best", run / f"step-{step:06d}")
                 checkpoint.prune(run, config.train.keep)
@@ -241,7 +243,6 @@ def evaluation_due(step: int, steps: int, evals: int, validated: Iterable[int]) 
     return any(last < round(steps * i / evals) <= step for i in range(1, evals + 1))
 
 
-@torch.compiler.set_stance("force_eager")  # compiling a second graph takes longer than it saves
 @torch.inference_mode()
 def validate(
     model: GPT, text: Shards, config: Config, world: parallel.World, machine: device.Machine, eot: int
@@ -258,7 +259,6 @@ def validate(
     return world.sum([total], machine.device)[0] / text.counted
 
 
-@torch.compiler.set_stance("force_eager")
 def excerpt(model: GPT, tokenizer: Tokenizer, config: Config) -> str:
     """A short sample, indented."""
     prompt, chatting = config.train.prompt, config.data.format == "chat"  # there the prompt is what the user says

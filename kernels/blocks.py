@@ -36,14 +36,14 @@ def blocks_attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: f
         if pattern.causal:
             high = at + R
         block = q[:, :, :, first : first + R].reshape(B * K, -1, D)  # (B, K, G, R, D) -> (B * K, G * R, D)
-        scores = torch.bmm(block, k[:, low:high].mT).view(B * K, -1, R, high - low)  # -> (B * K, G, R, keys)
         distance = torch.arange(at, at + R)[:, None] - torch.arange(low, high)  # (R, keys)
         hidden = (distance < 0) & pattern.causal
         if pattern.window is not None:
             hidden = hidden | (distance.abs() >= pattern.window)
-        weights = scores.masked_fill(hidden, float("-inf")).softmax(
-            -1, dtype=torch.promote_types(q.dtype, torch.float32)
-        )
-        weighed = torch.bmm(weights.to(v.dtype).flatten(1, 2), v[:, low:high])  # -> (B * K, G * R, D)
+        # Added by the product itself, what is hidden costs no pass over the scores, and none backward.
+        bias = torch.zeros(R, high - low, dtype=q.dtype).masked_fill(hidden, float("-inf")).repeat(H // K, 1)
+        scores = torch.baddbmm(bias, block, k[:, low:high].mT)  # (G * R, keys) + (B * K, G * R, D) (B * K, D, keys)
+        weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32))  # (B * K, G * R, keys)
+        weighed = torch.bmm(weights.to(v.dtype), v[:, low:high])  # -> (B * K, G * R, D)
         out.append(weighed.view(B, H, R, D))  # K, G -> H
     return torch.cat(out, dim=2).transpose(1, 2)  # (B, H, T, D) -> (B, T, H, D)

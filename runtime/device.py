@@ -1,10 +1,13 @@
 """Device, precision and compiler: chosen once by asking the machine, each with the reason that a run prints."""
 
+import ctypes
 import platform
 import shutil
 import time
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -25,12 +28,19 @@ class Machine:
         """Products in `dtype`; weights, sums and norms stay fp32."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
+    def uncompiled(self) -> AbstractContextManager[Any]:
+        """In it all code runs as written: to compile a second graph, for evaluation, takes longer than it saves."""
+        # Only where it is needed: to name the stance imports torch's compiler, some seconds.
+        return torch.compiler.set_stance("force_eager") if self.compile else nullcontext()
+
 
 def choose(config: TrainConfig, local_rank: int = 0) -> Machine:
     """Raises ConfigError when the configuration demands what this machine does not have."""
     # Under autocast norms read bf16 and have fp32 gains, as they should; torch tells that its fused one then cannot.
     warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
     device, why_device = _device(config.device, local_rank)
+    if device.type == "cpu":
+        keep_freed_memory()
     dtype, why_dtype = _dtype(config.dtype, device)
     compiled, why_compiled = _compile(config, device, dtype)
     backend, why = preferred(device)
@@ -51,6 +61,19 @@ def _device(asked: str, local_rank: int) -> tuple[torch.device, str]:
         return device, f"device {device}: {torch.cuda.get_device_name(device)}"
     name = f"{platform.machine()}, {torch.get_num_threads()} threads" if kind == "cpu" else "Apple GPU"
     return torch.device(kind), f"device {kind}: {name}"
+
+
+def keep_freed_memory() -> bool:
+    """Ask the C library to keep what this process frees; False where it is not glibc and cannot be asked.
+
+    Every step frees its activations and wants them again. By default glibc returns large blocks to the system, which
+    hands out zeroed pages again one by one: thousands of page faults a step.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, LARGE = -1, -3, 1 << 30  # bytes; mallopt(3)
+    mallopt = ctypes.CDLL(None).mallopt
+    return bool(mallopt(M_MMAP_THRESHOLD, LARGE) and mallopt(M_TRIM_THRESHOLD, LARGE))
 
 
 def _dtype(asked: str, device: torch.device) -> tuple[torch.dtype, str]:

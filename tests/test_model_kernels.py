@@ -43,7 +43,7 @@ def in_triton(monkeypatch):
 def losses(steps: int) -> list[float]:
     torch.manual_seed(0)
     model = GPT(TINY).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     g = torch.Generator().manual_seed(1)
     text = torch.randint(97, (1, 19), generator=g)  # to be learnt by heart
     seen = []
@@ -57,12 +57,12 @@ def losses(steps: int) -> list[float]:
 
 
 @pytest.mark.usefixtures("unmeasured")
-def test_twenty_steps_of_training(in_triton):
-    expected = losses(20)
+def test_eight_steps_of_training(in_triton):
+    expected = losses(8)
     in_triton()
-    got = losses(20)
-    assert in_triton.calls["flash_forward"] == in_triton.calls["flash_backward"] == 2 * 20
-    assert in_triton.calls["_row"] >= 20
+    got = losses(8)
+    assert in_triton.calls["flash_forward"] == in_triton.calls["flash_backward"] == 2 * 8
+    assert in_triton.calls["_row"] >= 8
     assert expected[-1] < expected[0] - 1
     torch.testing.assert_close(got, expected, atol=2e-4, rtol=0)
 

@@ -12,7 +12,7 @@ from model import GPT, KVCache
 from runtime import reader as room
 from runtime.reader import CpuReader, plainly, reader
 from runtime.weights import Int8, quantize
-from tests.conftest import TINY, command, randomized
+from tests.conftest import TINY, randomized
 
 FLAGS = {
     "plain": {},
@@ -192,11 +192,14 @@ def test_int8_costs_less_than_half_a_percent_in_bits_per_byte(runs):
         assert after != before
 
 
-def test_the_command_speaks_in_int8_with_and_without_a_compiler(runs):
+def test_the_command_speaks_in_int8_with_and_without_a_compiler(runs, sample_py, monkeypatch):
     said = {}
     for words in ((), ("--quantize=int8",), ("--quantize=bf16",)):
         for compiler in ("g++", "false"):
-            done = command("sample.py", "--greedy", "--tokens=12", "--prompt=Song", *words, where=runs, CXX=compiler)
+            for found in (room._say, cpu_decode.library):
+                found.cache_clear()
+            monkeypatch.setenv("CXX", compiler)
+            done = sample_py("--greedy", "--tokens=12", "--prompt=Song", *words, where=runs)
             assert done.returncode == 0, done.stderr
             assert ("torch serves" in done.stderr) == (compiler == "false")
             said[words, compiler] = done.stdout

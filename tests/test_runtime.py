@@ -1,7 +1,10 @@
 """Optimizers against their definitions, and the choice of machine against machines that are not here."""
 
 import itertools
+import platform
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -10,7 +13,7 @@ import torch
 from model import GPT
 from runtime import device, optim
 from runtime.config import ConfigError, OptimConfig, TrainConfig
-from tests.conftest import TINY
+from tests.conftest import ROOT, TINY
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (2, 5, 12), (2, 12, 5), (1, 1, 7)])
@@ -118,6 +121,31 @@ def test_a_gpus_precision_is_told_by_its_capability_and_not_by_emulation(monkeyp
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     machine = device.choose(TrainConfig(steps=1), local_rank=3)
     assert (machine.device, machine.dtype) == (torch.device("cuda", 3), dtype)
+
+
+FAULTS = """
+import resource
+import torch
+from runtime.device import keep_freed_memory
+
+def step():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    activations = [torch.ones(1 << 20) for _ in range(20)]  # 4 MB each: 20,480 pages of 4 KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+before = [step() for _ in range(3)][-1]
+kept = keep_freed_memory()
+print(kept, before, [step() for _ in range(3)][-1])
+"""
+
+
+def test_memory_that_a_step_frees_is_there_for_the_next():
+    words = subprocess.run([sys.executable, "-c", FAULTS], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    kept, before, after = words[0] == "True", int(words[1]), int(words[2])
+    assert kept == (platform.libc_ver()[0] == "glibc")
+    if kept:
+        assert before > 10_000
+        assert after < 100
 
 
 def test_what_is_not_there_is_refused(monkeypatch):

@@ -49,27 +49,24 @@ def own(tmp_path_factory) -> Path:
     return where
 
 
-def test_a_folder_of_texts_becomes_a_model_that_speaks_of_them(own):
-    done = command(
-        "sample.py", "--run", str(own / "notes"), "--prompt", "Today", "--greedy", "--tokens", "40", where=own,
-        measured=False,
-    )  # fmt: skip
+def test_a_folder_of_texts_becomes_a_model_that_speaks_of_them(own, sample_py):
+    done = sample_py("--run", str(own / "notes"), "--prompt", "Today", "--greedy", "--tokens", "40", where=own)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Today I saw the")
     assert losses(own / "notes")[40] < losses(own / "notes")[1] - 2
 
 
-def test_the_assistant_answers_and_keeps_the_conversation(own):
+def test_the_assistant_answers_and_keeps_the_conversation(own, sample_py):
     run = own / "assistant"
     assert losses(run, "val_loss")[90] < 0.1
     model, tokenizer = load(run)
     assert model.config.vocab_size == tokenizer.vocab_size == load(own / "notes")[1].vocab_size + 2
     ask = ["--run", str(run), "--chat", "--greedy"]
-    once = command("sample.py", *ask, "--prompt", "say blue moon", where=own, measured=False)
+    once = sample_py(*ask, "--prompt", "say blue moon", where=own)
     assert (once.returncode, once.stdout) == (0, "blue moon\n"), once.stderr
     assert "tokens in" in once.stderr
     turns = "say happy dog\nsay old sun\nsay new tree\n"
-    talk = command("sample.py", *ask, "--system", "Number 5.", where=own, stdin=turns)
+    talk = sample_py(*ask, "--system", "Number 5.", where=own, stdin=turns)
     assert talk.returncode == 0, talk.stderr
     assert talk.stdout.splitlines()[0] == "> happy dog"
     assert talk.stdout.count("> ") == 4
@@ -83,7 +80,7 @@ def test_the_assistant_answers_and_keeps_the_conversation(own):
         (["--system", "Be brief."], "system = 'Be brief.': goes with --chat"),
     ],
 )
-def test_what_cannot_be_is_one_line(runs, words, says):
-    done = command("sample.py", *words, where=runs, stdin="hi\n")
+def test_what_cannot_be_is_one_line(runs, words, says, sample_py):
+    done = sample_py(*words, where=runs, stdin="hi\n")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("sample.py: ") and says in done.stderr and done.stderr.count("\n") == 1
