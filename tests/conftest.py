@@ -1,5 +1,6 @@
 """What several tests share: a small text on disk, a small run trained on it, and the front doors as commands."""
 
+import functools
 import importlib.util
 import io
 import os
@@ -12,9 +13,24 @@ assert "triton" not in sys.modules, "triton reads TRITON_INTERPRET when it is im
 os.environ["TRITON_INTERPRET"] = "1"  # heed's kernels run on the CPU, see tests/interpreter.py
 
 if importlib.util.find_spec("triton"):  # not every system has it
+    from triton.runtime.interpreter import GridExecutor
+
     from tests.interpreter import install
 
     install()
+    interpret = GridExecutor.__call__
+
+    @functools.wraps(interpret)
+    def untraced(*args, **constants):
+        """A launch without coverage, which doubles its time; test_mutants.py's probes run the same lines with it."""
+        tracer = sys.gettrace()
+        sys.settrace(None)
+        try:
+            return interpret(*args, **constants)
+        finally:
+            sys.settrace(tracer)
+
+    GridExecutor.__call__ = untraced
 
 import pytest
 import torch
@@ -27,15 +43,6 @@ from runtime.recipes import load
 ROOT = Path(__file__).resolve().parent.parent
 AS_A_USER = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 UNMEASURED = {name: value for name, value in AS_A_USER.items() if name != "COVERAGE_PROCESS_CONFIG"}
-
-
-@pytest.fixture
-def unmeasured():
-    """No coverage meanwhile: it doubles the time of Triton's interpreter. Some other test must run the same lines."""
-    tracer = sys.gettrace()
-    sys.settrace(None)
-    yield
-    sys.settrace(tracer)
 
 
 TINY = ModelConfig(vocab_size=97, context=32, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, head_dim=16, n_ffn=48)

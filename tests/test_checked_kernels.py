@@ -9,7 +9,6 @@ from kernels.decode import decode_attention
 from kernels.flash import flash_attention
 from tests.interpreter import checked
 
-pytestmark = pytest.mark.usefixtures("unmeasured")
 BF16 = torch.bfloat16
 
 

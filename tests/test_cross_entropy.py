@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kernels import cross_entropy, tiles
 from kernels.cross_entropy import chunk_rows, linear_cross_entropy
 
-pytestmark = pytest.mark.usefixtures("unmeasured")
 BACKENDS = ("torch", "triton")
 TERMS = [{}, {"z_loss": 0.1}, {"softcap": 3.0}, {"z_loss": 0.1, "softcap": 3.0}]
 

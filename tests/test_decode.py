@@ -12,7 +12,6 @@ from kernels import CAUSAL, FULL, Pattern
 from kernels.decode import decode_attention
 from kernels.reference import distances, reference_attention, visible
 
-pytestmark = pytest.mark.usefixtures("unmeasured")
 NAN = float("nan")
 SOFT = Pattern(softcap=2.0)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

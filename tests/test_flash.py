@@ -15,7 +15,6 @@ from kernels import CAUSAL, FULL, Pattern, attention
 from kernels.flash import document_bounds, flash_attention
 from kernels.reference import distances, reference_attention, visible
 
-pytestmark = pytest.mark.usefixtures("unmeasured")
 SCALE = 0.3
 
 

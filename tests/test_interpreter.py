@@ -11,7 +11,6 @@ import triton.language as tl
 
 from tests.interpreter import AccessError, checked, install, narrow, widen
 
-pytestmark = pytest.mark.usefixtures("unmeasured")
 BF16, INF, NAN = torch.bfloat16, float("inf"), float("nan")
 
 

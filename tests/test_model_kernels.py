@@ -56,7 +56,6 @@ def losses(steps: int) -> list[float]:
     return seen
 
 
-@pytest.mark.usefixtures("unmeasured")
 def test_eight_steps_of_training(in_triton):
     expected = losses(8)
     in_triton()

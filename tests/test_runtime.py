@@ -144,7 +144,7 @@ def test_memory_that_a_step_frees_is_there_for_the_next():
     kept, before, after = words[0] == "True", int(words[1]), int(words[2])
     assert kept == (platform.libc_ver()[0] == "glibc")
     if kept:
-        assert before > 10_000
+        assert before > 500  # 20,480 where nothing happens to lie above what is freed
         assert after < 100
 
 

@@ -147,7 +147,7 @@ def test_steps_in_time_is_what_the_budget_leaves():
     assert train.steps_in_time(config, val, 500.0, 7, 10.0) == 10  # at least one step for each validation
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(learn, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(learn, monkeypatch, tmp_path):
     loss = GPT.loss
     calls = 0
 
@@ -159,21 +159,21 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     monkeypatch.setattr(GPT, "loss", poisoned)
     with pytest.raises(train.Diverged, match="step 7: the loss is nan"):
         learn("bad", "--train.steps=12", "--train.evals=4")
-    run = train.RUNS / "bad"
+    run = tmp_path / "bad"
     folder = checkpoint.find(run, "latest")
     assert checkpoint.read_state(folder)["step"] == 6
     assert all(p.isfinite().all() for p in load_file(folder / "model.safetensors").values())
     assert max(losses(run)) == 6
 
 
-def test_save_comes_before_validate(learn, monkeypatch):
+def test_save_comes_before_validate(learn, monkeypatch, tmp_path):
     def fails(*_):
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(train, "validate", fails)
     with pytest.raises(RuntimeError, match="out of memory"):
         learn("kept", "--train.steps=4", "--train.evals=1")
-    assert checkpoint.read_state(checkpoint.find(train.RUNS / "kept", "latest"))["step"] == 4
+    assert checkpoint.read_state(checkpoint.find(tmp_path / "kept", "latest"))["step"] == 4
     monkeypatch.undo()
 
 
