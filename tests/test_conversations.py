@@ -1,7 +1,6 @@
 """Conversations as batches: every answer learnt once an epoch, nothing else, and the mean over what is learnt."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from data.prepare import prepare
 from data.shards import ShardError, Shards
 from data.tokenizer import Tokenizer
 from model import GPT
-from tests.conftest import ROOT, SMALL, TINY, losses, randomized
+from tests.conftest import ROOT, SMALL, TINY, UNMEASURED, losses, randomized
 from tests.test_chat import line
 
 
@@ -148,7 +147,7 @@ def test_two_processes_with_unequal_answers_learn_what_one_does(learn, questions
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "train.py"),
          "shakespeare", "--name=chat-both", *SMALL, *words],
-        cwd=ROOT, env=os.environ | {"HEED_RUNS": str(tmp_path), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        cwd=ROOT, env=UNMEASURED | {"HEED_RUNS": str(tmp_path), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     for key in ("loss", "val_loss"):

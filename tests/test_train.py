@@ -21,7 +21,7 @@ from data.tokenizer import Tokenizer
 from model import GPT, ModelConfig
 from runtime import checkpoint, metrics
 from runtime.recipes import load
-from tests.conftest import ROOT, SMALL, TINY, losses, randomized, weights
+from tests.conftest import ROOT, SMALL, TINY, UNMEASURED, losses, randomized, weights
 
 
 def test_a_run_learns_and_leaves_everything_in_its_folder(runs):
@@ -64,7 +64,7 @@ def test_killed_and_resumed_equals_never_killed_bit_for_bit(learn, text, tmp_pat
     flags = [*SMALL, f"--data.source={text}", *words]
     started = [sys.executable, str(ROOT / "train.py"), "shakespeare", "--name=killed", *flags]
     process = subprocess.Popen(
-        started, cwd=ROOT, env=os.environ | {"HEED_RUNS": str(tmp_path)}, stdout=subprocess.DEVNULL
+        started, cwd=ROOT, env=UNMEASURED | {"HEED_RUNS": str(tmp_path)}, stdout=subprocess.DEVNULL
     )
     killed = tmp_path / "killed"
     while not (killed / "latest").exists() and process.poll() is None:
