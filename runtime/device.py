@@ -35,7 +35,8 @@ class Machine:
 
 
 def choose(config: TrainConfig, local_rank: int = 0) -> Machine:
-    """Raises ConfigError when the configuration demands what this machine does not have."""
+    """Choose, and set this process up for it. Raises ConfigError when the configuration demands what this machine does
+    not have."""
     # Under autocast norms read bf16 and have fp32 gains, as they should; torch tells that its fused one then cannot.
     warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
     device, why_device = _device(config.device, local_rank)

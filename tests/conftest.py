@@ -38,7 +38,6 @@ import torch
 import train
 from model import GPT, ModelConfig
 from runtime import checkpoint, metrics
-from runtime.recipes import load
 
 ROOT = Path(__file__).resolve().parent.parent
 AS_A_USER = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -93,23 +92,27 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
     """A runs/ folder with one small finished run, `songs`."""
     where = tmp_path_factory.mktemp("runs")
-    train_here(where, "songs", *SMALL, f"--data.source={text}", "--train.steps=30", "--train.evals=2")
+    train_here(
+        where, "shakespeare", "--name=songs", *SMALL, f"--data.source={text}", "--train.steps=30", "--train.evals=2"
+    )
     return where
 
 
-def train_here(where: Path, name: str, *words: str, resume: bool = False, overwrite: bool = False) -> Path:
-    """Train in this process, with runs/ in the folder `where`, and return the run's folder."""
-    flags = dict(word.removeprefix("--").split("=", 1) for word in words)
+def train_here(where: Path, *words: str) -> Path:
+    """`python train.py` with these words, in this process and with runs/ in the folder `where`; returns the run's."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "RUNS", where)
-        train.train(load("shakespeare", {"name": name, **flags}), resume, overwrite)
-    return where / name
+        asked = train.read_arguments(list(words))
+        assert asked
+        train.train(*asked)
+    return where / asked[0].name
 
 
 @pytest.fixture
 def learn(text, tmp_path):
     """learn(name, "--train.steps=8", ...) is `train_here` with a small model and the text."""
-    return lambda name, *words, **asked: train_here(tmp_path, name, *SMALL, f"--data.source={text}", *words, **asked)
+    small = (*SMALL, f"--data.source={text}")
+    return lambda name, *words: train_here(tmp_path, "shakespeare", f"--name={name}", *small, *words)
 
 
 @pytest.fixture

@@ -162,6 +162,6 @@ def test_resuming_conversations_is_bitwise(learn, questions, monkeypatch):
     with pytest.raises(RuntimeError, match="killed"):
         learn("chat-killed", *words)
     monkeypatch.setattr(train, "validate", real)
-    killed = learn("chat-killed", *words, resume=True)
+    killed = learn("chat-killed", *words, "--resume")
     assert losses(killed) == losses(whole) and len(losses(killed)) == 6
     assert re.search(r"im_end", (killed / "tokenizer.json").read_text())

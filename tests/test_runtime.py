@@ -140,7 +140,8 @@ print(kept, before, [step() for _ in range(3)][-1])
 
 
 def test_memory_that_a_step_frees_is_there_for_the_next():
-    words = subprocess.run([sys.executable, "-c", FAULTS], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    done = subprocess.run([sys.executable, "-c", FAULTS], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    words = done.stdout.split()
     kept, before, after = words[0] == "True", int(words[1]), int(words[2])
     assert kept == (platform.libc_ver()[0] == "glibc")
     if kept:

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-import train
 from sample import load
-from tests.conftest import losses
+from tests.conftest import losses, train_here
 
 SHAPE = [
     "--model.n_layer=2", "--model.n_embd=64", "--model.n_head=4", "--model.n_kv_head=2", "--model.head_dim=16",
@@ -16,15 +15,6 @@ SHAPE = [
 ]  # fmt: skip
 QUICK = ["--model.context=64", "--train.compile=off", "--train.dtype=float32", "--train.micro_batch=16"]
 WORDS = ["red", "blue", "green", "tall", "small", "happy", "old", "new", "cat", "dog", "bird", "moon", "sun", "tree"]
-
-
-def learn(where: Path, *words: str) -> None:
-    """`python train.py` with these words, in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "RUNS", where)
-        asked = train.read_arguments(list(words))
-        assert asked
-        train.train(*asked)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +27,7 @@ def own(tmp_path_factory) -> Path:
     for day in range(28):
         file = notes / ("2024" if day % 2 else "") / f"day-{day}.{'md' if day % 3 else 'txt'}"
         file.write_text("".join(f"Today I saw the {pair}, {pair}.\n" for pair in pairs[day::28]))
-    learn(
+    train_here(
         where, "shakespeare", "--data.source", str(notes), "--name", "notes", *SHAPE, *QUICK, "--data.vocab_size=340",
         "--train.batch_tokens=1024", "--train.steps=40", "--train.evals=1", "--train.prompt=Today",
     )  # fmt: skip
@@ -48,7 +38,7 @@ def own(tmp_path_factory) -> Path:
             system = [{"role": "system", "content": f"Number {number}."}] if number % 3 == 0 else []
             turns = [{"role": "user", "content": f"say {pair}"}, {"role": "assistant", "content": pair}]
             file.write(json.dumps({"messages": system + turns}) + "\n")
-    learn(
+    train_here(
         where, "chat", "--init-from", str(where / "notes"), "--data.source", str(chats), "--name", "assistant",
         *QUICK, "--optim.lr=0.01", "--optim.muon_lr=0.02", "--train.batch_tokens=1024", "--train.steps=90",
         "--train.evals=1", "--train.prompt=say red cat",
