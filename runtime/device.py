@@ -126,7 +126,7 @@ def _compile(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> t
     return True, "compile on: a C++ compiler is there, one block for all layers"
 
 
-# Compiling on a CPU takes 25 to 60 s from a cold cache, and below these does not pay: a compiled step is up
-# to a quarter faster in fp32 (not at all at width 96), two fifths in bf16, where eager code converts every weight each time.
+# Compiling on a CPU takes 25 to 60 s from a cold cache, and below these does not pay: a compiled step is up to a
+# quarter faster in fp32 (not at all at width 96), two fifths in bf16, where eager code converts every weight each time.
 SHORT_MINUTES = {torch.float32: 6, torch.bfloat16: 2}
 SHORT_TOKENS = 500_000
