@@ -32,14 +32,15 @@ from data.prepare import prepare
 from data.shards import ShardError, Shards
 from data.tokenizer import Tokenizer, TokenizerError
 from model import GPT, count_parameters, flops_per_token
-from runtime import checkpoint, device, metrics, optim, parallel, start
+from runtime import checkpoint, device, learner, metrics, optim, parallel, start
 from runtime.checkpoint import CheckpointError
 from runtime.config import SECTIONS, Config, ConfigError
 from runtime.recipes import documentation, dump, fields, load, recipes
 from sample import RUNS, speak
 
-# Of a run with a budget in minutes, before its number of steps is settled; the first few are not counted.
-TIMED_STEPS = 12
+# Steps of a run with a budget in minutes before their number is settled, the first few not counted, and then between
+# one settling and the next.
+TIMED_STEPS, SETTLED_EVERY = 12, 50
 
 
 def train(config: Config, resume: bool, overwrite: bool) -> None:
@@ -76,9 +77,7 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
     torch.manual_seed(config.train.seed)
     model = GPT(config.model).to(machine.device)
     model.model.recompute = config.train.recompute
-    if machine.compile:
-        for layer in model.model.layers:
-            layer.compile()  # all layers run the code of the first
+    learner.hasten(model, machine)
     optimizers = optim.build(model, config.optim, machine.dtype)
     loader = (Conversations if train_text.chat else Loader)(train_text, context=context, seed=config.train.seed)
     sequences = share * world.size
@@ -127,7 +126,7 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
             saved = step
 
     stop, leaving = Stop(), False
-    settle_again = config.train.steps == 0 and not resume
+    budgeted = config.train.steps == 0 and not resume
     clock, durations = time.perf_counter(), list[float]()
     model.train()
     while True:
@@ -179,16 +178,17 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
         step += 1
 
         # What is known now: the loss, the speed, and with a budget in minutes how many steps fit. That is settled after
-        # the first steps, and once more before the learning rate falls, since a machine's speed changes.
+        # the first steps and then again and again, since a machine's speed changes; all but the last few may move.
         durations.append(time.perf_counter() - began)
         pace = statistics.median(durations[-20:])
-        falls = round(steps * (1 - config.optim.decay))
-        if (steps == 0 and len(durations) == TIMED_STEPS) or (settle_again and 0 < falls <= step < steps):
-            settle_again = settle_again and steps == 0
-            pace = statistics.mean(durations[4:])  # what is left is a sum: slow steps count in it
-            fit = steps_in_time(config, val_text, pace, step, time.perf_counter() - clock)
+        first = steps == 0 and len(durations) == TIMED_STEPS
+        if first or (budgeted and step % SETTLED_EVERY == 0 and step + SETTLED_EVERY < steps):
+            each = statistics.mean(durations[4:][-2 * SETTLED_EVERY :])  # what is left is a sum: slow steps count in it
+            evals = config.train.evals - len(validated)
+            fit = steps_in_time(config, val_text, each, step, evals, time.perf_counter() - clock)
             steps = world.same(fit, machine.device)
-            say(f"a step takes {pace:.2f} s: {steps:,} steps end in {config.train.minutes:g} minutes")
+            if first:
+                say(f"a step takes {each:.2f} s: {steps:,} steps end in {config.train.minutes:g} minutes at this speed")
         if record:
             speed = config.train.batch_tokens / pace
             record.log(step, loss=mean, norm=norm, lr=factor * config.optim.lr, tokens_per_second=round(speed))
@@ -237,10 +237,12 @@ class Stop:
 
 
 def evaluation_due(step: int, steps: int, evals: int, validated: Iterable[int]) -> bool:
-    """Whether one of `evals` evaluations, spread evenly over `steps`, is to be made now: its step was reached, or was
-    passed when the number of steps changed, and none was made since."""
+    """Whether one of `evals` evaluations, spread evenly over `steps`, is to be made now, the last one at the end. One
+    that was passed when the number of steps changed is made up for; one that comes again then is not made again."""
     last = max(validated, default=0)
-    return any(last < round(steps * i / evals) <= step for i in range(1, evals + 1))
+    if steps == 0 or step <= last:
+        return False
+    return step == steps or step * evals // steps > round(last * evals / steps)
 
 
 @torch.inference_mode()
@@ -269,12 +271,12 @@ def excerpt(model: GPT, tokenizer: Tokenizer, config: Config) -> str:
     return "\n".join(f"    | {line}" for line in text.strip().splitlines())
 
 
-def steps_in_time(config: Config, val_text: Shards, pace: float, step: int, elapsed: float) -> int:
-    """Steps, those done included, that end when the budget does. A validation token costs a third of a training token:
-    forward without backward; 5% are kept back, since machines become slower as they go."""
-    a_validation = pace * val_text.tokens / config.train.batch_tokens / 3 + 1
-    left = 0.95 * config.train.minutes * 60 - elapsed - config.train.evals * a_validation
-    return step + max(config.train.evals, int(left / pace))
+def steps_in_time(config: Config, val_text: Shards, pace: float, step: int, evals: int, elapsed: float) -> int:
+    """Steps, those done included, that end when the budget does, with `evals` evaluations still to come. A validation
+    token costs a third of a training token, forward without backward; 2% of the budget are kept back."""
+    an_evaluation = pace * val_text.tokens / config.train.batch_tokens / 3 + 2  # and to save, speak and draw
+    left = 0.98 * config.train.minutes * 60 - elapsed - evals * an_evaluation
+    return step + max(evals, int(left / pace))
 
 
 def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:

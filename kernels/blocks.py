@@ -7,6 +7,8 @@ multiplies back. The weights of those blocks are kept for the backward: half a s
 Shapes: B batch, T queries, S keys, H query heads, K key/value heads, G = H / K, D head size, R rows of a block.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,19 @@ BLOCK = 64  # queries: below, products are too small to run well; above, more of
 BLOCKS = 8  # at most, since a compiler unrolls them
 
 
+def spans(T: int, S: int, pattern: Pattern) -> Iterator[tuple[int, int, int, int]]:
+    """For each block of queries its first and their number, and the keys that they can see, from `low` to `high`."""
+    rows = max(BLOCK, -(-T // BLOCKS))
+    for first in range(0, T, rows):
+        R = min(rows, T - first)
+        at, low, high = S - T + first, 0, S
+        if pattern.window is not None:
+            low, high = max(0, at - pattern.window + 1), min(S, at + R + pattern.window - 1)
+        if pattern.causal:
+            high = at + R
+        yield first, R, low, high
+
+
 def blocks_attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float) -> Tensor:
     """q (B, T, H, D), k and v (B, S, K, D) -> (B, T, H, D), as `kernels.attention`; T at most S, no softcap.
 
@@ -23,18 +38,11 @@ def blocks_attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: f
     """
     B, T, H, D = q.shape
     S, K = k.shape[1:3]
-    rows = max(BLOCK, -(-T // BLOCKS))
     q = (q * scale).view(B, T, K, H // K, D).permute(0, 2, 3, 1, 4)  # (B, T, H, D) -> (B, K, G, T, D)
     k, v = (x.transpose(1, 2).reshape(B * K, S, D) for x in (k, v))  # (B, S, K, D) -> (B * K, S, D)
     out = []
-    for first in range(0, T, rows):
-        R = min(rows, T - first)
+    for first, R, low, high in spans(T, S, pattern):
         at = S - T + first  # the position of the block's first query
-        low, high = 0, S
-        if pattern.window is not None:
-            low, high = max(0, at - pattern.window + 1), min(S, at + R + pattern.window - 1)
-        if pattern.causal:
-            high = at + R
         block = q[:, :, :, first : first + R].reshape(B * K, -1, D)  # (B, K, G, R, D) -> (B * K, G * R, D)
         distance = torch.arange(at, at + R)[:, None] - torch.arange(low, high)  # (R, keys)
         hidden = (distance < 0) & pattern.causal

@@ -7,8 +7,6 @@
 //
 // B sequences, T new tokens each, R = B * T rows; C width, H query heads, K key/value heads, D head size, F
 // feed-forward width, V vocabulary. Matrices are (rows out, columns in), as in torch.
-#include <cmath>
-
 #include "cpu_products.h"
 
 struct Layer {
@@ -67,7 +65,7 @@ static void attend(const float* q, const E* keys, const E* values, const Layer& 
         scores[i] = score[0][0] * scale;
         largest = std::max(largest, scores[i]);
     }
-    each(scores, n, [&](Floats v) { return exp(v - largest); });
+    each(scores, n, [&](auto v) { return exp(v - largest); });
     for (int64_t i = 0; i < n; i++) total += scores[i];
     for (int64_t i = 0; i < n; i++) scores[i] /= total;
     for (; d + 8 * LANES <= m.D; d += 8 * LANES) weigh<8>(scores, values + d, n, begin, l.slots, stride, y + d);
@@ -83,7 +81,7 @@ static void attend(const float* q, const E* keys, const E* values, const Layer& 
 // 0, or 1 for no token, one that is not in the vocabulary or a position beyond the context.
 // W is what the weights are stored in, E what the cache is: the compiler's command line says it (-DWEIGHTS -DCACHE).
 extern "C" int heed_decode(const Model& m, int64_t B, int64_t T, const int64_t* tokens, const int64_t* lengths,
-                            float* logits, int threads) {
+                            float* logits, int64_t threads) {
     if (B * T == 0) return 1;
     for (int64_t i = 0; i < B * T; i++)
         if (tokens[i] < 0 || tokens[i] >= m.V || lengths[i / T] + T > m.context) return 1;
@@ -147,7 +145,7 @@ extern "C" int heed_decode(const Model& m, int64_t B, int64_t T, const int64_t* 
             Part mine(m.F, 3);  // the same rows as in the two products
             for (int64_t r = 0; r < R; r++) {
                 float *silu = &g[r * m.F], *up = &f[r * m.F];
-                each(silu + mine.from, mine.to - mine.from, [](Floats v) { return v / (1 + exp(-v)); });
+                each(silu + mine.from, mine.to - mine.from, [](auto v) { return v / (1 + exp(-v)); });
                 for (int64_t i = mine.from; i < mine.to; i++) up[i] *= silu[i];
             }
 #pragma omp barrier

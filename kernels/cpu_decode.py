@@ -1,26 +1,12 @@
-"""cpu_decode.cpp and cpu_products.h, compiled for this machine when first needed, and called through ctypes."""
+"""cpu_decode.cpp, a model's step as one call: the structures that it takes, and the call."""
 
 import ctypes
-import functools
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
-from ctypes import POINTER, Structure, c_double, c_int, c_int64, c_void_p
-from pathlib import Path
+from ctypes import POINTER, Structure, c_double, c_int64, c_void_p
 
 import torch
 from torch import Tensor
 
-SOURCES = [Path(__file__).with_name(name) for name in ("cpu_decode.cpp", "cpu_products.h")]
-# What -ffast-math would also allow, to forget infinities and to flush small numbers in the whole process, is left out.
-FLAGS = [
-    "-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC",
-    "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math",
-]  # fmt: skip
-TYPES = {torch.float32: "float", torch.bfloat16: "Bf16", torch.int8: "int8_t"}
+from kernels import cpu
 
 
 class Matrix(Structure):
@@ -48,44 +34,9 @@ class Model(Structure):
     )
 
 
-class Unavailable(Exception):
-    """The C++ file cannot be compiled here; says why in a line."""
-
-
-@functools.cache
-def library(weights: torch.dtype, cache: torch.dtype, folder: Path) -> ctypes.CDLL:
-    """The compiled file for weights and a cache of these types, kept in `folder`. Raises Unavailable.
-
-    Its name is a hash of all that it depends on: the source, the compiler, the flags and the processor.
-    """
-    compiler = shutil.which(os.environ.get("CXX") or "g++") or shutil.which("clang++")
-    if compiler is None:
-        raise Unavailable("there is no C++ compiler here (g++ or clang++)")
-    command = [compiler, *FLAGS, f"-DWEIGHTS={TYPES[weights]}", f"-DCACHE={TYPES[cache]}", str(SOURCES[0])]
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    known = "\n".join([*(source.read_text() for source in SOURCES), *command, version, _processor()])
-    path = folder / f"{hashlib.sha256(known.encode()).hexdigest()[:16]}.so"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as draft:  # it appears whole, also when two compile at once
-            out = Path(draft, "decode.so")
-            done = subprocess.run([*command, "-o", str(out)], capture_output=True, text=True)
-            if done.returncode:
-                raise Unavailable(f"{compiler} failed: {(done.stderr.strip() or '-').splitlines()[0]}")
-            out.replace(path)
-    found = ctypes.CDLL(str(path))
-    found.heed_decode.argtypes = [POINTER(Model), c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int]
-    found.heed_decode.restype = c_int
-    return found
-
-
-def _processor() -> str:
-    """What distinguishes processors for a compiler: a folder may be shared by several machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
-    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU"))}))
+def library(weights: torch.dtype, cache: torch.dtype) -> ctypes.CDLL:
+    """cpu_decode.cpp for weights and a cache of these types. Raises cpu.Unavailable."""
+    return cpu.library("cpu_decode", WEIGHTS=weights, CACHE=cache)
 
 
 def decode(found: ctypes.CDLL, model: Model, tokens: Tensor, lengths: Tensor) -> Tensor:
@@ -96,7 +47,6 @@ def decode(found: ctypes.CDLL, model: Model, tokens: Tensor, lengths: Tensor) ->
     """
     B, T = tokens.shape
     tokens, logits = tokens.contiguous(), torch.empty(B, model.V)
-    places = (x.data_ptr() for x in (tokens, lengths, logits))
-    if found.heed_decode(model, B, T, *places, torch.get_num_threads()):
+    if cpu.call(found.heed_decode, model, B, T, tokens, lengths, logits):
         raise IndexError(f"tokens from 0 to {model.V - 1}, 1 to {model.context} of them")
     return logits

@@ -13,7 +13,8 @@ The step, with s a row's scores (logits, softcapped or not), t its target and z 
     lse = log sum_j exp(s_j)     loss = lse - s_t + z lse^2     dloss/ds_j = (1 + 2 z lse) exp(s_j - lse) - [j = t]
 
 On a GPU it is a Triton kernel. Grid (rows,): a program owns one row of the chunk, reads it twice and overwrites it.
-Elsewhere it is plain torch. The products are the vendor's library's, which runs them at full rate.
+On a CPU it is a function of cpu_train.cpp, and elsewhere plain torch. The products are the vendor's library's, which
+runs them at full rate.
 
 Shapes: N tokens, C width, V vocabulary; a chunk has `rows` tokens.
 """
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import preferred
+from kernels import cpu, preferred
 from kernels.tiles import tile
 
 try:
@@ -33,7 +34,7 @@ try:
 except ImportError:  # not every system has it, and plain torch computes the same
     triton = None  # type: ignore[assignment]
 
-BACKENDS = ("torch",) if triton is None else ("torch", "triton")
+BACKENDS = ("torch", "cpp") if triton is None else ("torch", "cpp", "triton")
 IGNORED = -100  # the target that does not count, as in torch
 
 # What a chunk of logits may take, in bytes, unless that is less than the fewest tokens worth a product.
@@ -62,7 +63,7 @@ def linear_cross_entropy(
         z_loss: adds z_loss * lse^2 for every token, to keep the log-sum-exp of its logits near 0 (PaLM: Chowdhery et
             al. 2022, section 5).
         softcap: logits become softcap * tanh(logit / softcap) (Gemma 2: arXiv 2408.00118, section 2).
-        backend: who computes the step, "torch" or "triton"; None chooses by the device.
+        backend: who computes the step, "torch", "cpp" or "triton"; None chooses by the device.
     Returns:
         Scalar, fp32. It can be differentiated once, in x and weight.
     Raises:
@@ -109,8 +110,11 @@ def loss_and_gradients(
     if x.device.type == "cpu" and bool(((targets != IGNORED) & ((targets < 0) | (targets >= V))).any()):
         low, high = int(targets.min()), int(targets.max())
         raise ValueError(f"targets lie between {low} and {high}: they are 0 to {V - 1}, or {IGNORED}")
-    backend = backend or ("triton" if preferred(x.device)[0] == "flash" else "torch")
-    step = _step_in_triton if backend == "triton" else _step_in_torch
+    if backend == "cpp" and not (x.device.type == "cpu" and cpu.trains(x.dtype)):
+        raise ValueError(
+            f"backend = 'cpp' is for fp32 and bf16 on a CPU with a C++ compiler, not {x.dtype}, {x.device}"
+        )
+    step = {"torch": _step_in_torch, "cpp": _step_in_cpp, "triton": _step_in_triton}[backend or _preferred(x)]
     w = weight.to(x.dtype)
     stride = math.ceil(V / 16) * 16  # rows start at whole vectors, also when V is odd: products and kernel want it
     rows = chunk_rows(N, stride, x.element_size(), x.device.type)
@@ -130,6 +134,13 @@ def loss_and_gradients(
         elif dweight_wanted:
             dweight += g.t() @ x[part]  # a chunk's product is rounded, the sum of the chunks is not
     return losses.sum(), dx, dweight
+
+
+def _preferred(x: Tensor) -> str:
+    """Who computes the step where x is."""
+    if preferred(x.device)[0] == "flash":
+        return "triton"
+    return "cpp" if x.device.type == "cpu" and cpu.trains(x.dtype) else "torch"
 
 
 def _step_in_torch(
@@ -153,6 +164,15 @@ def _step_in_torch(
         if softcap is not None:
             scores.mul_(slope)
         logits.copy_(scores)
+    return logits
+
+
+def _step_in_cpp(
+    logits: Tensor, targets: Tensor, losses: Tensor, z_loss: float, softcap: float | None, gradient: bool
+) -> Tensor:
+    """As `_step_in_torch`."""
+    step, terms = cpu.training(logits.dtype).heed_cross_entropy, (float(z_loss), float(softcap or 0))
+    cpu.call(step, logits, targets.contiguous(), losses, *logits.shape, logits.stride(0), *terms, gradient)
     return logits
 
 

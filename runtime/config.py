@@ -127,7 +127,7 @@ class TrainConfig:
     dtype: str = "auto"
     """auto (bfloat16 where this machine multiplies it faster) | float32 | bfloat16"""
     compile: str = "auto"
-    """auto (where a compiler is there and it pays) | on | off"""
+    """auto (on a GPU torch's compiler, on a CPU heed's own C++, which needs g++ or clang++) | on (torch's) | off"""
     wandb: str = "off"
     """off | offline | online; metrics.jsonl is always written"""
 

@@ -2,7 +2,6 @@
 
 import ctypes
 import platform
-import shutil
 import time
 import warnings
 from contextlib import AbstractContextManager, nullcontext
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 
-from kernels import preferred
+from kernels import cpu, preferred
 from runtime.config import ConfigError, TrainConfig
 
 
@@ -21,7 +20,7 @@ class Machine:
 
     device: torch.device
     dtype: torch.dtype
-    compile: bool
+    blocks: str  # how they learn (runtime/learner.py): as "written", "compiled" by torch, or in "C++"
     why: tuple[str, ...]
 
     def autocast(self) -> torch.autocast:
@@ -31,7 +30,7 @@ class Machine:
     def uncompiled(self) -> AbstractContextManager[Any]:
         """In it all code runs as written: to compile a second graph, for evaluation, takes longer than it saves."""
         # Only where it is needed: to name the stance imports torch's compiler, some seconds.
-        return torch.compiler.set_stance("force_eager") if self.compile else nullcontext()
+        return torch.compiler.set_stance("force_eager") if self.blocks == "compiled" else nullcontext()
 
 
 def choose(config: TrainConfig, local_rank: int = 0) -> Machine:
@@ -43,10 +42,10 @@ def choose(config: TrainConfig, local_rank: int = 0) -> Machine:
     if device.type == "cpu":
         keep_freed_memory()
     dtype, why_dtype = _dtype(config.dtype, device)
-    compiled, why_compiled = _compile(config, device, dtype)
+    blocks, why_blocks = _blocks(config.compile, device, dtype)
     backend, why = preferred(device)
-    why_attention = f"attention {backend}: {why}"
-    return Machine(device, dtype, compiled, (why_device, why_dtype, why_compiled, why_attention))
+    why_attention = () if blocks == "C++" else (f"attention {backend}: {why}",)
+    return Machine(device, dtype, blocks, (why_device, why_dtype, f"blocks {blocks}: {why_blocks}", *why_attention))
 
 
 def _device(asked: str, local_rank: int) -> tuple[torch.device, str]:
@@ -108,25 +107,19 @@ def _bf16_gain() -> float:
     return seconds(torch.float32) / seconds(torch.bfloat16)
 
 
-def _compile(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
-    if config.compile != "auto":
-        return config.compile == "on", f"compile {config.compile}: asked for"
-    if device.type == "mps":
-        return False, "compile off: not tried on this device"
-    if device.type == "cuda":
+def _blocks(asked: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    if asked != "auto":
+        return "compiled" if asked == "on" else "written", f"train.compile = {asked}"
+    if device.type == "cpu":
         try:
-            import triton  # noqa: F401
-        except ImportError:
-            return False, "compile off: triton is not installed"
-        return True, "compile on: triton is installed"
-    if not (shutil.which("g++") or shutil.which("clang++")):
-        return False, "compile off: no C++ compiler (g++ or clang++) on this machine"
-    if 0 < config.minutes < SHORT_MINUTES[dtype] or 0 < config.steps * config.batch_tokens < SHORT_TOKENS:
-        return False, "compile off: the run is too short to win back the time"
-    return True, "compile on: a C++ compiler is there, one block for all layers"
-
-
-# Compiling on a CPU takes 25 to 60 s from a cold cache, and below these does not pay: a compiled step is up to a
-# quarter faster in fp32 (not at all at width 96), two fifths in bf16, where eager code converts every weight each time.
-SHORT_MINUTES = {torch.float32: 6, torch.bfloat16: 2}
-SHORT_TOKENS = 500_000
+            cpu.training(dtype)
+        except cpu.Unavailable as reason:
+            return "written", f"{reason}"
+        return "C++", "as fast as what torch would compile, and there at once"
+    if device.type != "cuda":
+        return "written", f"compiling is not tried on a device of type {device.type}"
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return "written", "torch's compiler needs triton, which is not installed"
+    return "compiled", "by torch, one block for all layers"

@@ -12,8 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from data.corpora import CACHE
-from kernels import cpu_decode
+from kernels import cpu, cpu_decode
 from model import GPT, KVCache, ModelConfig
 
 Reader = Callable[[Tensor, KVCache], Tensor]
@@ -38,7 +37,7 @@ def reader(model: GPT) -> Reader:
     if model.model.cos.device.type == "cpu":
         try:
             return CpuReader(model)
-        except cpu_decode.Unavailable as reason:
+        except cpu.Unavailable as reason:
             _say(f"[torch serves, some times slower than heed's C++: {reason}]")
     return functools.partial(plainly, model)
 
@@ -50,20 +49,20 @@ def _say(line: str) -> None:
 
 
 class CpuReader:
-    """Calls the C++ file with pointers to the model's own weights. Raises cpu_decode.Unavailable."""
+    """Calls the C++ file with pointers to the model's own weights. Raises cpu.Unavailable."""
 
     def __init__(self, model: GPT) -> None:
         config = model.config
         for field in dataclasses.fields(ModelConfig):
             if field.name not in KNOWN and getattr(config, field.name) != field.default:
-                raise cpu_decode.Unavailable(f"it does not know model.{field.name}")
+                raise cpu.Unavailable(f"it does not know model.{field.name}")
         self.kept: list[Tensor] = []  # the pointers' tensors
         matrices = [m for m in model.modules() if hasattr(m, "codes") or isinstance(m, nn.Linear | nn.Embedding)]
-        kinds = {(m.codes if hasattr(m, "codes") else m.weight).dtype for m in matrices}
-        if len(kinds) > 1 or not kinds <= cpu_decode.TYPES.keys():
-            raise cpu_decode.Unavailable(f"it does not know weights of {', '.join(map(str, kinds))}")
+        kinds: set[Any] = {(m.codes if hasattr(m, "codes") else m.weight).dtype for m in matrices}
+        if len(kinds) > 1:
+            raise cpu.Unavailable(f"its weights are of several types, {', '.join(map(str, kinds))}")
         self.weights = kinds.pop()
-        cpu_decode.library(self.weights, model.model.norm.weight.dtype, CACHE / "cpu")  # raises now, not later
+        cpu_decode.library(self.weights, model.model.norm.weight.dtype)  # raises now, not later
         decoder = model.model
         self.layers = (cpu_decode.Layer * config.n_layer)()
         block: Any
@@ -97,7 +96,7 @@ class CpuReader:
         return self.kept[-1].data_ptr()
 
     def __call__(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        library = cpu_decode.library(self.weights, cache.layers[0][0].dtype, CACHE / "cpu")
+        library = cpu_decode.library(self.weights, cache.layers[0][0].dtype)
         for row, (keys, values) in zip(self.layers, cache.layers, strict=True):
             row.keys, row.values, row.slots = keys.data_ptr(), values.data_ptr(), keys.shape[1]
         for piece in tokens.split(max(1, ROWS // len(tokens)), dim=1):

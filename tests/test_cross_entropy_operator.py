@@ -94,7 +94,7 @@ def test_views_that_are_not_contiguous():
         ({"x": torch.zeros(6, 8).double()}, "x is torch.float64"),
         ({"weight": torch.zeros(65, 8).half()}, "weight torch.float16: x is fp32, fp16 or bf16, weight the same"),
         ({"softcap": 0.0}, "softcap = 0.0"),
-        ({"backend": "cuda"}, "'cuda' is not one of torch, triton"),
+        ({"backend": "cuda"}, "'cuda' is not one of torch, cpp, triton"),
     ],
 )
 def test_mistakes_are_named(change, says):

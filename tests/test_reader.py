@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import sample
-from kernels import cpu_decode
+from kernels import cpu, cpu_decode
 from model import GPT, KVCache
 from runtime import reader as room
 from runtime.reader import CpuReader, plainly, reader
@@ -102,20 +102,20 @@ def test_the_reader_of_a_cpu_is_the_fast_one_and_generate_asks_it(monkeypatch):
 
 
 def test_without_a_compiler_torch_serves_and_says_so(monkeypatch, capfd, tmp_path):
-    for found in (room._say, cpu_decode.library):
+    for found in (room._say, cpu.library):
         found.cache_clear()
-    monkeypatch.setattr(room, "CACHE", tmp_path)
+    monkeypatch.setattr(cpu, "FOLDER", tmp_path)
     model = randomized(TINY)
     expected = torch.stack(list(sample.generate(model, [5], tokens=9, seed=3)))
-    cpu_decode.library.cache_clear()
+    cpu.library.cache_clear()
     for compiler, why in (("false", "false failed"), ("/no/compiler", "no C.. compiler")):
         monkeypatch.setenv("CXX", compiler)
-        monkeypatch.setattr(room, "CACHE", tmp_path / "another")
+        monkeypatch.setattr(cpu, "FOLDER", tmp_path / "another")
         assert torch.equal(torch.stack(list(sample.generate(model, [5], tokens=9, seed=3))), expected)
         list(sample.generate(model, [5], tokens=1))  # no second line
         said = capfd.readouterr().err.splitlines()
         assert len(said) == 1 and re.search(why, said[0]) and "torch serves" in said[0]
-        cpu_decode.library.cache_clear()
+        cpu.library.cache_clear()
 
 
 def test_a_flag_that_it_does_not_know_is_torchs(capfd):
@@ -137,18 +137,16 @@ def test_a_flag_that_it_does_not_know_is_torchs(capfd):
 
 
 def test_compiled_once_and_kept(tmp_path, monkeypatch):
-    cpu_decode.library.cache_clear()
-    cpu_decode.library(torch.float32, torch.float32, tmp_path)
-    (kept,) = tmp_path.iterdir()
-    cpu_decode.library.cache_clear()
-    monkeypatch.setattr(cpu_decode, "FLAGS", [*cpu_decode.FLAGS[:1], "-O1", *cpu_decode.FLAGS[1:]])
-    cpu_decode.library(torch.float32, torch.float32, tmp_path)
-    assert len(list(tmp_path.iterdir())) == 2
-    cpu_decode.library.cache_clear()
-    before = kept.stat().st_mtime_ns
-    monkeypatch.undo()
-    cpu_decode.library(torch.float32, torch.float32, tmp_path)
-    assert kept.stat().st_mtime_ns == before
+    def compiled(*flags: str) -> list[int]:
+        cpu.library.cache_clear()
+        monkeypatch.setattr(cpu, "FLAGS", [*cpu.FLAGS[:1], *flags, *cpu.FLAGS[1:]])
+        cpu.training(torch.float32)
+        return sorted(path.stat().st_mtime_ns for path in tmp_path.iterdir())
+
+    monkeypatch.setattr(cpu, "FOLDER", tmp_path)
+    (kept,) = compiled()
+    assert compiled() == [kept]
+    assert len(compiled("-O1")) == 2
 
 
 # Fewer bytes ---------------------------------------------------------------------------------------------------------
@@ -196,7 +194,7 @@ def test_the_command_speaks_in_int8_with_and_without_a_compiler(runs, sample_py,
     said = {}
     for words in ((), ("--quantize=int8",), ("--quantize=bf16",)):
         for compiler in ("g++", "false"):
-            for found in (room._say, cpu_decode.library):
+            for found in (room._say, cpu.library):
                 found.cache_clear()
             monkeypatch.setenv("CXX", compiler)
             done = sample_py("--greedy", "--tokens=12", "--prompt=Song", *words, where=runs)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from kernels import cpu
 from model import GPT
 from runtime import device, optim
 from runtime.config import ConfigError, OptimConfig, TrainConfig
@@ -155,18 +156,15 @@ def test_what_is_not_there_is_refused(monkeypatch):
         device.choose(TrainConfig(steps=1, device="cuda"))
 
 
-def test_compiling_is_for_machines_and_runs_that_win_by_it(monkeypatch):
-    def choose(**fields) -> tuple[bool, str]:
-        machine = device.choose(TrainConfig(device="cpu", **({"dtype": "float32"} | fields)))
-        return machine.compile, machine.why[2]
+def test_blocks_learn_in_the_way_that_is_to_be_had(monkeypatch):
+    def choose(**fields) -> tuple[str, str]:
+        machine = device.choose(TrainConfig(steps=1, device="cpu", dtype="float32", **fields))
+        return machine.blocks, machine.why[2]
 
-    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/g++" if name == "g++" else None)
-    assert choose(steps=10_000)[0]
-    assert choose(minutes=30)[0]
-    assert not choose(steps=10)[0]
-    assert not choose(minutes=5)[0]
-    assert choose(minutes=5, dtype="bfloat16")[0]
-    assert not choose(minutes=1, dtype="bfloat16")[0]
-    assert choose(steps=10, compile="on") == (True, "compile on: asked for")
+    assert choose()[0] == "C++"
+    assert choose(compile="on") == ("compiled", "blocks compiled: train.compile = on")
+    assert choose(compile="off") == ("written", "blocks written: train.compile = off")
+    cpu.library.cache_clear()
+    monkeypatch.setenv("CXX", "/no/compiler")
     monkeypatch.setattr(shutil, "which", lambda _: None)
-    assert choose(steps=10_000) == (False, "compile off: no C++ compiler (g++ or clang++) on this machine")
+    assert choose() == ("written", "blocks written: there is no C++ compiler here (g++ or clang++)")

@@ -129,9 +129,10 @@ def test_two_processes_train_what_one_does(learn, text, tmp_path):
 
 def test_the_number_of_steps_is_fixed_to_end_in_time(learn, capsys):
     run = learn("timed", "--train.minutes=0.15", "--train.evals=2")
-    # Settled after the first steps, and again before the learning rate falls: what was said last holds.
-    settled = re.findall(r"([\d,]+) steps end in 0.15 minutes", capsys.readouterr().out)
-    steps = int(settled[-1].replace(",", ""))
+    # Settled after the first steps and then again and again: what the last line says holds.
+    said = capsys.readouterr().out
+    assert "steps end in 0.15 minutes at this speed" in said
+    steps = int(re.findall(r"step ([\d,]+): validation", said)[-1].replace(",", ""))
     assert steps > train.TIMED_STEPS
     assert max(losses(run)) == steps
     assert max(losses(run, "val_loss")) == steps
@@ -142,9 +143,9 @@ def test_the_number_of_steps_is_fixed_to_end_in_time(learn, capsys):
 def test_steps_in_time_is_what_the_budget_leaves():
     config = load("shakespeare", {"train.minutes": "2", "train.evals": "3", "train.batch_tokens": "8192"})
     val = type("Val", (), {"tokens": 8192})()
-    # 120 s * 0.95, less 10 s spent, less 3 validations of 0.5 * 8192 / 8192 / 3 + 1 s, at 0.5 s a step, after 7 steps
-    assert train.steps_in_time(config, val, 0.5, 7, 10.0) == 7 + int((114 - 10 - 3 * (0.5 / 3 + 1)) / 0.5)
-    assert train.steps_in_time(config, val, 500.0, 7, 10.0) == 10  # at least one step for each validation
+    # 120 s * 0.98, less 10 s spent, less 2 evaluations of 0.5 * 8192 / 8192 / 3 + 2 s, at 0.5 s a step, after 7 steps
+    assert train.steps_in_time(config, val, 0.5, 7, 2, 10.0) == 7 + int((117.6 - 10 - 2 * (0.5 / 3 + 2)) / 0.5)
+    assert train.steps_in_time(config, val, 500.0, 7, 2, 10.0) == 9  # at least one step for each evaluation
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(learn, monkeypatch, tmp_path):
@@ -267,7 +268,8 @@ def test_evaluations_are_spread_evenly_and_none_is_lost_when_the_steps_change():
     assert made(lambda step: 100, 100) == [50, 100]
     assert made(lambda step: 0, 12) == []  # not yet known
     assert made(lambda step: 120 if step < 55 else 90, 90) == [55, 90]  # fewer: 45 was passed
-    assert made(lambda step: 100 if step < 60 else 130, 130) == [50, 65, 130]
+    assert made(lambda step: 100 if step < 60 else 130, 130) == [50, 130]  # more: 65 comes too soon after 50
+    assert made(lambda step: 100 if step < 51 else 52, 52) == [50, 52]  # the last is never left out
     assert made(lambda step: 200, 200, [50, 100]) == [50, 100, 200]  # a finished run goes on
 
 

@@ -1,0 +1,123 @@
+// Numbers for heed's C++ files: fp32, bf16 or int8 in memory, LANES floats at a time in registers; and shares of threads.
+#pragma once
+#include <omp.h>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+#ifdef __AVX512F__
+constexpr int LANES = 16;
+#else
+constexpr int LANES = 8;
+#endif
+typedef float Floats __attribute__((vector_size(LANES * 4)));
+typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
+typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
+typedef int8_t Bytes __attribute__((vector_size(LANES)));
+
+struct Bf16 {
+    uint16_t bits;  // the upper half of a float
+    Bf16() = default;
+    explicit Bf16(float value) {
+        uint32_t whole;
+        std::memcpy(&whole, &value, 4);
+        bits = (whole + 0x7fff + (whole >> 16 & 1)) >> 16;  // to the nearest, ties to even
+    }
+    operator float() const {
+        uint32_t whole = uint32_t(bits) << 16;
+        float value;
+        std::memcpy(&value, &whole, 4);
+        return value;
+    }
+};
+
+template <class To, class From> static inline To read(const From* p) {
+    To v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+#if defined(__AVX512F__)  // one instruction, which g++ 12 does not find by itself
+static inline Ints widen(Bytes v) { return (Ints)_mm512_cvtepi8_epi32((__m128i)v); }
+static inline Ints widen(Halves v) { return (Ints)_mm512_cvtepu16_epi32((__m256i)v); }
+#elif defined(__AVX2__)
+static inline Ints widen(Bytes v) { return (Ints)_mm256_cvtepi8_epi32(_mm_set_epi64x(0, read<int64_t>(&v))); }
+static inline Ints widen(Halves v) { return (Ints)_mm256_cvtepu16_epi32((__m128i)v); }
+#else
+static inline Ints widen(Bytes v) { return __builtin_convertvector(v, Ints); }
+static inline Ints widen(Halves v) { return __builtin_convertvector(v, Ints); }
+#endif
+static inline Floats load(const float* p) { return read<Floats>(p); }
+static inline Floats load(const Bf16* p) { return (Floats)(widen(read<Halves>(p)) << 16); }
+static inline Floats load(const int8_t* p) { return __builtin_convertvector(widen(read<Bytes>(p)), Floats); }
+#ifdef __x86_64__  // keep a value in its register: g++ would read it anew for each product
+#define HOLD(v) asm("" : "+x"(v))
+#else
+#define HOLD(v)
+#endif
+static inline float sum(Floats v) {  // four at a time: additions one after another would wait for each other
+    typedef float Four __attribute__((vector_size(16)));
+    Four fours[LANES / 4];
+    std::memcpy(fours, &v, sizeof v);
+    for (int i = 1; i < LANES / 4; i++) fours[0] += fours[i];
+    return (fours[0][0] + fours[0][1]) + (fours[0][2] + fours[0][3]);
+}
+
+// e ** x: 2 to the whole part of x / ln 2 is an exponent, to the rest, which is at most a half, a polynomial.
+static inline Floats exp(Floats x) {
+    x = x < -87.f ? Floats{} - 87.f : x > 88.f ? Floats{} + 88.f : x;  // what a float can hold
+    Floats t = x * 1.44269504f;
+    Ints whole = __builtin_convertvector(t + (t < 0.f ? Floats{} - .5f : Floats{} + .5f), Ints);
+    Floats f = t - __builtin_convertvector(whole, Floats);
+    Floats power = Floats{} + .00015469f;  // ln 2 to the k-th, by k!
+    for (float factor : {.00133336f, .00961813f, .05550411f, .24022651f, .69314718f, 1.f}) power = power * f + factor;
+    return power * (Floats)((whole + 127) << 23);
+}
+
+static inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
+static inline void store(Bf16* p, Floats v) {  // as Bf16(float)
+    Ints whole = (Ints)v;
+    Halves upper = __builtin_convertvector((whole + 0x7fff + (whole >> 16 & 1)) >> 16, Halves);
+    std::memcpy(p, &upper, sizeof upper);
+}
+
+// f(i, v) for i from 0 to n: v says by its type how many numbers are meant, LANES or, at the end, a single one.
+template <class F> static inline void lanes(int64_t n, F f) {
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) f(i, Floats{});
+    for (; i < n; i++) f(i, 0.f);
+}
+template <class V, class T> static inline V load(const T* p) {
+    if constexpr (std::is_same_v<V, Floats>) return load(p);
+    else return float(*p);
+}
+template <class T> static inline void store(T* p, float value) { *p = T(value); }
+static inline void add(Floats& sum, Floats v) { sum += v; }
+static inline void add(Floats& sum, float v) { sum[0] += v; }
+static inline void keep_larger(Floats& most, Floats v) { most = v > most ? v : most; }
+static inline void keep_larger(Floats& most, float v) { most[0] = std::max(most[0], v); }
+static inline float largest(Floats v) {
+    float most = v[0];
+    for (int i = 1; i < LANES; i++) most = std::max(most, v[i]);
+    return most;
+}
+
+// n numbers of p become f of them.
+template <class F> static inline void each(float* p, int64_t n, F f) {
+    lanes(n, [&](int64_t i, auto v) { store(p + i, decltype(v)(f(load<decltype(v)>(p + i)))); });
+}
+
+struct Part {
+    int64_t from, to;
+    Part(int64_t all, int64_t unit = 1) {  // what this thread does of `all`, in whole units
+        int64_t units = (all + unit - 1) / unit, threads = omp_get_num_threads(), me = omp_get_thread_num();
+        from = std::min(all, units * me / threads * unit);
+        to = std::min(all, units * (me + 1) / threads * unit);
+    }
+};
