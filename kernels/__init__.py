@@ -1,8 +1,8 @@
 """Attention's one door. Every layer of every model calls `attention`; only this file chooses who computes it.
 
-Backends: `reference` (kernels/reference.py, the definition), `sdpa` (torch's fused attention), `blocks`
-(kernels/blocks.py, to train on a CPU), and heed's own in Triton: `flash` (kernels/flash.py, whole sequences, with
-gradients) and `decode` (kernels/decode.py, over a cache).
+Backends: `reference` (kernels/reference.py, the definition), `sdpa` (torch's fused attention), to train on a CPU `cpp`
+(kernels/cpu_train.py) and, without a C++ compiler, `blocks` (kernels/blocks.py), and heed's own in Triton: `flash`
+(kernels/flash.py, whole sequences, with gradients) and `decode` (kernels/decode.py, over a cache).
 Shapes: B batch, T queries, S keys, H query heads, K key/value heads, D head size.
 """
 
@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import cpu, cpu_train
 from kernels.blocks import blocks_attention
 from kernels.reference import CAUSAL, FULL, Pattern, distances, reference_attention, visible
 
 __all__ = ["CAUSAL", "FULL", "Pattern", "attention", "preferred"]
 
-BACKENDS = ("reference", "sdpa", "blocks", "flash", "decode")
+BACKENDS = ("reference", "sdpa", "cpp", "blocks", "flash", "decode")
 
 
 def attention(
@@ -57,11 +58,16 @@ def attention(
     _check(q, k, v, lengths, pages, documents, slopes, sinks)
     extras = return_lse or pattern.softcap is not None or sinks is not None
     plain = lengths is None and documents is None and slopes is None and not extras
+    whole = plain and pattern.causal and q.shape[1] == k.shape[1]
+    if torch.is_autocast_enabled(q.device.type):  # as torch's own attention does
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     if backend is None:
         backend, _ = preferred(q.device)
         if backend == "flash" and lengths is not None:
             backend = "decode"
-        if backend == "blocks" and not (plain and q.requires_grad and q.shape[1] <= k.shape[1]):
+        if backend == "cpp" and not (whole and q.dtype in (torch.float32, torch.bfloat16)):
+            backend = "blocks"
+        if backend in ("cpp", "blocks") and not (plain and q.requires_grad and q.shape[1] <= k.shape[1]):
             backend = "sdpa"
         if backend == "sdpa" and extras:
             backend = "reference"
@@ -69,9 +75,14 @@ def attention(
         raise ValueError(f"backend = {backend!r} is not one of {', '.join(BACKENDS)}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
 
-    if torch.is_autocast_enabled(q.device.type):  # as torch's own attention does
-        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
-
+    if backend == "cpp":
+        if not whole:
+            raise ValueError("backend = 'cpp' knows causal and window alone, and as many queries as keys")
+        if q.device.type != "cpu" or not cpu.trains(q.dtype):
+            raise ValueError(
+                f"backend = 'cpp' is for fp32 and bf16 on a CPU with a C++ compiler, not {q.dtype}, {q.device}"
+            )
+        return cpu_train.Attend.apply(q, k, v, pattern, scale)
     if backend == "blocks":
         if not plain or q.shape[1] > k.shape[1]:
             raise ValueError("backend = 'blocks' knows causal and window alone, and has no more queries than keys")
@@ -117,7 +128,9 @@ def _need_triton(backend: str, device: torch.device) -> None:
 def preferred(device: torch.device) -> tuple[str, str]:
     """The backend that is chosen to train on a device, and the reason, which a run prints."""
     if device.type == "cpu":
-        return "blocks", "on a CPU batched products train faster than torch's sdpa, which serves the rest"
+        why = "on a CPU batched products train faster than torch's sdpa, which serves the rest"
+        # A function that calls C++ is nothing that torch.compile can look into.
+        return "blocks" if torch.compiler.is_compiling() or not cpu.trains(torch.float32) else "cpp", why
     if device.type != "cuda":
         return "sdpa", f"heed's kernels are not for a device of type {device.type}"
     try:

@@ -54,9 +54,9 @@ class Shape(Structure):
 
 
 class Heads(torch.autograd.Function):
-    """`apply(mixed, gain_q, gain_k, cos, sin, eps, scale)`: mixed (B, T, (H + 2K) D) -> q (B, H, T, D), k and v (B, K,
-    T, D). Queries and keys are normed, if gains (D,) are given and not None, and turned by cos and sin (T, D), as
-    model.py's `rotate` does; queries are multiplied by the scale of the scores."""
+    """`apply(mixed, gain_q, gain_k, cos, sin, eps, scale, H)`: mixed (B, T, (H + 2K) D) -> q (B, T, H, D), k and v (B,
+    T, K, D), which lie in memory as `Attend` wants them. Queries and keys are normed, if gains (D,) are given and not
+    None, and turned by cos and sin (T, D), as model.py's `rotate` does; queries are multiplied by scale."""
 
     @staticmethod
     def forward(
@@ -74,7 +74,7 @@ class Heads(torch.autograd.Function):
         q, k, v = (torch.empty(B, heads, T, D, dtype=mixed.dtype) for heads in (H, K, K))
         cpu.call(cpu.training(mixed.dtype).heed_heads, ctx.shape, mixed, q, k, v)
         ctx.save_for_backward(mixed, *tables)
-        return q, k, v
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or K, T, D) -> (B, T, H or K, D)
 
     @staticmethod
     @once_differentiable
@@ -82,7 +82,7 @@ class Heads(torch.autograd.Function):
         mixed, gain_q, gain_k, *_ = ctx.saved_tensors
         dmixed, dgains = torch.empty_like(mixed), (torch.empty_like(gain_q), torch.empty_like(gain_k))
         backward = cpu.training(mixed.dtype).heed_heads_backward
-        cpu.call(backward, ctx.shape, mixed, *(d.contiguous() for d in gradients), dmixed, *dgains)
+        cpu.call(backward, ctx.shape, mixed, *(d.transpose(1, 2).contiguous() for d in gradients), dmixed, *dgains)
         return dmixed, *(dgains if ctx.normed else (None, None)), *[None] * 5
 
 
@@ -93,17 +93,17 @@ class Scores(Structure):
 
 
 class Attend(torch.autograd.Function):
-    """`apply(q, k, v, pattern)`: q (B, H, T, D), scaled, k and v (B, K, T, D) -> (B, T, H * D). The pattern is causal.
+    """`apply(q, k, v, pattern, scale)`: q (B, T, H, D), k and v (B, T, K, D) -> (B, T, H, D). The pattern is causal.
 
     Blocks of queries multiply only the keys that they can see (kernels/blocks.py); their weights are kept.
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
-        B, H, T, D = q.shape
-        N, G = B * k.shape[1], H // k.shape[1]
-        q = q.view(N, G, T, D)  # (B, H, T, D) -> (B * K, G, T, D)
-        k, v = k.view(N, T, D), v.view(N, T, D)  # (B, K, T, D) -> (B * K, T, D)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float) -> Tensor:
+        B, T, H, D = q.shape
+        N, G = B * k.shape[2], H // k.shape[2]
+        q = (q if scale == 1 else q * scale).transpose(1, 2).reshape(N, G, T, D)  # (B, T, H, D) -> (B * K, G, T, D)
+        k, v = (x.transpose(1, 2).reshape(N, T, D) for x in (k, v))  # (B, T, K, D) -> (B * K, T, D)
         out, kept = torch.empty_like(q), []
         for first, R, low, high in spans(T, T, pattern):
             block = q[:, :, first : first + R].reshape(N, G * R, D)  # (N, G, R, D) -> (N, G * R, D)
@@ -113,17 +113,15 @@ class Attend(torch.autograd.Function):
             out[:, :, first : first + R] = torch.bmm(weights, v[:, low:high]).view(N, G, R, D)
             kept.append(weights)
         ctx.save_for_backward(q, k, v, *kept)
-        ctx.shape, ctx.pattern = (B, H, T, D), pattern
-        return (
-            out.view(B, H, T, D).transpose(1, 2).reshape(B, T, H * D)
-        )  # (B, H, T, D) -> (B, T, H, D) -> (B, T, H * D)
+        ctx.shape, ctx.pattern, ctx.scale = (B, H, T, D), pattern, scale
+        return out.view(B, H, T, D).transpose(1, 2)  # (B * K, G, T, D) -> (B, H, T, D) -> (B, T, H, D)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *kept = ctx.saved_tensors
         (B, H, T, D), (N, G) = ctx.shape, q.shape[:2]
-        dout = dout.view(B, T, H, D).transpose(1, 2).reshape(N, G, T, D)  # (B, T, H, D) -> (B, H, T, D) -> (N, G, T, D)
+        dout = dout.transpose(1, 2).reshape(N, G, T, D)  # (B, T, H, D) -> (B * K, G, T, D)
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for (first, R, low, high), weights in zip(spans(T, T, ctx.pattern), kept, strict=True):
             rows, keys = slice(first, first + R), slice(low, high)
@@ -133,8 +131,9 @@ class Attend(torch.autograd.Function):
             cpu.call(cpu.training(q.dtype).heed_softmax_backward, weights, dscores, N * G * R, high - low)
             dk[:, keys] += torch.bmm(dscores.mT, block)
             dq[:, :, rows] = torch.bmm(dscores, k[:, keys]).view(N, G, R, D)
-        K = N // B
-        return dq.view(B, H, T, D), dk.view(B, K, T, D), dv.view(B, K, T, D), None
+        dq = dq if ctx.scale == 1 else dq * ctx.scale
+        # (B * K, G, T, D) -> (B, H, T, D) -> (B, T, H, D), and the same for keys and values
+        return dq.view(B, H, T, D).transpose(1, 2), *(x.view(B, -1, T, D).transpose(1, 2) for x in (dk, dv)), None, None
 
 
 class SwiGLU(torch.autograd.Function):

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels import attention as attend
 from kernels import cpu_train
 from model import GPT, Attention, FeedForward, KVCache
 from runtime.device import Machine
@@ -45,7 +46,7 @@ def _attention(attention: Attention, x: Tensor, cos: Tensor, sin: Tensor, cache:
     eps = attention.q_norm.eps if isinstance(attention.q_norm, nn.RMSNorm) else 0.0
     mixed = F.linear(x, together)  # (B, T, C) -> (B, T, (H + 2K) D)
     queries, keys, values = cpu_train.Heads.apply(mixed, *norms, cos[0, :, 0], sin[0, :, 0], eps, D**-0.5, len(q) // D)
-    out = cpu_train.Attend.apply(queries, keys, values, attention.pattern)  # (B, T, H * D)
+    out = attend(queries, keys, values, attention.pattern, scale=1.0).flatten(2)  # (B, T, H, D) -> (B, T, H * D)
     return attention.o_proj(out if gate is None else out * F.linear(x, gate).sigmoid())
 
 

@@ -53,13 +53,17 @@ def seen_by_distance(pattern, T, S):
     return sees
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, "blocks"])
+@pytest.mark.parametrize("backend", [*BACKENDS, "blocks", "cpp"])
 @pytest.mark.parametrize("pattern", [CAUSAL, FULL, Pattern(True, 1), Pattern(True, 5), Pattern(False, 3)])
 @pytest.mark.parametrize(("T", "S"), [(1, 1), (7, 7), (1, 9), (4, 11), (9, 5)])
 @pytest.mark.parametrize(("H", "K"), [(4, 4), (4, 2), (3, 1)])
 def test_attention_and_its_gradients_equal_the_definition(backend, pattern, T, S, H, K, monkeypatch):
     if backend == "blocks" and T > S:
         with pytest.raises(ValueError, match="no more queries than keys"):
+            attention(*draw(2, T, S, H, K, 6), pattern, backend=backend)
+        return
+    if backend == "cpp" and (T != S or not pattern.causal):
+        with pytest.raises(ValueError, match="'cpp' knows causal and window alone, and as many queries as keys"):
             attention(*draw(2, T, S, H, K, 6), pattern, backend=backend)
         return
     monkeypatch.setattr(blocks, "BLOCK", 3)  # small, so that small inputs cross borders of blocks
@@ -190,7 +194,7 @@ def test_half_precision_is_as_good_as_its_dtype(dtype):
 @pytest.mark.parametrize(
     ("device", "capability", "hip", "chosen"),
     [
-        ("cpu", None, None, "blocks"),
+        ("cpu", None, None, "cpp"),
         ("mps", None, None, "sdpa"),
         ("cuda", (7, 5), None, "sdpa"),
         ("cuda", (8, 0), None, "flash"),
@@ -229,12 +233,13 @@ def test_views_that_are_not_contiguous():
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"backend": "cuda"}, "'cuda' is not one of reference, sdpa, blocks, flash, decode"),
+        ({"backend": "cuda"}, "'cuda' is not one of reference, sdpa, cpp, blocks, flash, decode"),
         ({"backend": "sdpa", "return_lse": True}, "cannot return the log-sum-exp"),
         ({"lengths": torch.tensor([1])}, r"lengths has shape \(1,\)"),
         ({"documents": torch.zeros(2, 3)}, r"documents has shape \(2, 3\)"),
         ({"backend": "sdpa", "sinks": torch.zeros(4)}, "neither softcap nor sinks"),
         ({"backend": "blocks", "sinks": torch.zeros(4)}, "knows causal and window alone"),
+        ({"backend": "cpp", "sinks": torch.zeros(4)}, "knows causal and window alone"),
         ({"backend": "decode"}, "it needs lengths"),
         ({"backend": "flash", "lengths": torch.tensor([4, 4])}, "reads whole sequences"),
         ({"sinks": torch.zeros(3)}, r"sinks has shape \(3,\)"),
