@@ -77,7 +77,8 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
     torch.manual_seed(config.train.seed)
     model = GPT(config.model).to(machine.device)
     model.model.recompute = config.train.recompute
-    learner.hasten(model, machine)
+    if note := learner.hasten(model, machine):
+        say(note)
     optimizers = optim.build(model, config.optim, machine.dtype)
     loader = (Conversations if train_text.chat else Loader)(train_text, context=context, seed=config.train.seed)
     sequences = share * world.size

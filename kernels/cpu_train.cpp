@@ -1,4 +1,4 @@
-// What lies between the matrix products when a block learns on a CPU, forward and backward; cpu_block.py has the rest.
+// What lies between the matrix products when a block learns on a CPU, forward and backward; cpu_train.py has the rest.
 //
 // In torch each of these is a handful of operations, each of which walks through all activations. Here each walks once:
 // it reads what a product left in the cache of the processor, computes in fp32 and rounds once. What is done by hand

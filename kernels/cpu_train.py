@@ -1,6 +1,8 @@
-"""What lies between a block's matrix products, to train on a CPU: four operations of cpu_train.cpp and their gradients.
+"""What lies between a block's matrix products, to train on a CPU: four operations of cpu_train.cpp and their gradients,
 
-    rms_norm    heads (QK-norm and RoPE)    attend (softmax of q k^T, times v)    swiglu
+    RMSNorm    Heads (QK-norm and RoPE)    Attend (softmax of q k^T, times v)    SwiGLU
+
+and what lies between those of the head and the loss, `cross_entropy`.
 
 A matrix library runs products at full rate. What lies between them is, operation by operation, several walks through
 all activations; here it is one each, as a compiler would make it, but after seconds and not after half a minute.
@@ -154,3 +156,14 @@ class SwiGLU(torch.autograd.Function):
         dboth, F = torch.empty_like(both), dy.shape[-1]
         cpu.call(cpu.training(both.dtype).heed_swiglu_backward, both, dy.contiguous(), dboth, dy.numel() // F, F)
         return dboth
+
+
+def cross_entropy(
+    logits: Tensor, targets: Tensor, losses: Tensor, z_loss: float, softcap: float | None, gradient: bool
+) -> None:
+    """The step of kernels/cross_entropy.py, as its `_step_in_torch`. Raises ValueError where it is not to be had."""
+    if logits.device.type != "cpu" or not cpu.trains(logits.dtype):
+        given = f"{logits.dtype}, {logits.device}"
+        raise ValueError(f"backend = 'cpp' is for fp32 and bf16 on a CPU with a C++ compiler, not {given}")
+    step, terms = cpu.training(logits.dtype).heed_cross_entropy, (float(z_loss), float(softcap or 0))
+    cpu.call(step, logits, targets.contiguous(), losses, *logits.shape, logits.stride(0), *terms, gradient)

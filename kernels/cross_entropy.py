@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import cpu, preferred
+from kernels import cpu, cpu_train, preferred
 from kernels.tiles import tile
 
 try:
@@ -110,11 +110,10 @@ def loss_and_gradients(
     if x.device.type == "cpu" and bool(((targets != IGNORED) & ((targets < 0) | (targets >= V))).any()):
         low, high = int(targets.min()), int(targets.max())
         raise ValueError(f"targets lie between {low} and {high}: they are 0 to {V - 1}, or {IGNORED}")
-    if backend == "cpp" and not (x.device.type == "cpu" and cpu.trains(x.dtype)):
-        raise ValueError(
-            f"backend = 'cpp' is for fp32 and bf16 on a CPU with a C++ compiler, not {x.dtype}, {x.device}"
-        )
-    step = {"torch": _step_in_torch, "cpp": _step_in_cpp, "triton": _step_in_triton}[backend or _preferred(x)]
+    if backend is None:
+        in_cpp = "cpp" if x.device.type == "cpu" and cpu.trains(x.dtype) else "torch"
+        backend = "triton" if preferred(x.device)[0] == "flash" else in_cpp
+    step = {"torch": _step_in_torch, "cpp": cpu_train.cross_entropy, "triton": _step_in_triton}[backend]
     w = weight.to(x.dtype)
     stride = math.ceil(V / 16) * 16  # rows start at whole vectors, also when V is odd: products and kernel want it
     rows = chunk_rows(N, stride, x.element_size(), x.device.type)
@@ -126,27 +125,20 @@ def loss_and_gradients(
         part = slice(first, min(first + rows, N))
         logits = chunk[: part.stop - first]
         torch.mm(x[part], w.t(), out=logits)  # (rows, C) (C, V) -> (rows, V)
-        g = step(logits, targets[part], losses[part], z_loss, softcap, dx_wanted or dweight_wanted)  # (rows, V)
+        step(logits, targets[part], losses[part], z_loss, softcap, dx_wanted or dweight_wanted)
         if dx_wanted:
-            torch.mm(g, w, out=dx[part])  # (rows, V) (V, C) -> (rows, C)
+            torch.mm(logits, w, out=dx[part])  # (rows, V) (V, C) -> (rows, C)
         if dweight_wanted and x.dtype == torch.float32:
-            dweight.addmm_(g.t(), x[part])  # (V, rows) (rows, C) -> (V, C)
+            dweight.addmm_(logits.t(), x[part])  # (V, rows) (rows, C) -> (V, C)
         elif dweight_wanted:
-            dweight += g.t() @ x[part]  # a chunk's product is rounded, the sum of the chunks is not
+            dweight += logits.t() @ x[part]  # a chunk's product is rounded, the sum of the chunks is not
     return losses.sum(), dx, dweight
-
-
-def _preferred(x: Tensor) -> str:
-    """Who computes the step where x is."""
-    if preferred(x.device)[0] == "flash":
-        return "triton"
-    return "cpp" if x.device.type == "cpu" and cpu.trains(x.dtype) else "torch"
 
 
 def _step_in_torch(
     logits: Tensor, targets: Tensor, losses: Tensor, z_loss: float, softcap: float | None, gradient: bool
-) -> Tensor:
-    """Write losses (rows,), and return logits (rows, V) as their own gradient, or if none is wanted as anything."""
+) -> None:
+    """Write losses (rows,), and over the logits (rows, V) their gradient, or if none is wanted anything."""
     scores = logits.float()  # fp32 logits are not copied: what follows happens in their place
     if softcap is not None:
         scores.div_(softcap).tanh_()
@@ -164,21 +156,11 @@ def _step_in_torch(
         if softcap is not None:
             scores.mul_(slope)
         logits.copy_(scores)
-    return logits
-
-
-def _step_in_cpp(
-    logits: Tensor, targets: Tensor, losses: Tensor, z_loss: float, softcap: float | None, gradient: bool
-) -> Tensor:
-    """As `_step_in_torch`."""
-    step, terms = cpu.training(logits.dtype).heed_cross_entropy, (float(z_loss), float(softcap or 0))
-    cpu.call(step, logits, targets.contiguous(), losses, *logits.shape, logits.stride(0), *terms, gradient)
-    return logits
 
 
 def _step_in_triton(
     logits: Tensor, targets: Tensor, losses: Tensor, z_loss: float, softcap: float | None, gradient: bool
-) -> Tensor:
+) -> None:
     """As `_step_in_torch`."""
     rows, V = logits.shape
     t = tile("cross_entropy", V, logits.device)
@@ -186,7 +168,6 @@ def _step_in_triton(
         logits, targets.contiguous(), losses, V, logits.stride(0), z_loss, 1.0 if softcap is None else softcap,
         SOFTCAP=softcap is not None, GRADIENT=gradient, BLOCK_N=t.N, num_warps=t.warps, num_stages=t.stages,
     )  # fmt: skip
-    return logits
 
 
 if triton is not None:

@@ -12,21 +12,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import attention as attend
-from kernels import cpu_train
+from kernels import cpu, cpu_train
 from model import GPT, Attention, FeedForward, KVCache
 from runtime.device import Machine
+from runtime.reader import KNOWN, refuse_unknown
 
 
-def hasten(model: GPT, machine: Machine) -> None:
-    """Make the blocks learn in the way that the machine chose. Changes `model`; its parameters stay as they are."""
+def hasten(model: GPT, machine: Machine) -> str:
+    """Make the blocks learn in the way that the machine chose, and return what is to be said of that, mostly nothing.
+    Changes `model`; its parameters stay as they are."""
     if machine.blocks == "compiled":
         for layer in model.model.layers:
             layer.compile()  # all layers run the code of the first
     if machine.blocks == "C++":
+        try:
+            refuse_unknown(model.config, KNOWN | {"qk_norm"})
+        except cpu.Unavailable as reason:
+            return f"blocks written, not C++: {reason}"
         faster: dict[type, Any] = {nn.RMSNorm: _norm, Attention: _attention, FeedForward: _feed_forward}
         for module in model.modules():
             if type(module) in faster:
                 module.forward = functools.partial(faster[type(module)], module)
+    return ""
 
 
 def _norm(norm: nn.RMSNorm, x: Tensor) -> Tensor:

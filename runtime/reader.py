@@ -32,6 +32,13 @@ def plainly(model: GPT, tokens: Tensor, cache: KVCache) -> Tensor:
     return model.head(hidden[:, -1]).float()  # (B, C) -> (B, V)
 
 
+def refuse_unknown(config: ModelConfig, known: set[str]) -> None:
+    """Raises cpu.Unavailable when a flag that C++ does not know, perhaps a later one, is not as it is by default."""
+    for field in dataclasses.fields(ModelConfig):
+        if field.name not in known and getattr(config, field.name) != field.default:
+            raise cpu.Unavailable(f"it does not know model.{field.name}")
+
+
 def reader(model: GPT) -> Reader:
     """What reads tokens for `model` from now on: see `plainly`. The weights must stay where they are meanwhile."""
     if model.model.cos.device.type == "cpu":
@@ -53,9 +60,7 @@ class CpuReader:
 
     def __init__(self, model: GPT) -> None:
         config = model.config
-        for field in dataclasses.fields(ModelConfig):
-            if field.name not in KNOWN and getattr(config, field.name) != field.default:
-                raise cpu.Unavailable(f"it does not know model.{field.name}")
+        refuse_unknown(config, KNOWN)
         self.kept: list[Tensor] = []  # the pointers' tensors
         matrices = [m for m in model.modules() if hasattr(m, "codes") or isinstance(m, nn.Linear | nn.Embedding)]
         kinds: set[Any] = {(m.codes if hasattr(m, "codes") else m.weight).dtype for m in matrices}

@@ -2,12 +2,14 @@
 
 import copy
 import dataclasses
+import functools
 
 import pytest
 import torch
 
 from kernels import cpu_train
 from model import GPT, KVCache, ModelConfig
+from runtime import reader
 from runtime.device import Machine
 from runtime.learner import hasten
 from tests.conftest import TINY, losses, randomized, weights
@@ -70,6 +72,21 @@ def test_every_part_is_in_cpp(monkeypatch):
         monkeypatch.setattr(part, "forward", staticmethod(lambda *a, n=name, f=real: (called.append(n), f(*a))[1]))
     in_cpp(randomized(TINY))(torch.zeros(1, 4, dtype=torch.long))
     assert called == ["RMSNorm", "Heads", "Attend", "RMSNorm", "SwiGLU"] * TINY.n_layer + ["RMSNorm"]
+
+
+def test_a_flag_that_it_does_not_know_is_torchs(monkeypatch):
+    @dataclasses.dataclass(frozen=True)
+    class Later(ModelConfig):
+        """A configuration of a later heed."""
+
+        softcap: float = 0.0
+
+    monkeypatch.setattr(reader, "ModelConfig", Later)
+    machine = Machine(torch.device("cpu"), torch.float32, "C++", ())
+    for softcap, said in ((0.0, ""), (1.0, "blocks written, not C++: it does not know model.softcap")):
+        model = randomized(Later(**vars(TINY), softcap=softcap))
+        assert hasten(model, machine) == said
+        assert isinstance(model.model.norm.forward, functools.partial) == (not said)
 
 
 def test_the_same_bits_each_time_and_nearly_the_same_with_other_threads():
