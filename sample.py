@@ -55,7 +55,7 @@ from data.tokenizer import Tokenizer, TokenizerError  # noqa: E402
 from data.voice import Voice  # noqa: E402
 from model import GPT, KVCache, ModelConfig  # noqa: E402
 from runtime.checkpoint import CheckpointError, find, load_weights, read_state  # noqa: E402
-from runtime.reader import reader  # noqa: E402
+from runtime.reader import cache_dtype, reader  # noqa: E402
 from runtime.sampling import Sampling  # noqa: E402
 from runtime.weights import gather, quantize  # noqa: E402
 
@@ -80,7 +80,7 @@ def generate(
     seen.index_fill_(1, text[0, : len(prompt)], True)
 
     read_on = reader(model)
-    cache = KVCache(model.config, 1, most=len(prompt) + tokens, device=device, dtype=model.model.norm.weight.dtype)
+    cache = KVCache(model.config, 1, most=len(prompt) + tokens, device=device, dtype=cache_dtype(model, read_on))
     start = read = max(0, len(prompt) - context)  # where the window begins, and up to where it has been read
     for end in range(len(prompt), len(prompt) + tokens):
         if end - start > context:

@@ -3,7 +3,7 @@
 // A step of a small model is some 200 small operations. Called one by one from Python they take longer than the work;
 // here they are one parallel region: the threads share the rows of each matrix and meet at a barrier where the next
 // operation needs all of the last one's result. Reading the weights is what takes the time: they are read once a step,
-// in fp32, bf16 or int8 with a scale a row, and multiplied in fp32. All sums and norms are fp32.
+// in fp32, bf16 or int8 with a scale a row (cpu_products.h). All sums and norms are fp32.
 //
 // B sequences, T new tokens each, R = B * T rows; C width, H query heads, K key/value heads, D head size, F
 // feed-forward width, V vocabulary. Matrices are (rows out, columns in), as in torch.
@@ -53,22 +53,32 @@ static void weigh(const float* scores, const E* values, int64_t n, int64_t slot,
     std::memcpy(y, sums, sizeof sums);
 }
 
-// One query head over the positions first ... last of its sequence's keys and values.
+// One query head over the positions first ... last of its sequence's keys and values. The numbers of one head lie apart
+// in memory, those of all heads side by side: the first head of a sequence, `leads`, calls for all of them.
 template <class E>
 static void attend(const float* q, const E* keys, const E* values, const Layer& l, const Model& m, int64_t first,
-                   int64_t last, float* scores, float* y) {
+                   int64_t last, float* scores, float* y, bool leads) {
     int64_t n = last - first + 1, stride = m.K * m.D, begin = first % l.slots, d = 0;
     float scale = 1 / std::sqrt(float(m.D)), largest = -INFINITY, total = 0;
-    for (int64_t i = 0, slot = begin; i < n; i++, slot = slot + 1 == l.slots ? 0 : slot + 1) {
-        float score[1][1];
-        tile<1, 1, 2>(keys + slot * stride, q, m.D, score);
-        scores[i] = score[0][0] * scale;
-        largest = std::max(largest, scores[i]);
+    auto score = [&](auto& some, int64_t i, int64_t slot) {  // of one or several positions
+        tile<sizeof some / sizeof *some, 1, 1>(keys + slot * stride, q, m.D, stride, some);
+        for (auto& one : some) scores[i++] = one[0] * scale, largest = std::max(largest, one[0] * scale);
+        return int64_t(sizeof some / sizeof *some);
+    };
+    for (int64_t i = 0, slot = begin, done; i < n; i += done, slot = slot + done == l.slots ? 0 : slot + done) {
+        float one[1][1], four[4][1];
+        for (int64_t ahead = slot + 16, end = leads ? std::min(slot + 20, l.slots) : 0; ahead < end; ahead++)
+            for (int64_t byte = 0; byte < stride * int64_t(sizeof(E)); byte += 64) {
+                __builtin_prefetch((const char*)(keys + ahead * stride) + byte);
+                __builtin_prefetch((const char*)(values + ahead * stride) + byte);
+            }
+        done = i + 4 <= n && slot + 4 <= l.slots ? score(four, i, slot) : score(one, i, slot);
     }
     each(scores, n, [&](auto v) { return exp(v - largest); });
     for (int64_t i = 0; i < n; i++) total += scores[i];
     for (int64_t i = 0; i < n; i++) scores[i] /= total;
-    for (; d + 8 * LANES <= m.D; d += 8 * LANES) weigh<8>(scores, values + d, n, begin, l.slots, stride, y + d);
+    for (; d + 4 * LANES <= m.D; d += 4 * LANES) weigh<4>(scores, values + d, n, begin, l.slots, stride, y + d);
+    for (; d + 2 * LANES <= m.D; d += 2 * LANES) weigh<2>(scores, values + d, n, begin, l.slots, stride, y + d);
     for (; d + LANES <= m.D; d += LANES) weigh<1>(scores, values + d, n, begin, l.slots, stride, y + d);
     for (; d < m.D; d++) {
         y[d] = 0;
@@ -132,7 +142,8 @@ extern "C" int heed_decode(const Model& m, int64_t B, int64_t T, const int64_t* 
                 int64_t cache = r / T * l->slots * KV + h / (m.H / m.K) * D;
                 const float* query = &q[r * Q + h * (Q / m.H)];
                 float* out = &a[(r * m.H + h) * D];
-                attend(query, (E*)l->keys + cache, (E*)l->values + cache, *l, m, first, last, scores.data(), out);
+                attend(query, (E*)l->keys + cache, (E*)l->values + cache, *l, m, first, last, scores.data(), out,
+                       h == 0 || i == queries.from);
                 if (m.gated)
                     for (int64_t d = 0; d < D; d++) out[d] /= 1 + std::exp(-query[D + d]);
             }

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from kernels import cpu, cpu_decode
@@ -55,6 +56,12 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr)
 
 
+def cache_dtype(model: GPT, read: Reader) -> torch.dtype:
+    """What `read` keeps keys and values in: the precision of the norms, and in C++ bf16 beside weights in int8."""
+    narrow = isinstance(read, CpuReader) and read.weights == torch.int8
+    return torch.bfloat16 if narrow else model.model.norm.weight.dtype
+
+
 class CpuReader:
     """Calls the C++ file with pointers to the model's own weights. Raises cpu.Unavailable."""
 
@@ -67,7 +74,7 @@ class CpuReader:
         if len(kinds) > 1:
             raise cpu.Unavailable(f"its weights are of several types, {', '.join(map(str, kinds))}")
         self.weights = kinds.pop()
-        cpu_decode.library(self.weights, model.model.norm.weight.dtype)  # raises now, not later
+        cpu_decode.library(self.weights, cache_dtype(model, self))  # raises now, not later
         decoder = model.model
         self.layers = (cpu_decode.Layer * config.n_layer)()
         block: Any

@@ -1,7 +1,7 @@
 """How weights lie in memory, for speaking on a CPU: each token reads all of them, and that is what takes the time.
 
-`quantize` makes them fewer bytes. In int8 a row has a scale; only the weights are rounded, products are made in fp32
-(Dettmers et al. 2022, section 2.1, "absmax", a row at a time):
+`quantize` makes them fewer bytes. In int8 a row has a scale (Dettmers et al. 2022, section 2.1, "absmax", a row at
+a time):
 
     weight[row, column] ~ codes[row, column] * scales[row],   scales[row] = the row's largest magnitude / 127
 
