@@ -72,19 +72,22 @@ class Heads(torch.autograd.Function):
         ctx.normed = gain_q is not None and gain_k is not None
         gains = (gain_q, gain_k) if gain_q is not None and gain_k is not None else (torch.ones(D), torch.ones(D))
         tables = (*gains, cos.contiguous(), sin.contiguous())
-        ctx.shape = Shape(B, T, H, K, D, ctx.normed, eps, scale, *(x.data_ptr() for x in tables))
+        ctx.shape = (B, T, H, K, D, ctx.normed, eps, scale)
+        shape = Shape(*ctx.shape, *(x.data_ptr() for x in tables))
         q, k, v = (torch.empty(B, heads, T, D, dtype=mixed.dtype) for heads in (H, K, K))
-        cpu.call(cpu.training(mixed.dtype).heed_heads, ctx.shape, mixed, q, k, v)
+        cpu.call(cpu.training(mixed.dtype).heed_heads, shape, mixed, q, k, v)
         ctx.save_for_backward(mixed, *tables)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or K, T, D) -> (B, T, H or K, D)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        mixed, gain_q, gain_k, *_ = ctx.saved_tensors
+        mixed, *tables = ctx.saved_tensors
+        gain_q, gain_k, *_ = tables
+        shape = Shape(*ctx.shape, *(x.data_ptr() for x in tables))
         dmixed, dgains = torch.empty_like(mixed), (torch.empty_like(gain_q), torch.empty_like(gain_k))
         backward = cpu.training(mixed.dtype).heed_heads_backward
-        cpu.call(backward, ctx.shape, mixed, *(d.transpose(1, 2).contiguous() for d in gradients), dmixed, *dgains)
+        cpu.call(backward, shape, mixed, *(d.transpose(1, 2).contiguous() for d in gradients), dmixed, *dgains)
         return dmixed, *(dgains if ctx.normed else (None, None)), *[None] * 5
 
 

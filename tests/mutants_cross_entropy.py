@@ -8,7 +8,7 @@ SECOND_WALK = "total\n            for start in range(%d, V,"
 
 MUTANTS: list[tuple[str, str, str]] = [
     # chunks
-    ("dW of the last chunk alone", "dweight.addmm_(g.t(), x[part])", "dweight.copy_(g.t() @ x[part])"),
+    ("dW of the last chunk alone", "dweight.addmm_(logits.t(), x[part])", "dweight.copy_(logits.t() @ x[part])"),
     ("the last token left out", "min(first + rows, N))", "min(first + rows, N - 1))"),
     ("every chunk reads the first tokens", "torch.mm(x[part], w", "torch.mm(x[: len(logits)], w"),
     ("every chunk writes the first losses", "losses[part]", "losses[: len(logits)]"),

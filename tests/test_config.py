@@ -111,7 +111,7 @@ def test_a_mistake_in_a_file_is_named_with_its_line(recipe, text, says):
             ("model.tie_embeddings", "yes"),
             "--model.tie_embeddings: model.tie_embeddings = 'yes': must be true or false",
         ),
-        (("model.n_kv_head", "2"), "--model.n_kv_head: model.n_kv_head = 2: must divide model.n_head"),
+        (("model.n_kv_head", "3"), "--model.n_kv_head: model.n_kv_head = 3: must divide model.n_head"),
         (("train.dtype", "int8"), "--train.dtype: train.dtype = 'int8': must be auto, float32 or bfloat16"),
     ],
 )

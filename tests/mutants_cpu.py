@@ -1,0 +1,59 @@
+"""Bugs put into kernels/cpu_train.cpp on purpose; each must make `probe` fail (tests/test_mutants_cpu.py)."""
+
+import copy
+import dataclasses
+
+import torch
+
+from tests.conftest import TINY, randomized
+from tests.test_cross_entropy import compare, draw
+from tests.test_learner import far, in_cpp, results
+
+# (name, what stands in the file, what is put in its place)
+MUTANTS: list[tuple[str, str, str]] = [
+    # RMSNorm
+    ("norm: not divided", "L(load<L>(from + i) * scale *", "L(load<L>(from + i) *"),
+    ("norm: x's own direction stays in the gradient", "- load<L>(x + i) * scale * mean) * scale", ") * scale"),
+    ("norm: a sum in the place of a mean", "mean = sum(products) / n", "mean = sum(products)"),
+    ("norm: the gain's gradient without x", "+ d * normed)", "+ d)"),
+    ("norm: the sums of one thread alone", "i < parts.size()", "i < (size_t)n"),
+    # heads
+    ("heads: turned by cos twice", "high * load<L>(sin + d)", "high * load<L>(cos + d)"),
+    ("heads: turned back by the wrong half", "high * load<L>(sin + half + i)", "high * load<L>(sin + i)"),
+    ("heads: queries not scaled", "(h < m.H ? m.scale : 1) * (m.normed", "(m.normed"),
+    ("heads: their gradient not scaled", "float scale = h < m.H ? m.scale : 1;", "float scale = 1;"),
+    ("heads: keys' gain is the queries'", "h < m.H ? sums_q : sums_k", "sums_q"),
+    # softmax
+    ("softmax: the query's own key is hidden", "row % queries - low + 1", "row % queries - low"),
+    ("softmax: a window of one too many", "end(row) - window)", "end(row) - window - 1)"),
+    ("softmax: what lies before the window is seen", "std::fill(all, p, E(0.f));", ""),
+    ("softmax: later keys are seen", "std::fill(p + n, all + m.keys, E(0.f));", ""),
+    ("softmax: gradient without its mean", "(load<L>(d + i) - g)", "load<L>(d + i)"),
+    # SwiGLU
+    ("swiglu: the sigmoid's other side", "g / (1 + exp(-g)) *", "g / (1 + exp(g)) *"),
+    ("swiglu: its slope", "(1 + g * (1 - s))", "(1 - g * (1 - s))"),
+    ("swiglu: the up's gradient without the gate", "L(d * g * s)", "L(d * s)"),
+    # cross-entropy
+    ("loss: the wrong side", "std::log(total) + (top - at_target)", "std::log(total) - (top - at_target)"),
+    ("loss: the target's own gradient", "* factor - 1) * slope", "* factor + 1) * slope"),
+    ("loss: half of the z-loss's gradient", "1 + 2 * z * lse", "1 + z * lse"),
+    ("loss: the softcap's slope", "v *= 1 - t * t;", ""),
+    ("loss: what does not count counts", "losses[r] = counts ? std::log", "losses[r] = true ? std::log"),
+]
+
+
+def probe() -> None:
+    """AssertionError unless what cpu_train.cpp computes is right: every term of the loss; a model with GQA, a window
+    and lengths beyond a block; gradients that two threads add up."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for terms in ({}, {"z_loss": 0.1, "softcap": 3.0}):
+            compare(*draw(37, 24, 65, seed=3), 0.3, backend="cpp", **terms)
+        model = randomized(dataclasses.replace(TINY, context=150, window=40, layer_pattern="SL"))
+        tokens = torch.randint(0, 97, (2, 150), generator=torch.Generator().manual_seed(0))
+        exact = results(copy.deepcopy(model).double(), tokens)
+        for name, error in far(results(in_cpp(model), tokens), exact).items():
+            assert error < 1e-4, name
+    finally:
+        torch.set_num_threads(before)
