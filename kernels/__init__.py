@@ -78,10 +78,7 @@ def attention(
     if backend == "cpp":
         if not whole:
             raise ValueError("backend = 'cpp' knows causal and window alone, and as many queries as keys")
-        if q.device.type != "cpu" or not cpu.trains(q.dtype):
-            raise ValueError(
-                f"backend = 'cpp' is for fp32 and bf16 on a CPU with a C++ compiler, not {q.dtype}, {q.device}"
-            )
+        cpu.require(q)
         return cpu_train.Attend.apply(q, k, v, pattern, scale)
     if backend == "blocks":
         if not plain or q.shape[1] > k.shape[1]:

@@ -47,6 +47,14 @@ def trains(dtype: torch.dtype) -> bool:
     return True
 
 
+def require(x: Tensor) -> None:
+    """Raises ValueError where backend "cpp" cannot compute what x is in."""
+    if x.device.type != "cpu" or not trains(x.dtype):
+        raise ValueError(
+            f"backend = 'cpp' is for fp32 and bf16 on a CPU with a C++ compiler, not {x.dtype}, {x.device}"
+        )
+
+
 @functools.cache
 def library(name: str, **types: torch.dtype) -> ctypes.CDLL:
     """kernels/NAME.cpp, in which each of `types` is the name of one. Raises Unavailable.
@@ -64,15 +72,19 @@ def library(name: str, **types: torch.dtype) -> ctypes.CDLL:
     texts = (path.read_text() for path in (source, *sorted(HERE.glob("*.h"))))
     known = "\n".join([*texts, *command, version, _processor()])
     path = FOLDER / f"{hashlib.sha256(known.encode()).hexdigest()[:16]}.so"
-    if not path.exists():
-        FOLDER.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=FOLDER) as draft:  # it appears whole, also when two compile at once
-            out = Path(draft, "compiled.so")
-            done = subprocess.run([*command, "-o", str(out)], capture_output=True, text=True)
-            if done.returncode:
-                raise Unavailable(f"{compiler} failed: {(done.stderr.strip() or '-').splitlines()[0]}")
-            out.replace(path)
-    return ctypes.CDLL(str(path))
+    try:
+        if not path.exists():
+            FOLDER.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=FOLDER) as draft:  # it appears whole, also when two compile at once
+                out = Path(draft, "compiled.so")
+                done = subprocess.run([*command, "-o", str(out)], capture_output=True, text=True)
+                if done.returncode:
+                    errors = [line for line in done.stderr.splitlines() if "error" in line]
+                    raise Unavailable(f"{compiler} failed: {(errors or ['-'])[0]}")
+                out.replace(path)
+        return ctypes.CDLL(str(path))
+    except OSError as error:  # the disk is full, or a folder from which nothing may be run
+        raise Unavailable(f"{FOLDER} cannot hold compiled code: {error}") from None
 
 
 def _processor() -> str:

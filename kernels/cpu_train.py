@@ -165,8 +165,6 @@ def cross_entropy(
     logits: Tensor, targets: Tensor, losses: Tensor, z_loss: float, softcap: float | None, gradient: bool
 ) -> None:
     """The step of kernels/cross_entropy.py, as its `_step_in_torch`. Raises ValueError where it is not to be had."""
-    if logits.device.type != "cpu" or not cpu.trains(logits.dtype):
-        given = f"{logits.dtype}, {logits.device}"
-        raise ValueError(f"backend = 'cpp' is for fp32 and bf16 on a CPU with a C++ compiler, not {given}")
+    cpu.require(logits)
     step, terms = cpu.training(logits.dtype).heed_cross_entropy, (float(z_loss), float(softcap or 0))
     cpu.call(step, logits, targets.contiguous(), losses, *logits.shape, logits.stride(0), *terms, gradient)

@@ -36,6 +36,7 @@ import pytest
 import torch
 
 import train
+from kernels import cpu
 from model import GPT, ModelConfig
 from runtime import checkpoint, metrics
 
@@ -113,6 +114,19 @@ def learn(text, tmp_path):
     """learn(name, "--train.steps=8", ...) is `train_here` with a small model and the text."""
     small = (*SMALL, f"--data.source={text}")
     return lambda name, *words: train_here(tmp_path, "shakespeare", f"--name={name}", *small, *words)
+
+
+@pytest.fixture
+def compilers():
+    """compilers() forgets which C++ files were compiled or could not be; so does the end of the test."""
+
+    def forget() -> None:
+        cpu.library.cache_clear()
+        cpu.trains.cache_clear()
+
+    forget()
+    yield forget
+    forget()
 
 
 @pytest.fixture

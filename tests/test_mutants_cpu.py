@@ -12,7 +12,7 @@ CPP = cpu.HERE / "cpu_train.cpp"
 
 
 @pytest.fixture
-def compiled(monkeypatch, tmp_path):
+def compiled(monkeypatch, tmp_path, compilers):
     """compiled(text) puts it in the place of cpu_train.cpp, for this test."""
 
     def put(text: str) -> None:
@@ -21,14 +21,9 @@ def compiled(monkeypatch, tmp_path):
         (tmp_path / CPP.name).write_text(text)
         monkeypatch.setattr(cpu, "HERE", tmp_path)
         monkeypatch.setattr(cpu, "FOLDER", tmp_path / "compiled")
-        forget()
+        compilers()
 
-    def forget() -> None:
-        cpu.library.cache_clear()
-        cpu.trains.cache_clear()
-
-    yield put
-    forget()
+    return put
 
 
 def test_the_probe_passes_what_is_right(compiled):

@@ -106,13 +106,12 @@ def test_the_reader_of_a_cpu_is_the_fast_one_and_generate_asks_it(monkeypatch):
 # Where it cannot be --------------------------------------------------------------------------------------------------
 
 
-def test_without_a_compiler_torch_serves_and_says_so(monkeypatch, capfd, tmp_path):
-    for found in (room._say, cpu.library):
-        found.cache_clear()
+def test_without_a_compiler_torch_serves_and_says_so(monkeypatch, capfd, tmp_path, compilers):
+    room._say.cache_clear()
     monkeypatch.setattr(cpu, "FOLDER", tmp_path)
     model = randomized(TINY)
     expected = torch.stack(list(sample.generate(model, [5], tokens=9, seed=3)))
-    cpu.library.cache_clear()
+    compilers()
     for compiler, why in (("false", "false failed"), ("/no/compiler", "no C.. compiler")):
         monkeypatch.setenv("CXX", compiler)
         monkeypatch.setattr(cpu, "FOLDER", tmp_path / "another")
@@ -120,7 +119,7 @@ def test_without_a_compiler_torch_serves_and_says_so(monkeypatch, capfd, tmp_pat
         list(sample.generate(model, [5], tokens=1))  # no second line
         said = capfd.readouterr().err.splitlines()
         assert len(said) == 1 and re.search(why, said[0]) and "torch serves" in said[0]
-        cpu.library.cache_clear()
+        compilers()
 
 
 def test_a_flag_that_it_does_not_know_is_torchs(capfd):
@@ -141,9 +140,9 @@ def test_a_flag_that_it_does_not_know_is_torchs(capfd):
         assert "model.softcap" in capfd.readouterr().err
 
 
-def test_compiled_once_and_kept(tmp_path, monkeypatch):
+def test_compiled_once_and_kept(tmp_path, monkeypatch, compilers):
     def compiled(*flags: str) -> list[int]:
-        cpu.library.cache_clear()
+        compilers()
         monkeypatch.setattr(cpu, "FLAGS", [*cpu.FLAGS[:1], *flags, *cpu.FLAGS[1:]])
         cpu.training(torch.float32)
         return sorted(path.stat().st_mtime_ns for path in tmp_path.iterdir())
@@ -152,6 +151,13 @@ def test_compiled_once_and_kept(tmp_path, monkeypatch):
     (kept,) = compiled()
     assert compiled() == [kept]
     assert len(compiled("-O1")) == 2
+
+
+def test_a_folder_that_takes_nothing_is_named(tmp_path, monkeypatch, compilers):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(cpu, "FOLDER", tmp_path / "file" / "cpu")
+    with pytest.raises(cpu.Unavailable, match=r"file/cpu cannot hold compiled code: .*Not a directory"):
+        cpu.training(torch.float32)
 
 
 # Fewer bytes ---------------------------------------------------------------------------------------------------------
@@ -195,12 +201,12 @@ def test_int8_costs_less_than_half_a_percent_in_bits_per_byte(runs):
         assert after != before
 
 
-def test_the_command_speaks_in_int8_with_and_without_a_compiler(runs, sample_py, monkeypatch):
+def test_the_command_speaks_in_int8_with_and_without_a_compiler(runs, sample_py, monkeypatch, compilers):
     said = {}
     for words in ((), ("--quantize=int8",), ("--quantize=bf16",)):
         for compiler in ("g++", "false"):
-            for found in (room._say, cpu.library):
-                found.cache_clear()
+            room._say.cache_clear()
+            compilers()
             monkeypatch.setenv("CXX", compiler)
             done = sample_py("--greedy", "--tokens=12", "--prompt=Song", *words, where=runs)
             assert done.returncode == 0, done.stderr

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from kernels import cpu
 from model import GPT
 from runtime import device, optim
 from runtime.config import ConfigError, OptimConfig, TrainConfig
@@ -156,7 +155,7 @@ def test_what_is_not_there_is_refused(monkeypatch):
         device.choose(TrainConfig(steps=1, device="cuda"))
 
 
-def test_blocks_learn_in_the_way_that_is_to_be_had(monkeypatch):
+def test_blocks_learn_in_the_way_that_is_to_be_had(monkeypatch, compilers):
     def choose(**fields) -> tuple[str, str]:
         machine = device.choose(TrainConfig(steps=1, device="cpu", dtype="float32", **fields))
         return machine.blocks, machine.why[2]
@@ -164,7 +163,7 @@ def test_blocks_learn_in_the_way_that_is_to_be_had(monkeypatch):
     assert choose()[0] == "C++"
     assert choose(compile="on") == ("compiled", "blocks compiled: train.compile = on")
     assert choose(compile="off") == ("written", "blocks written: train.compile = off")
-    cpu.library.cache_clear()
+    compilers()
     monkeypatch.setenv("CXX", "/no/compiler")
     monkeypatch.setattr(shutil, "which", lambda _: None)
     assert choose() == ("written", "blocks written: there is no C++ compiler here (g++ or clang++)")

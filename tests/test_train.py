@@ -140,6 +140,21 @@ def test_the_number_of_steps_is_fixed_to_end_in_time(learn, capsys):
     assert rates[-1] < 0.1 * max(rates)  # the schedule reached its end
 
 
+def test_the_number_of_steps_follows_the_machines_speed(learn, monkeypatch):
+    asked = []
+
+    def fit(config, val_text, pace, step, evals, elapsed):
+        asked.append((step, evals))
+        return 60 if step < 20 else 40  # the machine became slower
+
+    monkeypatch.setattr(train, "steps_in_time", fit)
+    monkeypatch.setattr(train, "SETTLED_EVERY", 5)
+    run = learn("drifting", "--train.minutes=1", "--train.evals=2")
+    assert asked == [(12, 2), (15, 2), (20, 2), (25, 1), (30, 1)]  # after the first steps, then every five
+    assert list(losses(run, "val_loss")) == [20, 40]
+    assert max(losses(run)) == 40
+
+
 def test_steps_in_time_is_what_the_budget_leaves():
     config = load("shakespeare", {"train.minutes": "2", "train.evals": "3", "train.batch_tokens": "8192"})
     val = type("Val", (), {"tokens": 8192})()
