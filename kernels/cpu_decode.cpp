@@ -7,6 +7,8 @@
 //
 // B sequences, T new tokens each, R = B * T rows; C width, H query heads, K key/value heads, D head size, F
 // feed-forward width, V vocabulary. Matrices are (rows out, columns in), as in torch.
+#include <numeric>
+
 #include "cpu_products.h"
 
 struct Layer {
@@ -43,47 +45,51 @@ static void place(const float* x, const float* gain, const Model& m, int64_t pos
         y[d] = normed[d] * cos[d] + normed[d < half ? d + half : d - half] * sin[d];
 }
 
-// y[0 ... U * LANES) = the sum of scores times values over n positions, the first in `slot`; kept in registers.
-template <int U, class E>
-static void weigh(const float* scores, const E* values, int64_t n, int64_t slot, int64_t slots, int64_t stride,
-                  float* y) {
-    Floats sums[U] = {};
-    for (int64_t i = 0; i < n; i++, slot = slot + 1 == slots ? 0 : slot + 1)
-        for (int u = 0; u < U; u++) sums[u] += scores[i] * load(values + slot * stride + u * LANES);
-    std::memcpy(y, sums, sizeof sums);
-}
-
-// One query head over the positions first ... last of its sequence's keys and values. The numbers of one head lie apart
-// in memory, those of all heads side by side: the first head of a sequence, `leads`, calls for all of them.
+// The query heads first ... end of one token over the positions from ... to of its sequence's keys and values. These lie
+// position after position, the heads of each side by side, and memory is fastest read in that order: so all heads take
+// a chunk of positions before the next. What a larger score makes smaller is made so afterwards, as flash attention does.
 template <class E>
-static void attend(const float* q, const E* keys, const E* values, const Layer& l, const Model& m, int64_t first,
-                   int64_t last, float* scores, float* y, bool leads) {
-    int64_t n = last - first + 1, stride = m.K * m.D, begin = first % l.slots, d = 0;
-    float scale = 1 / std::sqrt(float(m.D)), largest = -INFINITY, total = 0;
-    auto score = [&](auto& some, int64_t i, int64_t slot) {  // of one or several positions
-        tile<sizeof some / sizeof *some, 1, 1>(keys + slot * stride, q, m.D, stride, some);
-        for (auto& one : some) scores[i++] = one[0] * scale, largest = std::max(largest, one[0] * scale);
-        return int64_t(sizeof some / sizeof *some);
-    };
-    for (int64_t i = 0, slot = begin, done; i < n; i += done, slot = slot + done == l.slots ? 0 : slot + done) {
-        float one[1][1], four[4][1];
-        for (int64_t ahead = slot + 16, end = leads ? std::min(slot + 20, l.slots) : 0; ahead < end; ahead++)
-            for (int64_t byte = 0; byte < stride * int64_t(sizeof(E)); byte += 64) {
-                __builtin_prefetch((const char*)(keys + ahead * stride) + byte);
-                __builtin_prefetch((const char*)(values + ahead * stride) + byte);
+static void attend(const float* q, int64_t pitch, const E* keys, const E* values, const Layer& l, const Model& m,
+                   int64_t first, int64_t end, int64_t from, int64_t to, float* y) {
+    using X = std::conditional_t<std::is_same_v<E, Bf16> && PAIRS, Bf16, float>;
+    constexpr int64_t CHUNK = 64;  // by trial
+    int64_t D = m.D, stride = m.K * D, group = m.H / m.K, heads = end - first;
+    float scale = 1 / std::sqrt(float(D));
+    std::vector<float> scores(heads * CHUNK), largest(heads, -INFINITY), total(heads);
+    std::vector<X> queries(heads * D);
+    for (int64_t h = 0; h < heads; h++)
+        for (int64_t d = 0; d < D; d++) queries[h * D + d] = X(q[(first + h) * pitch + d] * scale);
+    y += first * D;
+    std::fill_n(y, heads * D, 0.f);
+    for (int64_t n; from <= to; from += n) {
+        int64_t slot = from % l.slots;
+        n = std::min({CHUNK, to - from + 1, l.slots - slot});
+        for (int64_t i = 0; i < n; i++)
+            for (int64_t h = 0; h < heads; h++) {
+                float score[1][1];
+                tile<1, 1, 1>(keys + (slot + i) * stride + (first + h) / group * D, &queries[h * D], D, stride, score);
+                scores[h * CHUNK + i] = score[0][0];
             }
-        done = i + 4 <= n && slot + 4 <= l.slots ? score(four, i, slot) : score(one, i, slot);
+        for (int64_t h = 0; h < heads; h++) {
+            float *weights = &scores[h * CHUNK], before = largest[h];
+            largest[h] = std::max(before, *std::max_element(weights, weights + n));
+            float kept = std::exp(before - largest[h]);
+            each(weights, n, [&](auto score) { return exp(score - largest[h]); });
+            total[h] = std::accumulate(weights, weights + n, total[h] * kept);
+            each(y + h * D, D, [&](auto sum) { return sum * kept; });
+        }
+        for (int64_t i = 0; i < n; i++)
+            for (int64_t h = 0; h < heads; h++) {
+                const E* value = values + (slot + i) * stride + (first + h) / group * D;
+                lanes(D, [&](int64_t d, auto kind) {
+                    using V = decltype(kind);
+                    float* sum = y + h * D + d;
+                    store(sum, load<V>(sum) + scores[h * CHUNK + i] * load<V>(value + d));
+                });
+            }
     }
-    each(scores, n, [&](auto v) { return exp(v - largest); });
-    for (int64_t i = 0; i < n; i++) total += scores[i];
-    for (int64_t i = 0; i < n; i++) scores[i] /= total;
-    for (; d + 4 * LANES <= m.D; d += 4 * LANES) weigh<4>(scores, values + d, n, begin, l.slots, stride, y + d);
-    for (; d + 2 * LANES <= m.D; d += 2 * LANES) weigh<2>(scores, values + d, n, begin, l.slots, stride, y + d);
-    for (; d + LANES <= m.D; d += LANES) weigh<1>(scores, values + d, n, begin, l.slots, stride, y + d);
-    for (; d < m.D; d++) {
-        y[d] = 0;
-        for (int64_t i = 0; i < n; i++) y[d] += scores[i] * float(values[(first + i) % l.slots * stride + d]);
-    }
+    for (int64_t h = 0; h < heads; h++)
+        each(y + h * D, D, [&](auto sum) { return sum / total[h]; });
 }
 
 // 2. The model ------------------------------------------------------------------------------------------------------
@@ -97,12 +103,10 @@ extern "C" int heed_decode(const Model& m, int64_t B, int64_t T, const int64_t* 
         if (tokens[i] < 0 || tokens[i] >= m.V || lengths[i / T] + T > m.context) return 1;
     using W = WEIGHTS;
     using E = CACHE;
-    int64_t R = B * T, D = m.D, Q = m.H * D * (m.gated ? 2 : 1), KV = m.K * D, most = 0;
-    for (int64_t i = 0; i < m.layers; i++) most = std::max(most, m.layer[i].slots);
+    int64_t R = B * T, D = m.D, Q = m.H * D * (m.gated ? 2 : 1), KV = m.K * D;
     std::vector<float> x(R * m.C), y(R * m.C), q(R * Q), k(R * KV), v(R * KV), a(R * m.H * D), f(R * m.F), g(R * m.F);
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<float> scores(most);
         auto norm = [&](const float* gain) {
             Part mine(R);
             for (int64_t r = mine.from; r < mine.to; r++) rms_norm(&x[r * m.C], gain, m.C, m.eps, &y[r * m.C]);
@@ -136,16 +140,17 @@ extern "C" int heed_decode(const Model& m, int64_t B, int64_t T, const int64_t* 
             }
 #pragma omp barrier
             Part queries(R * m.H);
-            for (int64_t i = queries.from; i < queries.to; i++) {
+            for (int64_t i = queries.from, done; i < queries.to; i += done) {
                 int64_t r = i / m.H, h = i % m.H, last = lengths[r / T] + r % T;
                 int64_t first = l->window ? std::max<int64_t>(0, last + 1 - l->window) : 0;
-                int64_t cache = r / T * l->slots * KV + h / (m.H / m.K) * D;
-                const float* query = &q[r * Q + h * (Q / m.H)];
-                float* out = &a[(r * m.H + h) * D];
-                attend(query, (E*)l->keys + cache, (E*)l->values + cache, *l, m, first, last, scores.data(), out,
-                       h == 0 || i == queries.from);
+                int64_t cache = r / T * l->slots * KV;
+                done = std::min(m.H - h, queries.to - i);
+                const float* query = &q[r * Q];
+                float* out = &a[r * m.H * D];
+                attend(query, Q / m.H, (E*)l->keys + cache, (E*)l->values + cache, *l, m, h, h + done, first, last, out);
                 if (m.gated)
-                    for (int64_t d = 0; d < D; d++) out[d] /= 1 + std::exp(-query[D + d]);
+                    for (int64_t j = h; j < h + done; j++)
+                        for (int64_t d = 0; d < D; d++) out[j * D + d] /= 1 + std::exp(-query[j * (Q / m.H) + D + d]);
             }
 #pragma omp barrier
             product<W>(l->o, {a.data(), x.data(), R, m.C, m.H * D, true});

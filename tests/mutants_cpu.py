@@ -1,16 +1,20 @@
-"""Bugs put into kernels/cpu_train.cpp on purpose; each must make `probe` fail (tests/test_mutants_cpu.py)."""
+"""Bugs put into heed's C++ on purpose; each must make the file's probe fail (tests/test_mutants_cpu.py)."""
 
 import copy
 import dataclasses
 
 import torch
 
+from model import KVCache
+from runtime.reader import CpuReader
 from tests.conftest import TINY, randomized
 from tests.test_cross_entropy import compare, draw
 from tests.test_learner import far, in_cpp, results
+from tests.test_reader import exact as logits
 
 # (name, what stands in the file, what is put in its place)
-MUTANTS: list[tuple[str, str, str]] = [
+MUTANTS: dict[str, list[tuple[str, str, str]]] = {}
+MUTANTS["cpu_train"] = [
     # RMSNorm
     ("norm: not divided", "L(load<L>(from + i) * scale *", "L(load<L>(from + i) *"),
     ("norm: x's own direction stays in the gradient", "- load<L>(x + i) * scale * mean) * scale", ") * scale"),
@@ -40,20 +44,51 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("loss: the softcap's slope", "v *= 1 - t * t;", ""),
     ("loss: what does not count counts", "losses[r] = counts ? std::log", "losses[r] = true ? std::log"),
 ]
+MUTANTS["cpu_decode"] = [
+    ("attend: the last chunk's largest score stays", "kept = std::exp(before - largest[h])", "kept = total[h] > 0"),
+    ("attend: the last chunk's sum stays", "total[h] * kept", "total[h]"),
+    ("attend: another head's keys", "(first + h) / group * D, &queries", "h / group * D, &queries"),
+    ("attend: another head's values", "values + (slot + i) * stride + (first + h)", "values + (slot + i) * stride + h"),
+    ("attend: queries not scaled", "* pitch + d] * scale", "* pitch + d]"),
+    ("attend: the newest key is hidden", "n = std::min({CHUNK, to - from + 1", "n = std::min({CHUNK, to-- - from"),
+    ("attend: a window of one too many", "last + 1 - l->window", "last - l->window"),
+    ("attend: the gate's other side", "1 + std::exp(-query", "1 + std::exp(query"),
+    ("heads: turned by cos twice", "* sin[d];", "* cos[d];"),
+    ("heads: put into the next slot", "+ position % l->slots) * KV", "+ (position + 1) % l->slots) * KV"),
+    ("swiglu: the sigmoid's other side", "v / (1 + exp(-v))", "v / (1 + exp(v))"),
+    ("the residual stream is lost", "m.H * D, true}", "m.H * D, false}"),
+    ("another token's logits", "(b * T + T - 1) * m.C", "b * T * m.C"),
+]
 
 
-def probe() -> None:
-    """AssertionError unless what cpu_train.cpp computes is right: every term of the loss; a model with GQA, a window
-    and lengths beyond a block; gradients that two threads add up."""
+def probe(file: str) -> None:
+    """AssertionError unless what it computes is right, with two threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        for terms in ({}, {"z_loss": 0.1, "softcap": 3.0}):
-            compare(*draw(37, 24, 65, seed=3), 0.3, backend="cpp", **terms)
-        model = randomized(dataclasses.replace(TINY, context=150, window=40, layer_pattern="SL"))
-        tokens = torch.randint(0, 97, (2, 150), generator=torch.Generator().manual_seed(0))
-        exact = results(copy.deepcopy(model).double(), tokens)
-        for name, error in far(results(in_cpp(model), tokens), exact).items():
-            assert error < 1e-4, name
+        {"cpu_train": training, "cpu_decode": speaking}[file]()
     finally:
         torch.set_num_threads(before)
+
+
+def training() -> None:
+    """Every term of the loss; a model with GQA, a window
+    and lengths beyond a block; gradients that two threads add up."""
+    for terms in ({}, {"z_loss": 0.1, "softcap": 3.0}):
+        compare(*draw(37, 24, 65, seed=3), 0.3, backend="cpp", **terms)
+    model = randomized(dataclasses.replace(TINY, context=150, window=40, layer_pattern="SL"))
+    tokens = torch.randint(0, 97, (2, 150), generator=torch.Generator().manual_seed(0))
+    exact = results(copy.deepcopy(model).double(), tokens)
+    for name, error in far(results(in_cpp(model), tokens), exact).items():
+        assert error < 1e-4, name
+
+
+@torch.inference_mode()
+def speaking() -> None:
+    """A model with GQA, a gate and a window, several chunks of positions long, whose ring goes round."""
+    model = randomized(dataclasses.replace(TINY, context=450, window=100, layer_pattern="SL", gate=True))
+    tokens = torch.randint(0, 97, (3, 450), generator=torch.Generator().manual_seed(0))
+    expected, cache, read = logits(model, tokens), KVCache(model.config, 3), CpuReader(model)
+    for end in range(50, 451, 50):
+        got = read(tokens[:, end - 50 : end], cache)
+        torch.testing.assert_close(got.double(), expected[:, end - 1], atol=3e-5, rtol=3e-5)

@@ -1,41 +1,49 @@
-"""Do the tests have teeth? As test_mutants.py, for the C++ that trains on a CPU."""
+"""Do the tests have teeth? As test_mutants.py, for the C++ files."""
 
 import shutil
 
 import pytest
-import torch
 
 from kernels import cpu
 from tests.mutants_cpu import MUTANTS, probe
 
-CPP = cpu.HERE / "cpu_train.cpp"
+HERE = cpu.HERE
 
 
 @pytest.fixture
-def compiled(monkeypatch, tmp_path, compilers):
-    """compiled(text) puts it in the place of cpu_train.cpp, for this test."""
+def compiled(monkeypatch, tmp_path, tmp_path_factory, compilers):
+    """compiled(name, text) puts it in the place of kernels/NAME.cpp, for this test."""
 
-    def put(text: str) -> None:
-        for header in cpu.HERE.glob("*.h"):
-            shutil.copy(header, tmp_path)
-        (tmp_path / CPP.name).write_text(text)
+    def put(name: str, text: str) -> None:
+        for file in (*HERE.glob("*.h"), *HERE.glob("*.cpp")):
+            shutil.copy(file, tmp_path)
+        (tmp_path / f"{name}.cpp").write_text(text)
         monkeypatch.setattr(cpu, "HERE", tmp_path)
-        monkeypatch.setattr(cpu, "FOLDER", tmp_path / "compiled")
+        monkeypatch.setattr(cpu, "FOLDER", tmp_path_factory.getbasetemp() / "compiled")  # the other file, compiled once
         compilers()
 
     return put
 
 
-def test_the_probe_passes_what_is_right(compiled):
-    compiled(CPP.read_text())
-    probe()
+def source(name: str) -> str:
+    return (HERE / f"{name}.cpp").read_text()
 
 
-@pytest.mark.parametrize(("old", "new"), [mutant[1:] for mutant in MUTANTS], ids=[mutant[0] for mutant in MUTANTS])
-def test_a_mutant_is_caught(compiled, old, new):
-    right = CPP.read_text()
+@pytest.mark.parametrize("name", MUTANTS)
+def test_the_probe_passes_what_is_right(compiled, name):
+    compiled(name, source(name))
+    probe(name)
+
+
+CASES = [(name, *mutant) for name, mutants in MUTANTS.items() for mutant in mutants]
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"), [(c[0], *c[2:]) for c in CASES], ids=[f"{c[0]}, {c[1]}" for c in CASES]
+)
+def test_a_mutant_is_caught(compiled, name, old, new):
+    right = source(name)
     assert right.count(old) == 1, f"occurs {right.count(old)} times: {old}"
-    compiled(right.replace(old, new))
-    cpu.training(torch.float32)  # raises: a mutant that is no program does not count
-    with pytest.raises(AssertionError):
-        probe()
+    compiled(name, right.replace(old, new))
+    with pytest.raises(AssertionError):  # a mutant that is no program raises cpu.Unavailable, and does not count
+        probe(name)

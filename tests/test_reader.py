@@ -59,7 +59,7 @@ def test_logits_are_the_models_for_every_flag(flags, kind):
 
 @torch.inference_mode()
 def test_a_ring_goes_round_and_a_cache_in_bf16_is_the_torch_ones():
-    model = randomized(dataclasses.replace(TINY, window=3, layer_pattern="S", context=600))
+    model = randomized(dataclasses.replace(TINY, window=100, layer_pattern="SL", context=600))
     read, tokens = CpuReader(model), torch.randint(0, 97, (2, 590))
     cache = KVCache(model.config, 2)
     for piece in tokens.split(59, dim=1):
