@@ -45,51 +45,68 @@ static void place(const float* x, const float* gain, const Model& m, int64_t pos
         y[d] = normed[d] * cos[d] + normed[d < half ? d + half : d - half] * sin[d];
 }
 
-// The query heads first ... end of one token over the positions from ... to of its sequence's keys and values. These lie
-// position after position, the heads of each side by side, and memory is fastest read in that order: so all heads take
-// a chunk of positions before the next. What a larger score makes smaller is made so afterwards, as flash attention does.
+// What a token's query heads draw from some positions: for each head the largest score, the sum of e ** (score - largest)
+// and that of these numbers times the values. Such parts can be joined to one of all positions, as in flash attention.
+struct Drawn {
+    float *largest, *total, *values;  // (H), (H), (H, D)
+};
+
+// The positions from ... to of a sequence's keys and values. These lie position after position, the heads of each side by
+// side, and memory is fastest read in that order: so all heads take a chunk of positions before the next.
 template <class E>
 static void attend(const float* q, int64_t pitch, const E* keys, const E* values, const Layer& l, const Model& m,
-                   int64_t first, int64_t end, int64_t from, int64_t to, float* y) {
+                   int64_t from, int64_t to, Drawn drawn) {
     using X = std::conditional_t<std::is_same_v<E, Bf16> && PAIRS, Bf16, float>;
     constexpr int64_t CHUNK = 64;  // by trial
-    int64_t D = m.D, stride = m.K * D, group = m.H / m.K, heads = end - first;
+    int64_t D = m.D, stride = m.K * D, group = m.H / m.K;
     float scale = 1 / std::sqrt(float(D));
-    std::vector<float> scores(heads * CHUNK), largest(heads, -INFINITY), total(heads);
-    std::vector<X> queries(heads * D);
-    for (int64_t h = 0; h < heads; h++)
-        for (int64_t d = 0; d < D; d++) queries[h * D + d] = X(q[(first + h) * pitch + d] * scale);
-    y += first * D;
-    std::fill_n(y, heads * D, 0.f);
-    for (int64_t n; from <= to; from += n) {
+    std::vector<float> scores(m.H * CHUNK);
+    std::vector<X> queries(m.H * D);
+    for (int64_t h = 0; h < m.H; h++)
+        for (int64_t d = 0; d < D; d++) queries[h * D + d] = X(q[h * pitch + d] * scale);
+    std::fill_n(drawn.largest, m.H, -INFINITY);
+    std::fill_n(drawn.total, m.H, 0.f);
+    std::fill_n(drawn.values, m.H * D, 0.f);
+    for (int64_t n; from < to; from += n) {
         int64_t slot = from % l.slots;
-        n = std::min({CHUNK, to - from + 1, l.slots - slot});
+        n = std::min({CHUNK, to - from, l.slots - slot});
         for (int64_t i = 0; i < n; i++)
-            for (int64_t h = 0; h < heads; h++) {
+            for (int64_t h = 0; h < m.H; h++) {
                 float score[1][1];
-                tile<1, 1, 1>(keys + (slot + i) * stride + (first + h) / group * D, &queries[h * D], D, stride, score);
+                tile<1, 1, 1>(keys + (slot + i) * stride + h / group * D, &queries[h * D], D, stride, score);
                 scores[h * CHUNK + i] = score[0][0];
             }
-        for (int64_t h = 0; h < heads; h++) {
-            float *weights = &scores[h * CHUNK], before = largest[h];
-            largest[h] = std::max(before, *std::max_element(weights, weights + n));
-            float kept = std::exp(before - largest[h]);
-            each(weights, n, [&](auto score) { return exp(score - largest[h]); });
-            total[h] = std::accumulate(weights, weights + n, total[h] * kept);
-            each(y + h * D, D, [&](auto sum) { return sum * kept; });
+        for (int64_t h = 0; h < m.H; h++) {
+            float *weights = &scores[h * CHUNK], before = drawn.largest[h];
+            float largest = drawn.largest[h] = std::max(before, *std::max_element(weights, weights + n));
+            float kept = std::exp(before - largest);
+            each(weights, n, [&](auto score) { return exp(score - largest); });
+            drawn.total[h] = std::accumulate(weights, weights + n, drawn.total[h] * kept);
+            each(drawn.values + h * D, D, [&](auto sum) { return sum * kept; });
         }
         for (int64_t i = 0; i < n; i++)
-            for (int64_t h = 0; h < heads; h++) {
-                const E* value = values + (slot + i) * stride + (first + h) / group * D;
+            for (int64_t h = 0; h < m.H; h++) {
+                const E* value = values + (slot + i) * stride + h / group * D;
                 lanes(D, [&](int64_t d, auto kind) {
                     using V = decltype(kind);
-                    float* sum = y + h * D + d;
+                    float* sum = drawn.values + h * D + d;
                     store(sum, load<V>(sum) + scores[h * CHUNK + i] * load<V>(value + d));
                 });
             }
     }
-    for (int64_t h = 0; h < heads; h++)
-        each(y + h * D, D, [&](auto sum) { return sum / total[h]; });
+}
+
+// One head's share y (D) of n parts, whose numbers begin m.H heads apart.
+static void join(const Drawn& parts, int64_t n, int64_t h, const Model& m, float* y) {
+    float largest = -INFINITY, total = 0;
+    for (int64_t i = 0; i < n; i++) largest = std::max(largest, parts.largest[i * m.H + h]);
+    std::fill_n(y, m.D, 0.f);
+    for (int64_t i = 0; i < n; i++) {
+        float kept = std::exp(parts.largest[i * m.H + h] - largest);
+        total += parts.total[i * m.H + h] * kept;
+        for (int64_t d = 0; d < m.D; d++) y[d] += parts.values[(i * m.H + h) * m.D + d] * kept;
+    }
+    for (int64_t d = 0; d < m.D; d++) y[d] /= total;
 }
 
 // 2. The model ------------------------------------------------------------------------------------------------------
@@ -105,6 +122,9 @@ extern "C" int heed_decode(const Model& m, int64_t B, int64_t T, const int64_t* 
     using E = CACHE;
     int64_t R = B * T, D = m.D, Q = m.H * D * (m.gated ? 2 : 1), KV = m.K * D;
     std::vector<float> x(R * m.C), y(R * m.C), q(R * Q), k(R * KV), v(R * KV), a(R * m.H * D), f(R * m.F), g(R * m.F);
+    // Few sequences: each one's positions are split, so that all threads have as much to do.
+    int64_t split = R % threads ? threads : 1;
+    std::vector<float> largest(R * split * m.H), total(R * split * m.H), values(R * split * m.H * D);
 #pragma omp parallel num_threads(threads)
     {
         auto norm = [&](const float* gain) {
@@ -139,18 +159,24 @@ extern "C" int heed_decode(const Model& m, int64_t B, int64_t T, const int64_t* 
                 for (int64_t d = 0; d < D; d++) ((E*)l->values)[to + d] = E(v[from + d]);
             }
 #pragma omp barrier
-            Part queries(R * m.H);
-            for (int64_t i = queries.from, done; i < queries.to; i += done) {
-                int64_t r = i / m.H, h = i % m.H, last = lengths[r / T] + r % T;
-                int64_t first = l->window ? std::max<int64_t>(0, last + 1 - l->window) : 0;
-                int64_t cache = r / T * l->slots * KV;
-                done = std::min(m.H - h, queries.to - i);
-                const float* query = &q[r * Q];
-                float* out = &a[r * m.H * D];
-                attend(query, Q / m.H, (E*)l->keys + cache, (E*)l->values + cache, *l, m, h, h + done, first, last, out);
+            auto drawn = [&](int64_t part) {
+                return Drawn{&largest[part * m.H], &total[part * m.H], &values[part * m.H * D]};
+            };
+            Part parts(R * split);
+            for (int64_t i = parts.from; i < parts.to; i++) {
+                int64_t r = i / split, end = lengths[r / T] + r % T + 1, cache = r / T * l->slots * KV;
+                int64_t begin = l->window ? std::max<int64_t>(0, end - l->window) : 0, n = end - begin;
+                attend(&q[r * Q], Q / m.H, (E*)l->keys + cache, (E*)l->values + cache, *l, m,
+                       begin + n * (i % split) / split, begin + n * (i % split + 1) / split, drawn(i));
+            }
+#pragma omp barrier
+            Part joined(R * m.H);
+            for (int64_t i = joined.from; i < joined.to; i++) {
+                int64_t r = i / m.H, h = i % m.H;
+                float* out = &a[i * D];
+                join(drawn(r * split), split, h, m, out);
                 if (m.gated)
-                    for (int64_t j = h; j < h + done; j++)
-                        for (int64_t d = 0; d < D; d++) out[j * D + d] /= 1 + std::exp(-query[j * (Q / m.H) + D + d]);
+                    for (int64_t d = 0; d < D; d++) out[d] /= 1 + std::exp(-q[r * Q + h * 2 * D + D + d]);
             }
 #pragma omp barrier
             product<W>(l->o, {a.data(), x.data(), R, m.C, m.H * D, true});
