@@ -20,7 +20,7 @@ class Machine:
 
     device: torch.device
     dtype: torch.dtype
-    blocks: str  # how they learn (runtime/learner.py): as "written", "compiled" by torch, or in "C++"
+    layers: str  # how they learn (runtime/learner.py): as "written", "compiled" by torch, or in "C++"
     why: tuple[str, ...]
 
     def autocast(self) -> torch.autocast:
@@ -30,7 +30,7 @@ class Machine:
     def uncompiled(self) -> AbstractContextManager[Any]:
         """In it all code runs as written: to compile a second graph, for evaluation, takes longer than it saves."""
         # Only where it is needed: to name the stance imports torch's compiler, some seconds.
-        return torch.compiler.set_stance("force_eager") if self.blocks == "compiled" else nullcontext()
+        return torch.compiler.set_stance("force_eager") if self.layers == "compiled" else nullcontext()
 
 
 def choose(config: TrainConfig, local_rank: int = 0) -> Machine:
@@ -42,10 +42,10 @@ def choose(config: TrainConfig, local_rank: int = 0) -> Machine:
     if device.type == "cpu":
         keep_freed_memory()
     dtype, why_dtype = _dtype(config.dtype, device)
-    blocks, why_blocks = _blocks(config.compile, device, dtype)
+    layers, why_layers = _layers(config.compile, device, dtype)
     backend, why = preferred(device)
-    why_attention = () if blocks == "C++" else (f"attention {backend}: {why}",)
-    return Machine(device, dtype, blocks, (why_device, why_dtype, f"blocks {blocks}: {why_blocks}", *why_attention))
+    why_attention = () if layers == "C++" else (f"attention {backend}: {why}",)
+    return Machine(device, dtype, layers, (why_device, why_dtype, f"layers {layers}: {why_layers}", *why_attention))
 
 
 def _device(asked: str, local_rank: int) -> tuple[torch.device, str]:
@@ -105,7 +105,7 @@ def _bf16_gain() -> float:
     return min(seconds[torch.float32][1:]) / min(seconds[torch.bfloat16][1:])  # the first ones pay for set-up
 
 
-def _blocks(asked: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+def _layers(asked: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     if asked != "auto":
         return "compiled" if asked == "on" else "written", f"train.compile = {asked}"
     if device.type == "cpu":

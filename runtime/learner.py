@@ -1,4 +1,4 @@
-"""How a model's blocks learn: as model.py is written, compiled by torch, or on a CPU with heed's own C++.
+"""How a model's layers learn: as model.py is written, compiled by torch, or on a CPU with heed's own C++.
 
 `hasten` puts faster code in the place of some modules' `forward`. It computes the same: tests/test_learner.py compares
 it with model.py in fp64, for every flag.
@@ -19,16 +19,16 @@ from runtime.reader import KNOWN, refuse_unknown
 
 
 def hasten(model: GPT, machine: Machine) -> str:
-    """Make the blocks learn in the way that the machine chose, and return what is to be said of that, mostly nothing.
+    """Make the layers learn in the way that the machine chose, and return what is to be said of that, mostly nothing.
     Changes `model`; its parameters stay as they are."""
-    if machine.blocks == "compiled":
+    if machine.layers == "compiled":
         for layer in model.model.layers:
             layer.compile()  # all layers run the code of the first
-    if machine.blocks == "C++":
+    if machine.layers == "C++":
         try:
             refuse_unknown(model.config, KNOWN | {"qk_norm"})
         except cpu.Unavailable as reason:
-            return f"blocks written, not C++: {reason}"
+            return f"layers written, not C++: {reason}"
         faster: dict[type, Any] = {nn.RMSNorm: _norm, Attention: _attention, FeedForward: _feed_forward}
         for name, module in model.named_modules():
             # Norms of queries and keys are in `_attention`; by themselves they serve a cache, as they are written.

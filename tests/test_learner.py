@@ -1,4 +1,4 @@
-"""How blocks learn on a CPU: heed's C++ against model.py in fp64, value and every gradient, for every flag."""
+"""How layers learn on a CPU: heed's C++ against model.py in fp64, value and every gradient, for every flag."""
 
 import copy
 import dataclasses
@@ -83,7 +83,7 @@ def test_a_flag_that_it_does_not_know_is_torchs(monkeypatch):
 
     monkeypatch.setattr(reader, "ModelConfig", Later)
     machine = Machine(torch.device("cpu"), torch.float32, "C++", ())
-    for softcap, said in ((0.0, ""), (1.0, "blocks written, not C++: it does not know model.softcap")):
+    for softcap, said in ((0.0, ""), (1.0, "layers written, not C++: it does not know model.softcap")):
         model = randomized(Later(**vars(TINY), softcap=softcap))
         assert hasten(model, machine) == said
         assert isinstance(model.model.norm.forward, functools.partial) == (not said)

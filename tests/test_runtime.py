@@ -158,12 +158,12 @@ def test_what_is_not_there_is_refused(monkeypatch):
 def test_blocks_learn_in_the_way_that_is_to_be_had(monkeypatch, compilers):
     def choose(**fields) -> tuple[str, str]:
         machine = device.choose(TrainConfig(steps=1, device="cpu", dtype="float32", **fields))
-        return machine.blocks, machine.why[2]
+        return machine.layers, machine.why[2]
 
     assert choose()[0] == "C++"
-    assert choose(compile="on") == ("compiled", "blocks compiled: train.compile = on")
-    assert choose(compile="off") == ("written", "blocks written: train.compile = off")
+    assert choose(compile="on") == ("compiled", "layers compiled: train.compile = on")
+    assert choose(compile="off") == ("written", "layers written: train.compile = off")
     compilers()
     monkeypatch.setenv("CXX", "/no/compiler")
     monkeypatch.setattr(shutil, "which", lambda _: None)
-    assert choose() == ("written", "blocks written: there is no C++ compiler here (g++ or clang++)")
+    assert choose() == ("written", "layers written: there is no C++ compiler here (g++ or clang++)")
