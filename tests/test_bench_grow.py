@@ -18,7 +18,7 @@ def test_recomputing_takes_less_memory(monkeypatch):
     monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
     size = {"context": 2048, "width": 128, "batch": 1, "vocabulary": 256}
     kept, recomputed = (bench_grow.measure(**size, recompute=recompute)["bytes"] for recompute in (False, True))
-    assert recomputed < 0.7 * kept
+    assert recomputed < 0.8 * kept
 
 
 def test_what_does_not_fit_is_named():

@@ -1,9 +1,9 @@
 """bench.py grow: how the time and the memory of a training step grow with context, width, batch and vocabulary.
 
 One of the four is doubled again and again while the others stay; each point is a process of its own, so that its peak
-of memory is its own, too. A step is forward, backward and both optimizers, not compiled. Memory is what the process
-takes beyond torch itself; on a GPU, what torch has allocated there. The exponent is the slope of a line through the
-upper half of the points in logarithms: 1 is proportional, 2 is its square.
+of memory is its own, too. A step is forward, backward and both optimizers, by the means that train.py would choose.
+Memory is what the process takes beyond torch itself; on a GPU, what torch has allocated there. The exponent is the
+slope of a line through the upper half of the points in logarithms: 1 is proportional, 2 is its square.
 """
 
 import json
@@ -18,6 +18,7 @@ import torch
 from model import GPT, ModelConfig
 from runtime import device, optim
 from runtime.config import OptimConfig, TrainConfig
+from runtime.learner import hasten
 from tools import apart
 from tools.report import table, write_csv
 
@@ -36,7 +37,7 @@ PATIENCE = 20.0  # seconds, after which one step that is counted has to do
 
 def step(context: int, width: int, batch: int, vocabulary: int, recompute: bool) -> dict[str, float]:
     """Median seconds of some steps, after one that is not counted, and the peak of memory in bytes."""
-    machine = device.choose(TrainConfig(steps=1, compile="off"))
+    machine = device.choose(TrainConfig(steps=1))
     config = ModelConfig(
         vocab_size=vocabulary, context=context, n_layer=LAYERS, n_embd=width, head_dim=HEAD, n_head=width // HEAD,
         n_kv_head=width // HEAD, n_ffn=width * 8 // 3,
@@ -44,6 +45,7 @@ def step(context: int, width: int, batch: int, vocabulary: int, recompute: bool)
     on_gpu, before = machine.device.type == "cuda", apart.peak()
     model = GPT(config).to(machine.device)
     model.model.recompute = recompute
+    hasten(model, machine)
     optimizers = optim.build(model, OptimConfig(), machine.dtype)
     took = list[float]()
     while len(took) < 2 or (len(took) <= STEPS and sum(took) < PATIENCE):
