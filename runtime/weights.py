@@ -56,17 +56,24 @@ def quantize(model: GPT, kind: str) -> GPT:
     return gather(model)
 
 
+def large_pages(size: int) -> mmap.mmap | bytearray:
+    """A buffer of `size` bytes, in large pages where Linux has them (madvise(2), MADV_HUGEPAGE). A tensor in it keeps
+    it."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return bytearray(size)
+    block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    block.madvise(mmap.MADV_HUGEPAGE)
+    return block
+
+
 def gather(model: GPT) -> GPT:
-    """The same model with its matrices in one block of memory, for which large pages are asked where Linux has them
-    (madvise(2), MADV_HUGEPAGE). Changes `model`; on other systems, and on a GPU, does nothing."""
+    """The same model with its matrices in one block of memory, in large pages. Changes `model`; on a GPU, does
+    nothing."""
     matrices = [x for x in (*model.parameters(), *model.buffers()) if x.ndim == 2]
-    if not hasattr(mmap, "MADV_HUGEPAGE") or matrices[0].device.type != "cpu":
+    if matrices[0].device.type != "cpu":
         return model
     sizes = [-(-x.nbytes // 64) * 64 for x in matrices]  # each begins a line of the cache
-    # a matrix in it keeps it
-    block = mmap.mmap(-1, sum(sizes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    block.madvise(mmap.MADV_HUGEPAGE)
-    begin = 0
+    block, begin = large_pages(sum(sizes)), 0
     with torch.inference_mode(matrices[0].is_inference()):  # what may be trained stays so
         for matrix, size in zip(matrices, sizes, strict=True):
             place = torch.frombuffer(block, dtype=matrix.dtype, count=matrix.numel(), offset=begin).view(matrix.shape)
