@@ -73,7 +73,7 @@ static void attend(const float* q, int64_t pitch, const E* keys, const E* values
         for (int64_t i = 0; i < n; i++)
             for (int64_t h = 0; h < m.H; h++) {
                 float score[1][1];
-                tile<1, 1, 1>(keys + (slot + i) * stride + h / group * D, &queries[h * D], D, stride, score);
+                tile<1, 1, 1>(keys + (slot + i) * stride + h / group * D, &queries[h * D], D, score);
                 scores[h * CHUNK + i] = score[0][0];
             }
         for (int64_t h = 0; h < m.H; h++) {
@@ -122,7 +122,7 @@ extern "C" int heed_decode(const Model& m, int64_t B, int64_t T, const int64_t* 
     using E = CACHE;
     int64_t R = B * T, D = m.D, Q = m.H * D * (m.gated ? 2 : 1), KV = m.K * D;
     std::vector<float> x(R * m.C), y(R * m.C), q(R * Q), k(R * KV), v(R * KV), a(R * m.H * D), f(R * m.F), g(R * m.F);
-    // Few sequences: each one's positions are split, so that all threads have as much to do.
+    // Where one thread would have a token more than another, they share every token's positions instead.
     int64_t split = R % threads ? threads : 1;
     std::vector<float> largest(R * split * m.H), total(R * split * m.H), values(R * split * m.H * D);
 #pragma omp parallel num_threads(threads)

@@ -55,10 +55,9 @@ template <class W> constexpr int AHEAD = sizeof(W) == 1 ? 4096 : sizeof(W) == 2 
 template <class W> constexpr int LINE = std::max(4, 64 / (LANES * int(sizeof(W))));  // vectors in a line of the cache
 
 // out[n][m] = row n of w (N, columns) times row m of x (M, columns): each load serves several products. U sums of each
-// take turns, so that no addition waits for the last one. Rows of w begin `pitch` numbers apart.
+// take turns, so that no addition waits for the last one.
 template <int N, int M, int U, class W, class X>
-[[gnu::always_inline]] static inline void tile(const W* w, const X* x, int64_t columns, int64_t pitch,
-                                               float (&out)[N][M]) {
+[[gnu::always_inline]] static inline void tile(const W* w, const X* x, int64_t columns, float (&out)[N][M]) {
     Sums<X> sums[N][M][U] = {};
     int64_t c = 0;
     for (; c + U * PACK<X> <= columns; c += U * PACK<X>) {
@@ -67,7 +66,7 @@ template <int N, int M, int U, class W, class X>
                 __builtin_prefetch((const char*)(w + c) + AHEAD<W> + byte);
         for (int u = 0; u < U; u++) {
             decltype(pack(w, X())) ws[N];
-            for (int n = 0; n < N; n++) ws[n] = pack(w + n * pitch + c + u * PACK<X>, X());
+            for (int n = 0; n < N; n++) ws[n] = pack(w + n * columns + c + u * PACK<X>, X());
             for (int m = 0; m < M; m++) {
                 auto xs = pack(x + m * columns + c + u * PACK<X>, X());
                 if (N > 1 && M > 1) HOLD(xs);
@@ -83,7 +82,7 @@ template <int N, int M, int U, class W, class X>
             for (int u = 1; u < U; u++) sums[n][m][0] += sums[n][m][u];
             out[n][m] = sum(sums[n][m][0]);
             for (int64_t rest = c; rest < columns; rest++)
-                out[n][m] += float(w[n * pitch + rest]) * float(x[m * columns + rest]);
+                out[n][m] += float(w[n * columns + rest]) * float(x[m * columns + rest]);
         }
 }
 
@@ -109,7 +108,7 @@ template <class X> struct Rows {  // x of a product, as it is multiplied; row r 
 template <int N, int M, int U, class W, class X>
 static inline void put(const Product& p, const Rows<X>& rows, const W* w, const float* scale, int64_t n, int64_t r) {
     float out[N][M];
-    tile<N, M, U>(w, rows.x + r * p.columns, p.columns, p.columns, out);
+    tile<N, M, U>(w, rows.x + r * p.columns, p.columns, out);
     for (int i = 0; i < N; i++)
         for (int j = 0; j < M; j++) {
             float& y = p.y[(r + j) * p.rows + n + i];

@@ -155,7 +155,7 @@ def test_what_is_not_there_is_refused(monkeypatch):
         device.choose(TrainConfig(steps=1, device="cuda"))
 
 
-def test_blocks_learn_in_the_way_that_is_to_be_had(monkeypatch, compilers):
+def test_layers_learn_in_the_way_that_is_to_be_had(monkeypatch, compilers):
     def choose(**fields) -> tuple[str, str]:
         machine = device.choose(TrainConfig(steps=1, device="cpu", dtype="float32", **fields))
         return machine.layers, machine.why[2]

@@ -116,8 +116,9 @@ def run(names: list[str], sizes: list[str], batches: list[int], prompts: list[in
                     faults += [f"{size}, batch {batch}, prompt {length}, {fault}" for fault in failed]
                     for row in found:
                         read = bytes_a_step(config, row["precision"], batch, length + tokens / 2)
-                        rows.append({"size": size, "batch": batch, "prompt": length} | row)
-                        rows[-1]["of the bound"] = read * row["tokens/s"] / batch  # bytes a second, yet
+                        # in bytes a second, until the best reading of memory is known
+                        bound = {"of the bound": read * row["tokens/s"] / batch}
+                        rows.append({"size": size, "batch": batch, "prompt": length} | row | bound)
                     told = ", ".join(f"{row['who']} {row['tokens/s']:,.0f}" for row in found)
                     print(f"{size}, batch {batch}, prompt {length}, tokens/s: {told}", file=sys.stderr)
             for speaker in there:
