@@ -38,7 +38,7 @@ def test_everyone_speaks_in_turns_and_the_same(tmp_path):
         (batch, who) for batch in ("1", "3") for who in ("heed fp32", "heed int8", *others)
     ]
     for row in rows:
-        assert float(row["tokens/s"]) > 0 and float(row["first ms"]) > 0 and float(row["of the bound"]) > 0
+        assert float(row["tokens/s"]) > 0 and float(row["first ms"]) > 0 and 0 < float(row["of the bound"]) < 10
         assert row["same"] == "100%" or row["who"] == "heed int8"
         assert row["who"].startswith("heed") == (float(row["heed/it"]) == 1.0)
 
