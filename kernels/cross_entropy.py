@@ -115,9 +115,12 @@ def loss_and_gradients(
         backend = "triton" if preferred(x.device)[0] == "flash" else in_cpp
     step = {"torch": _step_in_torch, "cpp": cpu_train.cross_entropy, "triton": _step_in_triton}[backend]
     w = weight.to(x.dtype)
-    stride = math.ceil(V / 16) * 16  # rows start at whole vectors, also when V is odd: products and kernel want it
+    stride = math.ceil(V / 32) * 32  # rows start at whole vectors, also when V is odd: products and kernel want it
     rows = chunk_rows(N, stride, x.element_size(), x.device.type)
-    chunk = torch.empty(min(rows, N), stride, dtype=x.dtype, device=x.device)[:, :V]
+    chunk = torch.empty(min(rows, N), stride, dtype=x.dtype, device=x.device)
+    # oneDNN's AMX matmul reads up to a multiple of 32 columns and multiplies the padding by 0, which keeps NaN.
+    chunk[:, V:] = 0
+    chunk = chunk[:, :V]
     losses = torch.empty(N, dtype=torch.float32, device=x.device)
     dx = torch.empty_like(x) if dx_wanted else x.new_empty(0)
     dweight = torch.zeros_like(weight, dtype=torch.float32) if dweight_wanted else x.new_empty(0)
