@@ -79,7 +79,7 @@ def attention(
         if not whole:
             raise ValueError("backend = 'cpp' knows causal and window alone, and as many queries as keys")
         cpu.require(q)
-        return cpu_train.Attend.apply(q, k, v, pattern, scale)
+        return cpu_train.Attend.apply(q, k, v, scale, pattern.window or 0)
     if backend == "blocks":
         if not plain or q.shape[1] > k.shape[1]:
             raise ValueError("backend = 'blocks' knows causal and window alone, and has no more queries than keys")

@@ -97,12 +97,12 @@ def _processor() -> str:
 
 
 def call(function: Any, *arguments: Any) -> int:
-    """Call a C++ function and return what it does: a contiguous tensor is passed as a pointer, a structure by
-    reference, an int as int64_t, a float as double; the number of threads comes last."""
+    """Call a C++ function and return what it does: a contiguous tensor is passed as a pointer, None as a null one, a
+    structure by reference, an int as int64_t, a float as double; the number of threads comes last."""
     words: list[Any] = []
     for a in (*arguments, torch.get_num_threads()):
-        if isinstance(a, Tensor):
-            words.append(ctypes.c_void_p(a.data_ptr()))
+        if a is None or isinstance(a, Tensor):
+            words.append(ctypes.c_void_p(None if a is None else a.data_ptr()))
         elif isinstance(a, ctypes.Structure):
             words.append(ctypes.byref(a))
         else:

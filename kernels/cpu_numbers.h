@@ -69,22 +69,37 @@ static inline float sum(Floats v) {  // four at a time: additions one after anot
     return (fours[0][0] + fours[0][1]) + (fours[0][2] + fours[0][3]);
 }
 
-// e ** x: 2 to the whole part of x / ln 2 is an exponent, to the rest, which is at most a half, a polynomial.
-static inline Floats exp(Floats x) {
-    x = x < -87.f ? Floats{} - 87.f : x > 88.f ? Floats{} + 88.f : x;  // what a float can hold
-    Floats t = x * 1.44269504f;
-    Ints whole = __builtin_convertvector(t + (t < 0.f ? Floats{} - .5f : Floats{} + .5f), Ints);
-    Floats f = t - __builtin_convertvector(whole, Floats);
-    Floats power = Floats{} + .00015469f;  // ln 2 to the k-th, by k!
+// 2 ** x: 2 to the whole part of x is an exponent, to the rest, which is at most a half, a polynomial.
+static inline Floats exp2(Floats x) {
+    Floats kept = x > -125.f ? x : Floats{} - 125.f;  // below it is 0: numbers that are nearly 0 take hundreds of cycles
+    kept = kept < 127.f ? kept : Floats{} + 127.f;
+#ifdef __AVX512F__
+    Floats whole = (Floats)_mm512_roundscale_ps((__m512)kept, _MM_FROUND_TO_NEAREST_INT);
+#else
+    Ints exponent = __builtin_convertvector(kept + (kept < 0.f ? Floats{} - .5f : Floats{} + .5f), Ints);
+    Floats whole = __builtin_convertvector(exponent, Floats);
+#endif
+    Floats f = kept - whole, power = Floats{} + .00015469f;  // ln 2 to the k-th, by k!
     for (float factor : {.00133336f, .00961813f, .05550411f, .24022651f, .69314718f, 1.f}) power = power * f + factor;
-    return power * (Floats)((whole + 127) << 23);
+#ifdef __AVX512F__
+    power = (Floats)_mm512_scalef_ps((__m512)power, (__m512)whole);
+#else
+    power = power * (Floats)((exponent + 127) << 23);
+#endif
+    return x > -125.f ? power : Floats{};
 }
+static inline Floats exp(Floats x) { return exp2(x * 1.44269504f); }
 
 static inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
 static inline void store(Bf16* p, Floats v) {  // as Bf16(float)
+#ifdef __AVX512BF16__
+    __m256bh narrow = _mm512_cvtneps_pbh((__m512)v);
+    std::memcpy(p, &narrow, sizeof narrow);
+#else
     Ints whole = (Ints)v;
     Halves upper = __builtin_convertvector((whole + 0x7fff + (whole >> 16 & 1)) >> 16, Halves);
     std::memcpy(p, &upper, sizeof upper);
+#endif
 }
 
 // f(i, v) for i from 0 to n: v says by its type how many numbers are meant, LANES or, at the end, a single one.
@@ -115,9 +130,11 @@ template <class F> static inline void each(float* p, int64_t n, F f) {
 
 struct Part {
     int64_t from, to;
-    Part(int64_t all, int64_t unit = 1) {  // what this thread does of `all`, in whole units
-        int64_t units = (all + unit - 1) / unit, threads = omp_get_num_threads(), me = omp_get_thread_num();
+    // What this thread does of `all`, in whole units; or what thread `me` of `threads` does.
+    Part(int64_t all, int64_t unit = 1, int64_t me = omp_get_thread_num(), int64_t threads = omp_get_num_threads()) {
+        int64_t units = (all + unit - 1) / unit;
         from = std::min(all, units * me / threads * unit);
         to = std::min(all, units * (me + 1) / threads * unit);
     }
+    bool empty() const { return from == to; }
 };

@@ -11,160 +11,164 @@ Shapes: B sequences, T tokens, C width, H query heads, K key/value heads, G = H 
 Activations are fp32 or bf16, sums fp32 and rounded once; gains are fp32.
 """
 
+import math
 from ctypes import Structure, c_double, c_int64, c_void_p
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels import cpu
-from kernels.blocks import spans
-from kernels.reference import Pattern
+
+
+def norm(x: Tensor, gain: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x (..., C) fp32 by its root mean square, times gain (C,), in dtype; and the inverse of that mean, for the way back."""
+    y, inverse = torch.empty(x.shape, dtype=dtype), torch.empty(x.shape[:-1], dtype=torch.float32)
+    cpu.call(cpu.training(dtype).heed_norm, x, gain, y, inverse, inverse.numel(), x.shape[-1], eps)
+    return y, inverse
+
+
+def norm_backward(dy: Tensor, x: Tensor, gain: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    """dx and dgain."""
+    dx, dgain = torch.empty_like(x), torch.empty_like(gain)
+    backward, rows = cpu.training(dy.dtype).heed_norm_backward, inverse.numel()
+    cpu.call(backward, dy, x, gain, inverse, dx, dgain, rows, x.shape[-1])
+    return dx, dgain
+
+
+def pack(w: Tensor) -> tuple[Tensor, Tensor]:
+    """w (N, K) as heed_pack packs it: for x W^T, and for dy W."""
+    library = cpu.library("cpu_linear", ELEMENT=w.dtype)
+    dtype = torch.bfloat16 if library.heed_multiplied_size() == 2 else torch.float32
+    both = torch.empty(2, math.prod(math.ceil(n / 32) * 32 for n in w.shape), dtype=dtype)
+    for transposed in (1, 0):
+        cpu.call(library.heed_pack, w.contiguous(), both[1 - transposed], *w.shape, transposed)
+    return both[0], both[1]
 
 
 class RMSNorm(torch.autograd.Function):
-    """`apply(x, gain, eps)`: x (..., C) fp32 by its root mean square, times gain (C,); under autocast in its dtype."""
+    """`apply(x, gain, eps)`: see `norm`; the dtype is autocast's, or x's."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        x, C = x.contiguous(), x.shape[-1]
-        y, inverse = torch.empty(x.shape, dtype=dtype), torch.empty(x.shape[:-1])
-        cpu.call(cpu.training(dtype).heed_norm, x, gain, y, inverse, inverse.numel(), C, eps)
+        x = x.contiguous()
+        y, inverse = norm(x, gain, eps, autocast_dtype(x))
         ctx.save_for_backward(x, gain, inverse)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, gain, inverse = ctx.saved_tensors
-        dx, dgain, rows = torch.empty_like(x), torch.empty_like(gain), inverse.numel()
-        backward = cpu.training(dy.dtype).heed_norm_backward
-        cpu.call(backward, dy.contiguous(), x, gain, inverse, dx, dgain, rows, x.shape[-1])
-        return dx, dgain, None
+        return *norm_backward(dy.contiguous(), *ctx.saved_tensors), None
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """What matrices are multiplied in: autocast's dtype where it is on, or x's."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+
+
+class Heads(NamedTuple):
+    """What attention is, beside its weights. The mask is causal; `window`: keys that a query sees, 0 is all."""
+
+    queries: int  # H, heads of queries
+    keys: int  # K, heads of keys and values
+    head_dim: int  # D
+    window: int
+    scale: float  # of the scores
+    eps: float  # of QK-norm
+
+
+def attention(
+    qkv: Tensor, gain_q: Tensor | None, gain_k: Tensor | None, cos: Tensor, sin: Tensor, heads: Heads
+) -> tuple[Tensor, Tensor]:
+    """qkv (B, T, (H + 2K) D or more) -> out (B, T, H * D), and what the backward needs besides.
+
+    Queries and keys are normed, if gains (D,) are given, and rotated by cos and sin (T, D), as model.py's `rotate` does.
+    """
+    B, T, _ = qkv.shape
+    shape, _kept = _shape(qkv, gain_q, gain_k, cos, sin, heads)
+    out = torch.empty(B, T, heads.queries * heads.head_dim, dtype=qkv.dtype)
+    lse = torch.empty(B, heads.queries, shape.tokens, dtype=torch.float32)
+    cpu.call(cpu.library("cpu_attention", ELEMENT=qkv.dtype).heed_attention, shape, qkv, out, lse)
+    return out, lse
+
+
+def attention_backward(
+    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, gain_q: Tensor | None, gain_k: Tensor | None, cos: Tensor,
+    sin: Tensor, heads: Heads
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """dqkv, of which only the queries, keys and values are written, and the gradients of both gains, from `attention`'s arguments and results."""
+    shape, _kept = _shape(qkv, gain_q, gain_k, cos, sin, heads)
+    dqkv, dgains = torch.empty_like(qkv), torch.empty(2, heads.head_dim, dtype=torch.float32)
+    backward = cpu.library("cpu_attention", ELEMENT=qkv.dtype).heed_attention_backward
+    cpu.call(backward, shape, qkv, out, lse, dout.contiguous(), dqkv, dgains[0], dgains[1])
+    return dqkv, *(dgains.unbind() if gain_q is not None else (None, None))
 
 
 class Shape(Structure):
-    """As `Heads` in cpu_train.cpp."""
+    """As `Attention` in cpu_attention.cpp."""
 
     _fields_ = (
-        *((name, c_int64) for name in ("B", "T", "H", "K", "D", "normed")),
+        *((name, c_int64) for name in ("B", "T", "H", "K", "D", "normed", "window", "tokens", "pitch")),
         *((name, c_double) for name in ("eps", "scale")),
         *((name, c_void_p) for name in ("gain_q", "gain_k", "cos", "sin")),
     )
 
 
-class Heads(torch.autograd.Function):
-    """`apply(mixed, gain_q, gain_k, cos, sin, eps, scale, H)`: mixed (B, T, (H + 2K) D) -> q (B, T, H, D), k and v (B,
-    T, K, D), which lie in memory as `Attend` wants them. Queries and keys are normed, if gains (D,) are given and not
-    None, and turned by cos and sin (T, D), as model.py's `rotate` does; queries are multiplied by scale."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, mixed: Tensor, gain_q: Tensor | None, gain_k: Tensor | None, cos: Tensor, sin: Tensor, eps: float,
-        scale: float, H: int
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        B, T, columns = mixed.shape
-        D = cos.shape[-1]
-        K = (columns // D - H) // 2
-        mixed = mixed.contiguous()
-        ctx.normed = gain_q is not None and gain_k is not None
-        gains = (gain_q, gain_k) if gain_q is not None and gain_k is not None else (torch.ones(D), torch.ones(D))
-        tables = (*gains, cos.contiguous(), sin.contiguous())
-        ctx.shape = (B, T, H, K, D, ctx.normed, eps, scale)
-        shape = Shape(*ctx.shape, *(x.data_ptr() for x in tables))
-        q, k, v = (torch.empty(B, heads, T, D, dtype=mixed.dtype) for heads in (H, K, K))
-        cpu.call(cpu.training(mixed.dtype).heed_heads, shape, mixed, q, k, v)
-        ctx.save_for_backward(mixed, *tables)
-        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or K, T, D) -> (B, T, H or K, D)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        mixed, *tables = ctx.saved_tensors
-        gain_q, gain_k, *_ = tables
-        shape = Shape(*ctx.shape, *(x.data_ptr() for x in tables))
-        dmixed, dgains = torch.empty_like(mixed), (torch.empty_like(gain_q), torch.empty_like(gain_k))
-        backward = cpu.training(mixed.dtype).heed_heads_backward
-        cpu.call(backward, shape, mixed, *(d.transpose(1, 2).contiguous() for d in gradients), dmixed, *dgains)
-        return dmixed, *(dgains if ctx.normed else (None, None)), *[None] * 5
-
-
-class Scores(Structure):
-    """As in cpu_train.cpp."""
-
-    _fields_ = tuple((name, c_int64) for name in ("N", "G", "queries", "keys", "first", "low", "window"))
+def _shape(
+    qkv: Tensor, gain_q: Tensor | None, gain_k: Tensor | None, cos: Tensor, sin: Tensor, heads: Heads
+) -> tuple[Shape, list[Tensor]]:
+    """The structure, and the tensors that it points to."""
+    (B, T, pitch), (H, K, D) = qkv.shape, heads[:3]
+    ones = torch.ones(D, dtype=torch.float32)
+    tables = [ones if g is None else g for g in (gain_q, gain_k)] + [cos, sin]
+    tables = [x.float().contiguous() for x in tables]
+    tokens = math.ceil(T / 64) * 64  # in whole blocks of the C++ file
+    pointers = (x.data_ptr() for x in tables)
+    counts = (B, T, H, K, D, gain_q is not None, heads.window, tokens, pitch)
+    return Shape(*counts, heads.eps, heads.scale, *pointers), tables
 
 
 class Attend(torch.autograd.Function):
-    """`apply(q, k, v, pattern, scale)`: q (B, T, H, D), k and v (B, T, K, D) -> (B, T, H, D). The pattern is causal.
-
-    Blocks of queries multiply only the keys that they can see (kernels/blocks.py); their weights are kept.
-    """
+    """`apply(q, k, v, scale, window)`: q (B, T, H, D), k and v (B, T, K, D) -> (B, T, H, D); the mask is causal."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> Tensor:
         B, T, H, D = q.shape
-        N, G = B * k.shape[2], H // k.shape[2]
-        q = (q if scale == 1 else q * scale).transpose(1, 2).reshape(N, G, T, D)  # (B, T, H, D) -> (B * K, G, T, D)
-        k, v = (x.transpose(1, 2).reshape(N, T, D) for x in (k, v))  # (B, T, K, D) -> (B * K, T, D)
-        out, kept = torch.empty_like(q), []
-        for first, R, low, high in spans(T, T, pattern):
-            block = q[:, :, first : first + R].reshape(N, G * R, D)  # (N, G, R, D) -> (N, G * R, D)
-            weights = torch.bmm(block, k[:, low:high].mT)  # (N, G * R, keys)
-            shape = Scores(N, G, R, high - low, first, low, pattern.window or 0)
-            cpu.call(cpu.training(q.dtype).heed_softmax, shape, weights)
-            out[:, :, first : first + R] = torch.bmm(weights, v[:, low:high]).view(N, G, R, D)
-            kept.append(weights)
-        ctx.save_for_backward(q, k, v, *kept)
-        ctx.shape, ctx.pattern, ctx.scale = (B, H, T, D), pattern, scale
-        return out.view(B, H, T, D).transpose(1, 2)  # (B * K, G, T, D) -> (B, H, T, D) -> (B, T, H, D)
+        qkv = torch.cat((q, k, v), dim=2).view(B, T, -1)  # (B, T, H + 2K, D) -> (B, T, (H + 2K) D)
+        cos, sin, ctx.heads = torch.ones(T, D), torch.zeros(T, D), Heads(H, k.shape[2], D, window, scale, 0.0)
+        out, lse = attention(qkv, None, None, cos, sin, ctx.heads)
+        ctx.save_for_backward(qkv, out, lse, cos, sin)
+        return out.view(B, T, H, D)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, *kept = ctx.saved_tensors
-        (B, H, T, D), (N, G) = ctx.shape, q.shape[:2]
-        dout = dout.transpose(1, 2).reshape(N, G, T, D)  # (B, T, H, D) -> (B * K, G, T, D)
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for (first, R, low, high), weights in zip(spans(T, T, ctx.pattern), kept, strict=True):
-            rows, keys = slice(first, first + R), slice(low, high)
-            block, dblock = (x[:, :, rows].reshape(N, G * R, D) for x in (q, dout))  # (N, G, R, D) -> (N, G * R, D)
-            dv[:, keys] += torch.bmm(weights.mT, dblock)  # (N, keys, D)
-            dscores = torch.bmm(dblock, v[:, keys].mT)  # (N, G * R, keys)
-            cpu.call(cpu.training(q.dtype).heed_softmax_backward, weights, dscores, N * G * R, high - low)
-            dk[:, keys] += torch.bmm(dscores.mT, block)
-            dq[:, :, rows] = torch.bmm(dscores, k[:, keys]).view(N, G, R, D)
-        dq = dq if ctx.scale == 1 else dq * ctx.scale
-        # (B * K, G, T, D) -> (B, H, T, D) -> (B, T, H, D), and the same for keys and values
-        return dq.view(B, H, T, D).transpose(1, 2), *(x.view(B, -1, T, D).transpose(1, 2) for x in (dk, dv)), None, None
+        qkv, out, lse, cos, sin = ctx.saved_tensors
+        (B, T, H, D), K = dout.shape, ctx.heads.keys
+        dqkv, _, _ = attention_backward(dout.flatten(2), qkv, out, lse, None, None, cos, sin, ctx.heads)
+        return *dqkv.view(B, T, -1, D).split((H, K, K), dim=2), None, None
 
 
-class SwiGLU(torch.autograd.Function):
-    """`apply(both)`: both (..., 2F), gates and ups -> silu(gate) * up (..., F)."""
+class Loss(Structure):
+    """As in cpu_cross_entropy.cpp."""
 
-    @staticmethod
-    def forward(ctx: Any, both: Tensor) -> Tensor:
-        both = both.contiguous()
-        y = torch.empty(*both.shape[:-1], both.shape[-1] // 2, dtype=both.dtype)
-        cpu.call(cpu.training(both.dtype).heed_swiglu, both, y, y.numel() // y.shape[-1], y.shape[-1])
-        ctx.save_for_backward(both)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> Tensor:
-        (both,) = ctx.saved_tensors
-        dboth, F = torch.empty_like(both), dy.shape[-1]
-        cpu.call(cpu.training(both.dtype).heed_swiglu_backward, both, dy.contiguous(), dboth, dy.numel() // F, F)
-        return dboth
+    _fields_ = (
+        *((name, c_int64) for name in ("N", "C", "V")),
+        *((name, c_double) for name in ("z_loss", "softcap")),
+        *((name, c_void_p) for name in ("x", "head", "head_t", "targets", "losses", "dx", "dw")),
+    )
 
 
-def cross_entropy(
-    logits: Tensor, targets: Tensor, losses: Tensor, z_loss: float, softcap: float | None, gradient: bool
-) -> None:
-    """The step of kernels/cross_entropy.py, as its `_step_in_torch`. Raises ValueError where it is not to be had."""
-    cpu.require(logits)
-    step, terms = cpu.training(logits.dtype).heed_cross_entropy, (float(z_loss), float(softcap or 0))
-    cpu.call(step, logits, targets.contiguous(), losses, *logits.shape, logits.stride(0), *terms, gradient)
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, losses: Tensor, dx: Tensor | None, dw: Tensor | None, z_loss: float,
+    softcap: float | None
+) -> None:  # fmt: skip
+    """Fills losses (N,), and of dx (N, C) and dw (V, C) what is wanted: see kernels/cross_entropy.py, whose arguments x
+    (N, C), weight (V, C) and targets (N,) are. Raises ValueError where it is not to be had."""
+    cpu.require(x)
+    x, targets, (head, head_t) = x.contiguous(), targets.contiguous(), pack(weight.to(x.dtype))
+    pointers = (None if a is None else a.data_ptr() for a in (x, head, head_t, targets, losses, dx, dw))
+    loss = Loss(*x.shape, len(weight), z_loss, softcap or 0.0, *pointers)
+    cpu.call(cpu.library("cpu_cross_entropy", ELEMENT=x.dtype).heed_linear_cross_entropy, loss)

@@ -113,7 +113,14 @@ def loss_and_gradients(
     if backend is None:
         in_cpp = "cpp" if x.device.type == "cpu" and cpu.trains(x.dtype) else "torch"
         backend = "triton" if preferred(x.device)[0] == "flash" else in_cpp
-    step = {"torch": _step_in_torch, "cpp": cpu_train.cross_entropy, "triton": _step_in_triton}[backend]
+    losses = torch.empty(N, dtype=torch.float32, device=x.device)
+    dx = x.new_empty(x.shape) if dx_wanted else x.new_empty(0)
+    dweight = weight.new_zeros(weight.shape, dtype=torch.float32) if dweight_wanted else x.new_empty(0)
+    if backend == "cpp":
+        wanted = dx if dx_wanted else None, dweight if dweight_wanted else None
+        cpu_train.linear_cross_entropy(x, weight, targets, losses, *wanted, z_loss, softcap)
+        return losses.sum(), dx, dweight
+    step = {"torch": _step_in_torch, "triton": _step_in_triton}[backend]
     w = weight.to(x.dtype)
     stride = math.ceil(V / 32) * 32  # rows start at whole vectors, also when V is odd: products and kernel want it
     rows = chunk_rows(N, stride, x.element_size(), x.device.type)
@@ -121,9 +128,6 @@ def loss_and_gradients(
     # oneDNN's AMX matmul reads up to a multiple of 32 columns and multiplies the padding by 0, which keeps NaN.
     chunk[:, V:] = 0
     chunk = chunk[:, :V]
-    losses = torch.empty(N, dtype=torch.float32, device=x.device)
-    dx = torch.empty_like(x) if dx_wanted else x.new_empty(0)
-    dweight = torch.zeros_like(weight, dtype=torch.float32) if dweight_wanted else x.new_empty(0)
     for first in range(0, N, rows):
         part = slice(first, min(first + rows, N))
         logits = chunk[: part.stop - first]
@@ -217,7 +221,7 @@ if triton is not None:
                 g = factor * tl.exp(score - top) - tl.where(column == target, 1.0, 0.0)
                 if SOFTCAP:
                     g *= 1 - (score / softcap) * (score / softcap)  # dscore/dlogit
-                g = tl.where(counts, g, 0.0)
+                g = tl.where(counts & (column < V), g, 0.0)  # zeros in the padding, which a matmul may read
                 tl.store(logits + column, g.to(logits.dtype.element_ty), mask=column < stride)
 
 

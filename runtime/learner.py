@@ -5,15 +5,12 @@ it with model.py in fp64, for every flag.
 """
 
 import functools
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import attention as attend
-from kernels import cpu, cpu_train
-from model import GPT, Attention, FeedForward, KVCache
+from kernels import cpu, cpu_layers, cpu_train
+from model import GPT, Block, KVCache
 from runtime.device import Machine
 from runtime.reader import KNOWN, refuse_unknown
 
@@ -29,11 +26,9 @@ def hasten(model: GPT, machine: Machine) -> str:
             refuse_unknown(model.config, KNOWN | {"qk_norm"})
         except cpu.Unavailable as reason:
             return f"layers written, not C++: {reason}"
-        faster: dict[type, Any] = {nn.RMSNorm: _norm, Attention: _attention, FeedForward: _feed_forward}
-        for name, module in model.named_modules():
-            # Norms of queries and keys are in `_attention`; by themselves they serve a cache, as they are written.
-            if type(module) in faster and not name.endswith(("q_norm", "k_norm")):
-                module.forward = functools.partial(faster[type(module)], module)
+        for layer in model.model.layers:
+            layer.forward = functools.partial(Layer(layer), layer)  # type: ignore[arg-type]
+        model.model.norm.forward = functools.partial(_norm, model.model.norm)  # type: ignore[method-assign]
     return ""
 
 
@@ -41,24 +36,31 @@ def _norm(norm: nn.RMSNorm, x: Tensor) -> Tensor:
     return cpu_train.RMSNorm.apply(x, norm.weight, norm.eps)
 
 
-def _attention(attention: Attention, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
-    """As Attention.forward: x (B, T, C), cos and sin (1, T, 1, D) -> (B, T, C)."""
-    if cache is not None:
-        return Attention.forward(attention, x, cos, sin, cache)
-    D, q = attention.head_dim, attention.q_proj.weight  # (H * D, C), or with a gate (H * 2D, C)
-    gate = None
-    if attention.gate:  # a head's D query rows, then its D gate rows
-        q, gate = (half.flatten(0, 1) for half in q.view(-1, 2, D, x.shape[-1]).unbind(1))  # (H * D, C) each
-    together = torch.cat((q, attention.k_proj.weight, attention.v_proj.weight))  # ((H + 2K) D, C)
-    norms = [n.weight if isinstance(n, nn.RMSNorm) else None for n in (attention.q_norm, attention.k_norm)]
-    eps = attention.q_norm.eps if isinstance(attention.q_norm, nn.RMSNorm) else 0.0
-    mixed = F.linear(x, together)  # (B, T, C) -> (B, T, (H + 2K) D)
-    queries, keys, values = cpu_train.Heads.apply(mixed, *norms, cos[0, :, 0], sin[0, :, 0], eps, D**-0.5, len(q) // D)
-    out = attend(queries, keys, values, attention.pattern, scale=1.0).flatten(2)  # (B, T, H, D) -> (B, T, H * D)
-    return attention.o_proj(out if gate is None else out * F.linear(x, gate).sigmoid())
+class Layer:
+    """A block's forward: two nodes of autograd."""
 
+    def __init__(self, layer: Block) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.qkv = cpu_layers.Packed(attention, "q_proj", "k_proj", "v_proj", gated=attention.gate * attention.head_dim)
+        self.o = cpu_layers.Packed(attention, "o_proj")
+        self.gate_up, self.down = cpu_layers.Packed(mlp, "gate_proj", "up_proj", unit=32), cpu_layers.Packed(mlp, "down_proj")
 
-def _feed_forward(mlp: FeedForward, x: Tensor) -> Tensor:
-    """As FeedForward.forward: (B, T, C) -> (B, T, C)."""
-    both = F.linear(x, torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight)))  # (B, T, C) -> (B, T, 2F)
-    return mlp.down_proj(cpu_train.SwiGLU.apply(both))
+    def __call__(self, layer: Block, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None) -> Tensor:
+        """As Block.forward: x (B, T, C), cos and sin (1, T, 1, D) -> (B, T, C)."""
+        if cache is not None:
+            return Block.forward(layer, x, cos, sin, cache)
+        attention, dropout = layer.self_attn, layer.dropout if layer.training else 0.0
+        D, q_norm, k_norm = attention.head_dim, attention.q_norm, attention.k_norm
+        gains = [n.weight if isinstance(n, nn.RMSNorm) else None for n in (q_norm, k_norm)]
+        eps = q_norm.eps if isinstance(q_norm, nn.RMSNorm) else 0.0
+        H = attention.o_proj.weight.shape[1] // D
+        K = attention.k_proj.weight.shape[0] // D
+        heads = cpu_train.Heads(H, K, D, attention.pattern.window or 0, D**-0.5, eps)
+        norm = layer.input_layernorm
+        x = cpu_layers.Attention.apply(
+            x, norm.weight, norm.eps, dropout, self.qkv, self.o, *gains, cos[0, :, 0], sin[0, :, 0], heads,
+            *self.qkv.weights, *self.o.weights,
+        )  # fmt: skip
+        norm = layer.post_attention_layernorm
+        weights = (*self.gate_up.weights, *self.down.weights)
+        return cpu_layers.FeedForward.apply(x, norm.weight, norm.eps, dropout, self.gate_up, self.down, *weights)
