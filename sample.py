@@ -50,14 +50,15 @@ if __name__ == "__main__":
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from data import chat  # noqa: E402
+from data import chat_format  # noqa: E402
 from data.tokenizer import Tokenizer, TokenizerError  # noqa: E402
-from data.voice import Voice  # noqa: E402
+from inference.detokenizer import GeneratedText  # noqa: E402
+from inference.engine import cache_dtype, reader  # noqa: E402
+from inference.huge_pages import gather  # noqa: E402
+from inference.quantize import quantize  # noqa: E402
+from inference.sampling import Sampling  # noqa: E402
 from model import GPT, KVCache, ModelConfig  # noqa: E402
-from runtime.checkpoint import CheckpointError, find, load_weights, read_state  # noqa: E402
-from runtime.reader import cache_dtype, reader  # noqa: E402
-from runtime.sampling import Sampling  # noqa: E402
-from runtime.weights import gather, quantize  # noqa: E402
+from training.checkpoint import CheckpointError, find, load_weights, read_state  # noqa: E402
 
 # 1. Tokens, one after another ---------------------------------------------------------------------------------------
 
@@ -110,13 +111,13 @@ def speak(
     text or its tokens; an empty one begins a new document. Raises TokenizerError when the tokenizer cannot spell it.
     """
     ids = (tokenizer.opening + tokenizer.encode(prompt) if isinstance(prompt, str) else prompt) or [tokenizer.eot]
-    voices = [Voice(tokenizer, stop, ids) for _ in range(samples)]
+    texts = [GeneratedText(tokenizer, stop, ids) for _ in range(samples)]
     made = generate(model, ids, tokens=tokens, samples=samples, sampling=sampling, seed=seed)
     for number, step in enumerate(made, 1):
         for sample, token in enumerate(step.tolist()):
-            if not voices[sample].ended:
-                yield sample, voices[sample].push(token, last=number == tokens)
-        if all(voice.ended for voice in voices):
+            if not texts[sample].finished:
+                yield sample, texts[sample].add_token(token, last=number == tokens)
+        if all(text.finished for text in texts):
             return
 
 
@@ -174,11 +175,11 @@ def main(a: argparse.Namespace) -> None:
     most = model.config.context - min(a.tokens, model.config.context // 2)  # the rest is for the answer
 
     def answer(prompt: str) -> None:
-        begin = chat.opening(tokenizer, [*turns, ("user", prompt)], most) if a.chat else prompt
+        begin = chat_format.opening(tokenizer, [*turns, ("user", prompt)], most) if a.chat else prompt
         turns.extend([("user", prompt), ("assistant", say(model, tokenizer, begin, sampling, a))])
 
     if a.chat:
-        chat.marks(tokenizer)  # raises if there are none
+        chat_format.marks(tokenizer)  # raises if there are none
     if not (a.interactive or (a.chat and not a.prompt)):
         answer(sys.stdin.read() if a.prompt == "-" else a.prompt)
         return

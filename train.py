@@ -25,18 +25,20 @@ from typing import Any
 
 import torch
 
-from data import chat
-from data.corpora import CorpusError
+from data import chat_format
 from data.loader import IGNORE, Conversations, Loader, validation
 from data.prepare import prepare
 from data.shards import ShardError, Shards
+from data.sources import CorpusError
 from data.tokenizer import Tokenizer, TokenizerError
-from model import GPT, count_parameters, flops_per_token
-from runtime import checkpoint, device, learner, metrics, optim, parallel, start
-from runtime.checkpoint import CheckpointError
-from runtime.config import SECTIONS, Config, ConfigError
-from runtime.recipes import documentation, dump, fields, load, recipes
+from model import GPT
 from sample import RUNS, speak
+from training import checkpoint, device, distributed, fused, init_from, metrics
+from training.checkpoint import CheckpointError
+from training.config import SECTIONS, Config, ConfigError
+from training.flops import count_parameters, flops_per_token
+from training.optimizers import build_optimizers, schedule, set_learning_rate
+from training.recipes import documentation, dump, fields, load, recipes
 
 # Steps of a run with a budget in minutes before their number is settled, the first few not counted, and then between
 # one settling and the next.
@@ -48,7 +50,7 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
 
     # 1. The machine: who computes, how exactly, and why -------------------------------------------------------------
 
-    world = parallel.join()
+    world = distributed.join()
     say = metrics.say if world.main else lambda _: None
     run = RUNS / config.name
     if world.main and not resume:
@@ -77,16 +79,16 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
     torch.manual_seed(config.train.seed)
     model = GPT(config.model).to(machine.device)
     model.model.recompute = config.train.recompute
-    if note := learner.hasten(model, machine):
+    if note := fused.hasten(model, machine):
         say(note)
-    optimizers = optim.build(model, config.optim, machine.dtype)
+    optimizers = build_optimizers(model, config.optim, machine.dtype)
     loader = (Conversations if train_text.chat else Loader)(train_text, context=context, seed=config.train.seed)
     sequences = share * world.size
     say(
         f"model {count_parameters(config.model):,} parameters, {flops_per_token(config.model) / 1e6:,.1f} MFLOP a token"
     )
     if config.init_from and not resume:
-        checkpoint.load_weights(origin := start.source(config.init_from), model, grow=True)
+        checkpoint.load_weights(origin := init_from.source(config.init_from), model, grow=True)
         say(f"weights {origin}, to be trained further")
     say(
         f"batch {config.train.batch_tokens:,} tokens = {world.size} devices x {share // micro} micro-batches "
@@ -151,8 +153,8 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
 
         # One step: gradients of the whole batch, micro-batch by micro-batch.
         began = time.perf_counter()
-        factor = optim.schedule(step, steps, config.optim)
-        optim.set_learning_rate(optimizers, factor)
+        factor = schedule(step, steps, config.optim)
+        set_learning_rate(optimizers, factor)
         # Dropout's mask is a function of seed, step and process, so that no generator's state needs to be saved.
         torch.manual_seed((config.train.seed * 1_000_003 + step) * 1_009 + world.rank)
         x, y = loader.batch(step, sequences, world.rank, world.size)  # (share, context) each
@@ -205,7 +207,7 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
     save()
     if record:
         record.close()
-    parallel.leave()
+    distributed.leave()
     minutes = (time.perf_counter() - clock) / 60
     if step == steps:
         best = min(validated, key=validated.__getitem__)
@@ -248,7 +250,7 @@ def evaluation_due(step: int, steps: int, evals: int, validated: Iterable[int]) 
 
 @torch.inference_mode()
 def validate(
-    model: GPT, text: Shards, config: Config, world: parallel.World, machine: device.Machine, eot: int
+    model: GPT, text: Shards, config: Config, world: distributed.World, machine: device.Machine, eot: int
 ) -> float:
     """Mean loss over every token that counts, in nats; the batches are shared out over the processes."""
     model.eval()
@@ -265,7 +267,7 @@ def validate(
 def excerpt(model: GPT, tokenizer: Tokenizer, config: Config) -> str:
     """A short sample, indented."""
     prompt, chatting = config.train.prompt, config.data.format == "chat"  # there the prompt is what the user says
-    begin = chat.opening(tokenizer, [("user", prompt)], config.model.context) if chatting else prompt
+    begin = chat_format.opening(tokenizer, [("user", prompt)], config.model.context) if chatting else prompt
     model.eval()
     text = prompt + "\n" * chatting + "".join(t for _, t in speak(model, tokenizer, begin, tokens=100))
     model.train()
@@ -375,9 +377,9 @@ def read_arguments(words: list[str]) -> tuple[Config, bool, bool] | None:
     if known.resume and known.overwrite:
         raise ConfigError("--resume and --overwrite: one or the other")
     if known.resume:
-        config = start.remembered(config, RUNS / config.name)
+        config = init_from.remembered(config, RUNS / config.name)
     elif config.init_from:
-        config = start.inherited(config, RUNS / config.name, overrides)
+        config = init_from.inherited(config, RUNS / config.name, overrides)
     if known.print_config:
         print(dump(config), end="")
         return None

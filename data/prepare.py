@@ -26,10 +26,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from data import chat
-from data.corpora import CACHE, Corpus, CorpusError, open_corpus
-from data.cutting import Piece
+from data import chat_format
+from data.chunking import Piece
 from data.shards import FORMAT_VERSION, Manifest, Writer, sync, whole
+from data.sources import CACHE, Corpus, CorpusError, open_corpus
 from data.tokenizer import KINDS, Tokenizer, get_tokenizer
 
 BATCH = 1 << 20  # characters that are tokenized at once (a token costs the library 100 bytes while it works)
@@ -66,9 +66,9 @@ def prepare(
     how: dict[str, Any] = {"format": format, "split": split, "text_column": text_column, "cache": cache}
     corpus = open_corpus(source, limit=limit, **how)
     held = open_corpus(val_source, field="val_source", **how) if val_source else None
-    marks = chat.MARKS if format == "chat" else ()
+    marks = chat_format.MARKS if format == "chat" else ()
     ready = None if tokenizer in KINDS else get_tokenizer(tokenizer)
-    ready = chat.with_marks(ready) if ready and marks else ready
+    ready = chat_format.with_marks(ready) if ready and marks else ready
     made_with = ready.sha256 if ready else (tokenizer, vocab_size if tokenizer == "bpe" else 0)
     val = held.fingerprint if held else val_fraction
     key = hashlib.sha256(repr((FORMAT_VERSION, corpus.fingerprint, val, made_with)).encode()).hexdigest()[:24]
@@ -162,7 +162,7 @@ def learn(kind: str, vocab_size: int, sides: Sides, log: Log, marks: tuple[str, 
     log(f"tokenizer: learning {kind} from {sides.corpus.name}")
     started = time.perf_counter()
     made = get_tokenizer(kind, everything if kind == "char" else sample, vocab_size - len(marks))
-    made = chat.with_marks(made) if marks else made
+    made = chat_format.with_marks(made) if marks else made
     log(f"tokenizer: {made.kind}, {made.vocab_size} entries, {time.perf_counter() - started:.1f} s")
     if kind == "bpe" and made.vocab_size < vocab_size:
         log(f"tokenizer: the text holds no more than that to merge, so {vocab_size} was not reached")
@@ -228,7 +228,7 @@ def encode(tokenizer: Tokenizer, pieces: list[Piece]) -> Encoded:
         ids = tokenizer.encode_batch([piece.text for piece in pieces])
         return [(part, len(piece.text.encode()), None) for part, piece in zip(ids, pieces, strict=True)]
     answers = [sum(len(text.encode()) for role, text in piece.turns if role == "assistant") for piece in pieces]
-    encoded = chat.encode(tokenizer, [list(piece.turns) for piece in pieces])
+    encoded = chat_format.encode(tokenizer, [list(piece.turns) for piece in pieces])
     return [(part, size, kinds) for (part, kinds), size in zip(encoded, answers, strict=True)]
 
 

@@ -102,10 +102,6 @@ class Tokenizer:
         that are not UTF-8 (a model can write them) become U+FFFD."""
         return self.inner.decode(list(ids), skip_special_tokens=True)
 
-    def stream(self, before: Sequence[int] = ()) -> "Stream":
-        """A decoder for ids that come one at a time, after those in `before`."""
-        return Stream(self, before)
-
     def save(self, path: Path) -> None:
         """Write tokenizer.json; transformers reads it as `PreTrainedTokenizerFast(tokenizer_file=...)`. A named end of
         text goes beside it, where transformers keeps it: tokenizer_config.json."""
@@ -156,41 +152,6 @@ class Tokenizer:
         else:
             raise TokenizerError(f"data.tokenizer = {kind!r}: not a kind that can be trained; use one of {KINDS}")
         return cls(inner)
-
-
-class Stream:
-    """Token by token to text, holding back bytes until they make whole characters: an emoji is several tokens."""
-
-    def __init__(self, tokenizer: Tokenizer, before: Sequence[int]):
-        self._tokenizer = tokenizer
-        known = list(before)
-        while known and tokenizer.whole is not None and known[-1] not in tokenizer.whole:
-            known.pop()
-        self._decoder = decoders.DecodeStream(known, skip_special_tokens=True)
-        self._said = known  # ids whose text is out
-        self._held: list[int] = []  # ids without their text so far
-        self._new: list[int] = []  # those of them that the decoder has not seen
-
-    def push(self, token: int) -> str:
-        """The text that became complete with this id; often `""`."""
-        self._held.append(token)
-        self._new.append(token)
-        if self._tokenizer.whole is not None and token not in self._tokenizer.whole:
-            return ""
-        text, self._new = self._decoder.step(self._tokenizer.inner, self._new), []
-        if text is None:
-            return ""
-        self._said += self._held
-        self._held = []
-        return text
-
-    def flush(self) -> str:
-        """What is still held back when no more ids come, its broken bytes as U+FFFD."""
-        before = self._tokenizer.decode(self._said)  # by itself a text may lose a space at its beginning
-        text = self._tokenizer.decode(self._said + self._held)[len(before) :]
-        self._said, self._held, self._new = [], [], []
-        self._decoder = decoders.DecodeStream(skip_special_tokens=True)
-        return text
 
 
 def end_of_text(vocab: dict[str, int], where: str) -> str:

@@ -1,8 +1,8 @@
 """Attention's one door. Every layer of every model calls `attention`; only this file chooses who computes it.
 
 Backends: `reference` (kernels/reference.py, the definition), `sdpa` (torch's fused attention), to train on a CPU `cpp`
-(kernels/cpu_train.py) and, without a C++ compiler, `blocks` (kernels/blocks.py), and heed's own in Triton: `flash`
-(kernels/flash.py, whole sequences, with gradients) and `decode` (kernels/decode.py, over a cache).
+(kernels/cpu/train_ops.py) and, without a C++ compiler, `blocks` (kernels/cpu/blockwise_attention.py), and heed's own in Triton: `flash`
+(kernels/triton/flash_attention.py, whole sequences, with gradients) and `decode` (kernels/triton/flash_decoding.py, over a cache).
 Shapes: B batch, T queries, S keys, H query heads, K key/value heads, D head size.
 """
 
@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import cpu, cpu_train
-from kernels.blocks import blocks_attention
+from kernels import cpu
+from kernels.cpu import train_ops
+from kernels.cpu.blockwise_attention import blocks_attention
 from kernels.reference import CAUSAL, FULL, Pattern, distances, reference_attention, visible
 
 __all__ = ["CAUSAL", "FULL", "Pattern", "attention", "preferred"]
@@ -79,7 +80,7 @@ def attention(
         if not whole:
             raise ValueError("backend = 'cpp' knows causal and window alone, and as many queries as keys")
         cpu.require(q)
-        return cpu_train.Attend.apply(q, k, v, pattern, scale)
+        return train_ops.Attend.apply(q, k, v, pattern, scale)
     if backend == "blocks":
         if not plain or q.shape[1] > k.shape[1]:
             raise ValueError("backend = 'blocks' knows causal and window alone, and has no more queries than keys")
@@ -89,13 +90,13 @@ def attention(
     if backend == "flash":
         if lengths is not None:
             raise ValueError("backend = 'flash' reads whole sequences; over a cache with lengths it is 'decode'")
-        from kernels.flash import flash_attention
+        from kernels.triton.flash_attention import flash_attention
 
         out, lse = flash_attention(q, k, v, pattern, scale, documents, slopes, sinks)
     elif backend == "decode":
         if lengths is None:
             raise ValueError("backend = 'decode' reads a cache: it needs lengths")
-        from kernels.decode import decode_attention
+        from kernels.triton.flash_decoding import decode_attention
 
         out, lse = decode_attention(q, k, v, pattern, scale, lengths, pages, slopes, sinks)
     else:

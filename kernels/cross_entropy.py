@@ -13,28 +13,23 @@ The step, with s a row's scores (logits, softcapped or not), t its target and z 
     lse = log sum_j exp(s_j)     loss = lse - s_t + z lse^2     dloss/ds_j = (1 + 2 z lse) exp(s_j - lse) - [j = t]
 
 On a GPU it is a Triton kernel. Grid (rows,): a program owns one row of the chunk, reads it twice and overwrites it.
-On a CPU it is a function of cpu_train.cpp, and elsewhere plain torch. The products are the vendor's library's, which
+On a CPU it is a function of train_ops.cpp, and elsewhere plain torch. The products are the vendor's library's, which
 runs them at full rate.
 
 Shapes: N tokens, C width, V vocabulary; a chunk has `rows` tokens.
 """
 
+import importlib.util
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels import cpu, cpu_train, preferred
-from kernels.tiles import tile
+from kernels import cpu, preferred
+from kernels.cpu import train_ops
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # not every system has it, and plain torch computes the same
-    triton = None  # type: ignore[assignment]
-
-BACKENDS = ("torch", "cpp") if triton is None else ("torch", "cpp", "triton")
+BACKENDS = ("torch", "cpp", "triton") if importlib.util.find_spec("triton") else ("torch", "cpp")
 IGNORED = -100  # the target that does not count, as in torch
 
 # What a chunk of logits may take, in bytes, unless that is less than the fewest tokens worth a product.
@@ -113,7 +108,10 @@ def loss_and_gradients(
     if backend is None:
         in_cpp = "cpp" if x.device.type == "cpu" and cpu.trains(x.dtype) else "torch"
         backend = "triton" if preferred(x.device)[0] == "flash" else in_cpp
-    step = {"torch": _step_in_torch, "cpp": cpu_train.cross_entropy, "triton": _step_in_triton}[backend]
+    if backend == "triton":  # imported here: not every system has Triton
+        from kernels.triton.cross_entropy import cross_entropy_step as step
+    else:
+        step = {"torch": _step_in_torch, "cpp": train_ops.cross_entropy}[backend]
     w = weight.to(x.dtype)
     stride = math.ceil(V / 32) * 32  # rows start at whole vectors, also when V is odd: products and kernel want it
     rows = chunk_rows(N, stride, x.element_size(), x.device.type)
@@ -159,66 +157,6 @@ def _step_in_torch(
         if softcap is not None:
             scores.mul_(slope)
         logits.copy_(scores)
-
-
-def _step_in_triton(
-    logits: Tensor, targets: Tensor, losses: Tensor, z_loss: float, softcap: float | None, gradient: bool
-) -> None:
-    """As `_step_in_torch`."""
-    rows, V = logits.shape
-    t = tile("cross_entropy", V, logits.device)
-    _row[(rows,)](
-        logits, targets.contiguous(), losses, V, logits.stride(0), z_loss, 1.0 if softcap is None else softcap,
-        SOFTCAP=softcap is not None, GRADIENT=gradient, BLOCK_N=t.N, num_warps=t.warps, num_stages=t.stages,
-    )  # fmt: skip
-
-
-if triton is not None:
-    from kernels.flash import accurate_tanh
-
-    @triton.jit
-    def _row(  # type: ignore[no-untyped-def]
-        logits, targets, losses, V, stride, z_loss, softcap,
-        SOFTCAP: tl.constexpr, GRADIENT: tl.constexpr, BLOCK_N: tl.constexpr,
-    ):  # fmt: skip
-        """One row: its statistics in a first walk over blocks of the vocabulary, its gradient in a second."""
-        row = tl.program_id(0).to(tl.int64)  # row * stride may pass 2**31
-        logits += row * stride  # (V,), and padding up to the stride, which is read and written but never counts
-        target = tl.load(targets + row)
-        in_vocabulary = (target >= 0) & (target < V)
-        at_target = tl.load(logits + target, mask=in_vocabulary, other=float("nan")).to(tl.float32)
-        if SOFTCAP:
-            at_target = softcap * accurate_tanh(at_target / softcap)
-
-        # Online softmax (Milakov and Gimelshein 2018): `total` is always relative to the largest score so far.
-        top = float("-inf")
-        total = 0.0
-        for start in range(0, V, BLOCK_N):
-            column = start + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
-            score = tl.load(logits + column, mask=column < stride).to(tl.float32)
-            if SOFTCAP:
-                score = softcap * accurate_tanh(score / softcap)
-            score = tl.where(column < V, score, float("-inf"))
-            higher = tl.maximum(top, tl.max(score, 0))
-            total = total * tl.exp(top - higher) + tl.sum(tl.exp(score - higher), 0)
-            top = higher
-        lse = top + tl.log(total)
-        counts = target != -100
-        loss = tl.log(total) + (top - at_target) + z_loss * lse * lse  # small beside large scores: the difference first
-        tl.store(losses + row, tl.where(counts, loss, 0.0))
-
-        if GRADIENT:
-            factor = (1 + 2 * z_loss * lse) / total
-            for start in range(0, V, BLOCK_N):
-                column = start + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
-                score = tl.load(logits + column, mask=column < stride).to(tl.float32)
-                if SOFTCAP:
-                    score = softcap * accurate_tanh(score / softcap)
-                g = factor * tl.exp(score - top) - tl.where(column == target, 1.0, 0.0)
-                if SOFTCAP:
-                    g *= 1 - (score / softcap) * (score / softcap)  # dscore/dlogit
-                g = tl.where(counts, g, 0.0)
-                tl.store(logits + column, g.to(logits.dtype.element_ty), mask=column < stride)
 
 
 # One node for torch.compile, with three outputs: the loss, and the gradients that its backward only scales.

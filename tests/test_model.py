@@ -8,8 +8,9 @@ import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import GPT, KVCache, ModelConfig, count_parameters, flops_per_token, rope_frequencies, rope_tables, rotate
+from model import GPT, KVCache, ModelConfig, rope_frequencies, rope_tables, rotate
 from tests.conftest import TINY, randomized
+from training.flops import count_parameters, flops_per_token
 
 
 def qwen3(config: ModelConfig) -> transformers.PreTrainedModel:

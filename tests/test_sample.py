@@ -8,9 +8,10 @@ from transformers import LogitsProcessorList
 from transformers.generation import logits_process as theirs
 
 from data.tokenizer import EOT, Tokenizer
+from inference.detokenizer import GeneratedText
+from inference.engine import plainly
 from model import KVCache
-from runtime.reader import plainly
-from sample import Sampling, Voice, generate, load, speak
+from sample import Sampling, generate, load, speak
 from tests.conftest import TINY, command, randomized
 
 # Probabilities ------------------------------------------------------------------------------------------------------
@@ -143,11 +144,11 @@ def bytes_tokenizer() -> Tokenizer:
 
 
 def said(tokenizer: Tokenizer, text: str, stop: list[str]) -> list[str]:
-    voice, parts = Voice(tokenizer, stop), []
+    generated, parts = GeneratedText(tokenizer, stop), []
     ids = tokenizer.encode(text)
     for number, token in enumerate(ids, 1):
-        parts.append(voice.push(token, last=number == len(ids)))
-        if voice.ended:
+        parts.append(generated.add_token(token, last=number == len(ids)))
+        if generated.finished:
             break
     return parts
 

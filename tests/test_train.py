@@ -18,8 +18,8 @@ from data.loader import Loader
 from data.shards import Shards
 from data.tokenizer import Tokenizer
 from model import GPT, ModelConfig
-from runtime import checkpoint, metrics
 from tests.conftest import ROOT, SMALL, TINY, UNMEASURED, losses, randomized, weights
+from training import checkpoint, metrics
 
 
 def test_a_run_learns_and_leaves_everything_in_its_folder(runs):

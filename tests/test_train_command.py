@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import train
-from runtime.recipes import load
+from training.recipes import load
 
 
 def test_without_words_the_recipes_are_listed(capsys):

@@ -1,0 +1,151 @@
+"""Conversations: a JSONL file -> turns -> tokens, and which of these an answer is made of.
+
+    {"messages": [{"role": "system", "content": "Be brief."},      optional, first
+                  {"role": "user", "content": "Who wrote it?"},    user and assistant in turn,
+                  {"role": "assistant", "content": "Marlowe."}]}   the last word is the assistant's
+
+is written down as ChatML, in which two marks of the vocabulary's own frame each turn:
+
+    <|im_start|>user\\nWho wrote it?<|im_end|>\\n<|im_start|>assistant\\nMarlowe.<|im_end|>\\n
+
+The marks are single tokens that no content can produce: who types `<|im_end|>` gets its ten characters. A model learns
+from the answers alone, each with the mark that ends it (`Marlowe.<|im_end|>`); all the rest it only reads. A tokenizer
+that has both marks has this template, so the template is kept wherever the tokenizer is.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from data.chunking import Piece
+from data.shards import ANSWER, READ, START
+from data.tokenizer import Tokenizer, TokenizerError
+
+MARKS = ("<|im_start|>", "<|im_end|>")
+ROLES = ("system", "user", "assistant")
+
+Turns = list[tuple[str, str]]  # (role, content)
+
+
+def chat_template() -> str:
+    """The template in Jinja, for other tools: transformers' `chat_template`."""
+    return (
+        "{% for turn in messages %}<|im_start|>{{ turn['role'] + '\\n' + turn['content'] }}<|im_end|>{{ '\\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>{{ 'assistant\\n' }}{% endif %}"
+    )
+
+
+# 1. From a file to turns --------------------------------------------------------------------------------------------
+
+
+def read(file: Path) -> Iterator[Piece]:
+    """The conversations of a JSONL file, one a line, each a piece. Raises ValueError, "file:line: what is wrong"."""
+    with file.open("rb") as stream:
+        for number, line in enumerate(stream, 1):
+            if line.strip():
+                try:
+                    turns = parse(json.loads(line.decode("utf-8-sig")))
+                except (ValueError, RecursionError) as error:  # the latter from brackets without end
+                    raise ValueError(f"{file}:{number}: {_plainly(error)}") from None
+                yield Piece("".join(f"{role}\n{content}\n" for role, content in turns), ends=True, turns=tuple(turns))
+
+
+def _plainly(error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return f"is not UTF-8 (byte {error.start} of the line)"
+    return f"is not JSON ({error})" if isinstance(error, json.JSONDecodeError) else str(error)
+
+
+def parse(row: Any) -> Turns:
+    """The turns of one line. Raises ValueError: what is wrong with it."""
+    messages = row.get("messages") if isinstance(row, dict) else None
+    if not isinstance(messages, list) or not messages:
+        raise ValueError('has no "messages"; a line is {"messages": [{"role": "user", "content": "..."}, ...]}')
+    turns: Turns = []
+    expected: tuple[str, ...] = ("system", "user")
+    for at, message in enumerate(messages):
+        role, content = (message.get(key) if isinstance(message, dict) else None for key in ("role", "content"))
+        if role not in ROLES:
+            raise ValueError(f"messages[{at}].role = {role!r}: must be one of {', '.join(ROLES)}")
+        if role not in expected:
+            raise ValueError(f"messages[{at}].role = {role!r}: {' or '.join(expected)} must come here, turn by turn")
+        if not isinstance(content, str) or not content.strip():
+            raise ValueError(f"messages[{at}].content = {content!r}: must be text, and not empty")
+        try:
+            content.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"messages[{at}].content: has half of a surrogate pair, which is not text") from None
+        turns.append((role, content))
+        expected = ("assistant",) if role == "user" else ("user",)
+    if turns[-1][0] != "assistant":
+        raise ValueError(f"ends with {turns[-1][0]}: the assistant's answer is missing")
+    return turns
+
+
+# 2. From turns to tokens --------------------------------------------------------------------------------------------
+
+
+def with_marks(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer with the two marks: itself if it has them, else a copy with new entries at the end."""
+    if all(tokenizer.inner.token_to_id(mark) is not None for mark in MARKS):
+        return tokenizer
+    copy = tokenizers.Tokenizer.from_str(tokenizer.inner.to_str())
+    copy.add_special_tokens(list(MARKS))
+    return Tokenizer(copy)
+
+
+def encode(tokenizer: Tokenizer, conversations: list[Turns]) -> list[tuple[list[int], list[int]]]:
+    """Of each conversation the ids, and of each id whether it is READ, an ANSWER's, or a START.
+
+    A turn is encoded as other tools do it, its role and content as one text. Raises TokenizerError.
+    """
+    start, end = marks(tokenizer)
+    newline, header = tokenizer.encode("\n"), tokenizer.encode("assistant\n")
+    texts = iter(tokenizer.encode_batch([f"{role}\n{content}" for turns in conversations for role, content in turns]))
+    encoded = []
+    for turns in conversations:
+        ids, kinds = list[int](), list[int]()
+        for role, _ in turns:
+            part = next(texts)
+            # The header's own tokens are given when the model answers; what follows them is the answer.
+            given = agreeing(header, part) if role == "assistant" else len(part)
+            last = ANSWER if role == "assistant" else READ
+            ids += [start, *part, end, *newline]
+            kinds += [READ] * (1 + given) + [ANSWER] * (len(part) - given) + [last] + [READ] * len(newline)
+        kinds[0] = START
+        encoded.append((ids, kinds))
+    return encoded
+
+
+def agreeing(a: list[int], b: list[int]) -> int:
+    """How many ids at the beginning are the same."""
+    return next((at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def opening(tokenizer: Tokenizer, turns: Turns, most: int) -> list[int]:
+    """The ids that an answer follows: the turns, then the beginning of the assistant's.
+
+    Of a conversation of more than `most` tokens the oldest turns are left out, though never what the system said, nor
+    the last turn. Raises TokenizerError.
+    """
+    header = [marks(tokenizer)[0], *tokenizer.encode("assistant\n")]
+    first = int(turns[0][0] == "system")
+    while True:
+        ids = encode(tokenizer, [turns])[0][0] + header
+        if len(ids) <= most or len(turns) - first <= 1:
+            return ids
+        turns = turns[:first] + turns[first + 2 :]  # a question and its answer
+
+
+def marks(tokenizer: Tokenizer) -> tuple[int, int]:
+    """The ids of the two marks. Raises TokenizerError if they are not there."""
+    start, end = (tokenizer.inner.token_to_id(mark) for mark in MARKS)
+    if start is None or end is None:
+        raise TokenizerError(
+            f"this tokenizer has no {' and '.join(MARKS)}: it was not trained to chat; "
+            "python train.py chat --init-from RUN --data.source chat.jsonl teaches it"
+        )
+    return start, end

@@ -1,0 +1,110 @@
+"""heed's C++ files for CPUs: compiled for this machine when first needed, kept in the cache folder, called on tensors.
+
+A file is compiled once for every set of types that it is used with. Where it cannot be, `Unavailable` says why in a
+line, and torch serves.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HERE = Path(__file__).resolve().parent
+FOLDER = Path(os.environ.get("HEED_CACHE") or HERE.parent.parent / ".cache") / "cpu"  # where compiled files are kept
+# What -ffast-math would also allow, to forget infinities and to flush small numbers in the whole process, is left out.
+FLAGS = [
+    "-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC",
+    "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math",
+]  # fmt: skip
+TYPES = {torch.float32: "float", torch.bfloat16: "Bf16", torch.int8: "int8_t"}
+
+
+class Unavailable(Exception):
+    """A C++ file cannot be compiled here; says why in a line."""
+
+
+def training(dtype: torch.dtype) -> ctypes.CDLL:
+    """train_ops.cpp for activations of this dtype. Raises Unavailable."""
+    return library("train_ops", ELEMENT=dtype)
+
+
+@functools.cache
+def trains(dtype: torch.dtype) -> bool:
+    """Whether `training` is to be had."""
+    try:
+        training(dtype)
+    except Unavailable:
+        return False
+    return True
+
+
+def require(x: Tensor) -> None:
+    """Raises ValueError where backend "cpp" cannot compute what x is in."""
+    if x.device.type != "cpu" or not trains(x.dtype):
+        raise ValueError(
+            f"backend = 'cpp' is for fp32 and bf16 on a CPU with a C++ compiler, not {x.dtype}, {x.device}"
+        )
+
+
+@functools.cache
+def library(name: str, **types: torch.dtype) -> ctypes.CDLL:
+    """kernels/cpu/NAME.cpp, in which each of `types` is the name of one. Raises Unavailable.
+
+    The compiled file is named by a hash of all that it depends on: the source, the compiler, the flags, the processor.
+    """
+    compiler = shutil.which(os.environ.get("CXX") or "g++") or shutil.which("clang++")
+    if compiler is None:
+        raise Unavailable("there is no C++ compiler here (g++ or clang++)")
+    if unknown := types.values() - TYPES.keys():
+        raise Unavailable(f"it does not know {', '.join(map(str, unknown))}")
+    source = HERE / f"{name}.cpp"
+    command = [compiler, *FLAGS, *(f"-D{k}={TYPES[dtype]}" for k, dtype in types.items()), str(source)]
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    texts = (path.read_text() for path in (source, *sorted(HERE.glob("*.h"))))
+    known = "\n".join([*texts, *command, version, _processor()])
+    path = FOLDER / f"{hashlib.sha256(known.encode()).hexdigest()[:16]}.so"
+    try:
+        if not path.exists():
+            FOLDER.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=FOLDER) as draft:  # it appears whole, also when two compile at once
+                out = Path(draft, "compiled.so")
+                done = subprocess.run([*command, "-o", str(out)], capture_output=True, text=True)
+                if done.returncode:
+                    errors = [line for line in done.stderr.splitlines() if "error" in line]
+                    raise Unavailable(f"{compiler} failed: {(errors or ['-'])[0]}")
+                out.replace(path)
+        return ctypes.CDLL(str(path))
+    except OSError as error:  # the disk is full, or a folder from which nothing may be run
+        raise Unavailable(f"{FOLDER} cannot hold compiled code: {error}") from None
+
+
+def _processor() -> str:
+    """What distinguishes processors for a compiler: a folder may be shared by several machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU"))}))
+
+
+def call(function: Any, *arguments: Any) -> int:
+    """Call a C++ function and return what it does: a contiguous tensor is passed as a pointer, a structure by
+    reference, an int as int64_t, a float as double; the number of threads comes last."""
+    words: list[Any] = []
+    for a in (*arguments, torch.get_num_threads()):
+        if isinstance(a, Tensor):
+            words.append(ctypes.c_void_p(a.data_ptr()))
+        elif isinstance(a, ctypes.Structure):
+            words.append(ctypes.byref(a))
+        else:
+            words.append(ctypes.c_double(a) if isinstance(a, float) else ctypes.c_int64(a))
+    return function(*words)
