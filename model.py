@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels import CAUSAL, Pattern, attention
+from kernels import CAUSAL, MaskSpec, attention
 from kernels.cross_entropy import linear_cross_entropy
 
 # 1. Configuration ---------------------------------------------------------------------------------------------------
@@ -81,10 +81,10 @@ class ModelConfig:
         stretched = self.yarn_factor > 1.0
         must(stretched == (self.yarn_original_context > 0), "yarn_original_context", "goes with yarn_factor above 1")
 
-    def pattern(self, layer: int) -> Pattern:
+    def mask_spec(self, layer: int) -> MaskSpec:
         """What layer number `layer` may see."""
         letter = self.layer_pattern[layer % len(self.layer_pattern)]
-        return Pattern(causal=True, window=self.window) if letter == "S" else CAUSAL
+        return MaskSpec(causal=True, window=self.window) if letter == "S" else CAUSAL
 
 
 # 2. Positions: rotary embeddings ------------------------------------------------------------------------------------
@@ -110,8 +110,8 @@ def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
     return frequencies * (1 - slowed + slowed / config.yarn_factor), 0.1 * math.log(config.yarn_factor) + 1.0
 
 
-def rope_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin for every position of the context, (context, D) fp32 each, as `rotate` wants them: the second half
+def precompute_rope(config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """cos and sin for every position of the context, (context, D) fp32 each, as `apply_rotary_emb` wants them: the second half
     of D repeats the first, and in the first half sin has the minus of the rotation."""
     frequencies, factor = rope_frequencies(config)
     angles = torch.outer(torch.arange(config.context, dtype=torch.float32), frequencies)  # (context, D/2)
@@ -119,7 +119,7 @@ def rope_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
     return torch.cat((cos, cos), 1), torch.cat((-sin, sin), 1)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rotary_emb(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn dimension i together with i + D/2 by its position's angle. x (B, T, H, D); cos, sin (B or 1, T, 1, D).
 
     By rolling, not by joining halves: a compiler fuses that with what stands around it.
@@ -140,15 +140,15 @@ class KVCache:
     CHUNK = 256  # tokens at most in one call of the model
 
     def __init__(
-        self, config: ModelConfig, batch: int, *, most: int | None = None, device: torch.device | str = "cpu",
+        self, config: ModelConfig, batch: int, *, max_seq_len: int | None = None, device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:  # fmt: skip
-        """`most`: the tokens that will come, if they may be fewer than the context."""
-        context = min(config.context, most or config.context)
+        """`max_seq_len`: the tokens that will come, if they may be fewer than the context."""
+        context = min(config.context, max_seq_len or config.context)
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)  # (B,) tokens written
         self.layers: list[tuple[Tensor, Tensor]] = []
         for layer in range(config.n_layer):
-            window = config.pattern(layer).window
+            window = config.mask_spec(layer).window
             size = context if window is None else min(context, window + self.CHUNK - 1)
             shape = (batch, size, config.n_kv_head, config.head_dim)  # (B, S, K, D)
             self.layers.append(
@@ -159,7 +159,7 @@ class KVCache:
         """Positions of the next T tokens, (B, T)."""
         return self.lengths[:, None] + torch.arange(T, device=self.lengths.device)
 
-    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Put k and v (B, T, K, D) at the next T positions of a layer; returns its whole buffers (B, S, K, D)."""
         keys, values = self.layers[layer]
         B, T = k.shape[:2]
@@ -173,7 +173,7 @@ class KVCache:
         """Count T more tokens as written, in every layer."""
         self.lengths += T
 
-    def clear(self) -> None:
+    def reset(self) -> None:
         """Forget everything; the memory stays."""
         self.lengths.zero_()
 
@@ -198,7 +198,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         C, H, K, D = config.n_embd, config.n_head, config.n_kv_head, config.head_dim
-        self.layer, self.head_dim, self.gate, self.pattern = layer, D, config.gate, config.pattern(layer)
+        self.layer, self.head_dim, self.gate, self.mask_spec = layer, D, config.gate, config.mask_spec(layer)
         self.q_proj = nn.Linear(C, H * D * (2 if config.gate else 1), bias=False)
         self.k_proj = nn.Linear(C, K * D, bias=False)
         self.v_proj = nn.Linear(C, K * D, bias=False)
@@ -213,12 +213,12 @@ class Attention(nn.Module):
             q, gate = q.chunk(2, dim=-1)  # (B, T, H, D) each
         k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K*D) -> (B, T, K, D)
         v = self.v_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K*D) -> (B, T, K, D)
-        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        q, k = apply_rotary_emb(self.q_norm(q), cos, sin), apply_rotary_emb(self.k_norm(k), cos, sin)
         if cache is None:
-            out = attention(q, k, v, self.pattern)  # (B, T, H, D)
+            out = attention(q, k, v, self.mask_spec)  # (B, T, H, D)
         else:
-            keys, values = cache.write(self.layer, k, v)  # (B, S, K, D)
-            out = attention(q, keys, values, self.pattern, lengths=cache.lengths + T)
+            keys, values = cache.update(self.layer, k, v)  # (B, S, K, D)
+            out = attention(q, keys, values, self.mask_spec, cache_seqlens=cache.lengths + T)
         if self.gate:
             out = out * gate.sigmoid()
         return self.o_proj(out.reshape(B, T, -1))  # (B, T, H, D) -> (B, T, H*D) -> (B, T, C)
@@ -267,7 +267,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
-        cos, sin = rope_tables(config)
+        cos, sin = precompute_rope(config)
         self.register_buffer("cos", cos, persistent=False)  # (context, D)
         self.register_buffer("sin", sin, persistent=False)
 

@@ -81,12 +81,12 @@ def generate(
     seen.index_fill_(1, text[0, : len(prompt)], True)
 
     read_on = reader(model)
-    cache = KVCache(model.config, 1, most=len(prompt) + tokens, device=device, dtype=cache_dtype(model, read_on))
+    cache = KVCache(model.config, 1, max_seq_len=len(prompt) + tokens, device=device, dtype=cache_dtype(model, read_on))
     start = read = max(0, len(prompt) - context)  # where the window begins, and up to where it has been read
     for end in range(len(prompt), len(prompt) + tokens):
         if end - start > context:
             start = read = end - max(1, context // 2)
-            cache.clear()
+            cache.reset()
         rows = text[:1] if end == len(prompt) else text
         logits = read_on(rows[:, read:end], cache)  # (B, V); after the prompt, of a single token
         if end == len(prompt):

@@ -1,6 +1,6 @@
 """Draws docs/6-block-maps.png: which blocks of the score matrix are skipped, seen in part, or seen whole.
 
-Nothing is drawn by hand: every square is counted from `kernels.reference.visible`, the definition of who sees whom.
+Nothing is drawn by hand: every square is counted from `kernels.reference.attention_mask`, the definition of who sees whom.
 python -m benchmarks.block_maps
 """
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.reference import CAUSAL, Pattern, visible
+from kernels.reference import CAUSAL, MaskSpec, attention_mask
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -22,9 +22,9 @@ LENGTHS = 150, 90, 200, 72  # of four documents in a row
 DOCUMENTS = torch.repeat_interleave(torch.arange(4), torch.tensor(LENGTHS))[None]  # (1, T)
 MAPS = {
     "causal": (CAUSAL, None),
-    "causal, window 128": (Pattern(True, 128), None),
+    "causal, window 128": (MaskSpec(True, 128), None),
     "causal, four documents": (CAUSAL, DOCUMENTS),
-    "full, window 64, documents": (Pattern(False, 64), DOCUMENTS),
+    "full, window 64, documents": (MaskSpec(False, 64), DOCUMENTS),
 }
 
 
@@ -49,8 +49,8 @@ def main(path: Path) -> None:
     from matplotlib.patches import Patch
 
     figure, axes = plt.subplots(1, len(MAPS), figsize=(12, 3.9), layout="constrained")
-    for (title, (pattern, documents)), axis in zip(MAPS.items(), axes, strict=True):
-        sees = visible(pattern, T, T, torch.device("cpu"), None, documents)[0]
+    for (title, (mask_spec, document_ids)), axis in zip(MAPS.items(), axes, strict=True):
+        sees = attention_mask(mask_spec, T, T, torch.device("cpu"), None, document_ids)[0]
         found = blocks(sees, BLOCK_M, BLOCK_N)
         axis.imshow(found, aspect="auto", cmap=ListedColormap(list(COLOURS.values())), vmin=0, vmax=2)
         axis.set_xticks(torch.arange(found.shape[1] + 1) - 0.5, labels=[])

@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks.shapes import PAGE, Case
 from kernels import CAUSAL, FULL, attention
 from kernels.cross_entropy import linear_cross_entropy
-from kernels.reference import visible
+from kernels.reference import attention_mask
 
 Results = tuple[Tensor, ...]
 HEED = "heed"
@@ -40,10 +40,10 @@ def draw(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, Tens
     if c.kernel == "backward":
         drawn = {name: x.requires_grad_() for name, x in drawn.items()} | {"dout": normal(c.B, c.T, c.H, c.D)}
     if c.unit == "GB/s":
-        drawn["lengths"] = torch.full((c.B,), c.S, device=device)
+        drawn["cache_seqlens"] = torch.full((c.B,), c.S, device=device)
     if c.kernel == "paged":  # the pool's pages (P, PAGE, K, D) are those of the caches in a random order
         order = torch.randperm(c.B * c.S // PAGE, generator=g, device=device)
-        drawn["pages"] = order.argsort().int().view(c.B, c.S // PAGE)
+        drawn["block_table"] = order.argsort().int().view(c.B, c.S // PAGE)
         drawn["pool_k"], drawn["pool_v"] = (drawn[x].view(-1, PAGE, c.K, c.D)[order] for x in "kv")
     return drawn
 
@@ -67,7 +67,7 @@ def plain(case: Case, drawn: dict[str, Tensor]) -> Results:
     G = case.H // case.K
     wide_k, wide_v = (x.repeat_interleave(G, 2) for x in (k, v))  # (B, S, K, D) -> (B, S, H, D)
     scores = torch.einsum("bthd,bshd->bhts", q, wide_k) * case.D**-0.5
-    sees = visible(CAUSAL if case.causal else FULL, case.T, case.S, q.device, None, None)
+    sees = attention_mask(CAUSAL if case.causal else FULL, case.T, case.S, q.device, None, None)
     out = torch.einsum("bhts,bshd->bthd", scores.masked_fill(~sees, float("-inf")).softmax(-1), wide_v)
     return torch.autograd.grad(out, (q, k, v), drawn["dout"]) if case.kernel == "backward" else (out,)
 
@@ -81,12 +81,12 @@ def contestants(case: Case, drawn: dict[str, Tensor]) -> dict[str, Callable[[], 
     if case.kernel == "cross-entropy":
         return _losses(drawn)
     q, k, v = (drawn[name] for name in "qkv")
-    pattern = CAUSAL if case.causal else FULL
+    mask_spec = CAUSAL if case.causal else FULL
     if case.unit == "GB/s":
         return _decoders(case, drawn)
     forwards: dict[str, Callable[[], Callable[[], Tensor]]] = {
-        HEED: lambda: lambda: attention(q, k, v, pattern, backend="flash"),
-        "sdpa": lambda: lambda: attention(q, k, v, pattern, backend="sdpa"),
+        HEED: lambda: lambda: attention(q, k, v, mask_spec, backend="flash"),
+        "sdpa": lambda: lambda: attention(q, k, v, mask_spec, backend="sdpa"),
         "flex": lambda: _flex(case, q, k, v),
     }
     if _installed(q):
@@ -100,16 +100,20 @@ def contestants(case: Case, drawn: dict[str, Tensor]) -> dict[str, Callable[[], 
 
 def _decoders(case: Case, drawn: dict[str, Tensor]) -> dict[str, Any]:
     """One query against full caches: no mask is needed, which is the fastest that the others have."""
-    q, k, v, lengths = (drawn[name] for name in ("q", "k", "v", "lengths"))
+    q, k, v, cache_seqlens = (drawn[name] for name in ("q", "k", "v", "cache_seqlens"))
     if case.kernel == "paged":
-        pool_k, pool_v, pages = (drawn[name] for name in ("pool_k", "pool_v", "pages"))
+        pool_k, pool_v, block_table = (drawn[name] for name in ("pool_k", "pool_v", "block_table"))
         made: dict[str, Any] = {
-            HEED: lambda: lambda: attention(q, pool_k, pool_v, lengths=lengths, pages=pages, backend="decode")
+            HEED: lambda: (
+                lambda: attention(
+                    q, pool_k, pool_v, cache_seqlens=cache_seqlens, block_table=block_table, backend="decode"
+                )
+            )
         }
-        cache = {"k_cache": pool_k, "v_cache": pool_v, "block_table": pages}
+        cache = {"k_cache": pool_k, "v_cache": pool_v, "block_table": block_table}
     else:
         made = {
-            HEED: lambda: lambda: attention(q, k, v, lengths=lengths, backend="decode"),
+            HEED: lambda: lambda: attention(q, k, v, cache_seqlens=cache_seqlens, backend="decode"),
             "sdpa": lambda: lambda: attention(q, k, v, FULL, backend="sdpa"),
             "flex": lambda: _flex(case, q, k, v),
         }
@@ -117,7 +121,7 @@ def _decoders(case: Case, drawn: dict[str, Tensor]) -> dict[str, Any]:
     if _installed(q):
         from flash_attn import flash_attn_with_kvcache
 
-        seen = lengths.int()
+        seen = cache_seqlens.int()
         made["flash-attn"] = lambda: lambda: flash_attn_with_kvcache(q, **cache, cache_seqlens=seen, causal=True)
     return {name: partial(_as_tuple, make) for name, make in made.items()}
 

@@ -88,7 +88,7 @@ class CpuReader:
             row.norm_in = self._floats(block.input_layernorm.weight)
             row.norm_mid = self._floats(block.post_attention_layernorm.weight)
             row.norm_q, row.norm_k = self._floats(attention.q_norm.weight), self._floats(attention.k_norm.weight)
-            row.window = config.pattern(number).window or 0
+            row.window = config.mask_spec(number).window or 0
         self.model = decode_step.Model(
             config.n_embd, config.n_head, config.n_kv_head, config.head_dim, config.n_ffn, config.vocab_size,
             config.n_layer, config.gate, config.context, config.norm_eps, self._floats(decoder.cos),

@@ -113,7 +113,7 @@ def test_same_seed_same_text_and_another_seed_another():
 
 
 def test_a_cache_is_as_long_as_what_will_come_and_no_longer_than_the_context():
-    sizes = [[len(keys[0]) for keys, _ in KVCache(TINY, 1, most=most).layers] for most in (5, 32, 1000, None)]
+    sizes = [[len(keys[0]) for keys, _ in KVCache(TINY, 1, max_seq_len=most).layers] for most in (5, 32, 1000, None)]
     assert sizes == [[5, 5], [32, 32], [32, 32], [32, 32]]
 
 

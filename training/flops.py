@@ -21,7 +21,7 @@ def flops_per_token(config: ModelConfig) -> float:
     matrices = C * D * (H * (3 if config.gate else 2) + 2 * K) + 3 * C * config.n_ffn
     products = float(config.n_layer * matrices + C * config.vocab_size)
     for layer in range(config.n_layer):
-        W = min(config.pattern(layer).window or T, T)
+        W = min(config.mask_spec(layer).window or T, T)
         keys = (W * (W + 1) / 2 + (T - W) * W) / T  # the average over the context of min(position, W)
         products += 2 * H * D * keys
     return 3 * 2 * products

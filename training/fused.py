@@ -55,7 +55,9 @@ def _attention(attention: Attention, x: Tensor, cos: Tensor, sin: Tensor, cache:
     eps = attention.q_norm.eps if isinstance(attention.q_norm, nn.RMSNorm) else 0.0
     mixed = F.linear(x, together)  # (B, T, C) -> (B, T, (H + 2K) D)
     queries, keys, values = train_ops.Heads.apply(mixed, *norms, cos[0, :, 0], sin[0, :, 0], eps, D**-0.5, len(q) // D)
-    out = attend(queries, keys, values, attention.pattern, scale=1.0).flatten(2)  # (B, T, H, D) -> (B, T, H * D)
+    out = attend(queries, keys, values, attention.mask_spec, softmax_scale=1.0).flatten(
+        2
+    )  # (B, T, H, D) -> (B, T, H * D)
     return attention.o_proj(out if gate is None else out * F.linear(x, gate).sigmoid())
 
 

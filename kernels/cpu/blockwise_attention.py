@@ -12,42 +12,42 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kernels.reference import Pattern
+from kernels.reference import MaskSpec
 
 BLOCK = 64  # queries: below, products are too small to run well; above, more of the masked half is computed
 BLOCKS = 8  # at most, since a compiler unrolls them
 
 
-def spans(T: int, S: int, pattern: Pattern) -> Iterator[tuple[int, int, int, int]]:
+def spans(T: int, S: int, mask_spec: MaskSpec) -> Iterator[tuple[int, int, int, int]]:
     """For each block of queries its first and their number, and the keys that they can see, from `low` to `high`."""
     rows = max(BLOCK, -(-T // BLOCKS))
     for first in range(0, T, rows):
         R = min(rows, T - first)
         at, low, high = S - T + first, 0, S
-        if pattern.window is not None:
-            low, high = max(0, at - pattern.window + 1), min(S, at + R + pattern.window - 1)
-        if pattern.causal:
+        if mask_spec.window is not None:
+            low, high = max(0, at - mask_spec.window + 1), min(S, at + R + mask_spec.window - 1)
+        if mask_spec.causal:
             high = at + R
         yield first, R, low, high
 
 
-def blocks_attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float) -> Tensor:
+def blocks_attention(q: Tensor, k: Tensor, v: Tensor, mask_spec: MaskSpec, softmax_scale: float) -> Tensor:
     """q (B, T, H, D), k and v (B, S, K, D) -> (B, T, H, D), as `kernels.attention`; T at most S, no softcap.
 
     Scores are rounded to the dtype of the products and the softmax is taken in at least fp32.
     """
     B, T, H, D = q.shape
     S, K = k.shape[1:3]
-    q = (q * scale).view(B, T, K, H // K, D).permute(0, 2, 3, 1, 4)  # (B, T, H, D) -> (B, K, G, T, D)
+    q = (q * softmax_scale).view(B, T, K, H // K, D).permute(0, 2, 3, 1, 4)  # (B, T, H, D) -> (B, K, G, T, D)
     k, v = (x.transpose(1, 2).reshape(B * K, S, D) for x in (k, v))  # (B, S, K, D) -> (B * K, S, D)
     out = []
-    for first, R, low, high in spans(T, S, pattern):
+    for first, R, low, high in spans(T, S, mask_spec):
         at = S - T + first  # the position of the block's first query
         block = q[:, :, :, first : first + R].reshape(B * K, -1, D)  # (B, K, G, R, D) -> (B * K, G * R, D)
         distance = torch.arange(at, at + R)[:, None] - torch.arange(low, high)  # (R, keys)
-        hidden = (distance < 0) & pattern.causal
-        if pattern.window is not None:
-            hidden = hidden | (distance.abs() >= pattern.window)
+        hidden = (distance < 0) & mask_spec.causal
+        if mask_spec.window is not None:
+            hidden = hidden | (distance.abs() >= mask_spec.window)
         # Added by the product itself, what is hidden costs no pass over the scores, and none backward.
         bias = torch.zeros(R, high - low, dtype=q.dtype).masked_fill(hidden, float("-inf")).repeat(H // K, 1)
         scores = torch.baddbmm(bias, block, k[:, low:high].mT)  # (G * R, keys) + (B * K, G * R, D) (B * K, D, keys)

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from kernels import cpu
 from kernels.cpu.blockwise_attention import spans
-from kernels.reference import Pattern
+from kernels.reference import MaskSpec
 
 
 class RMSNorm(torch.autograd.Function):
@@ -58,7 +58,7 @@ class Shape(Structure):
 class Heads(torch.autograd.Function):
     """`apply(mixed, gain_q, gain_k, cos, sin, eps, scale, H)`: mixed (B, T, (H + 2K) D) -> q (B, T, H, D), k and v (B,
     T, K, D), which lie in memory as `Attend` wants them. Queries and keys are normed, if gains (D,) are given and not
-    None, and turned by cos and sin (T, D), as model.py's `rotate` does; queries are multiplied by scale."""
+    None, and turned by cos and sin (T, D), as model.py's `apply_rotary_emb` does; queries are multiplied by scale."""
 
     @staticmethod
     def forward(
@@ -104,7 +104,7 @@ class Attend(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pattern: MaskSpec, scale: float) -> Tensor:
         B, T, H, D = q.shape
         N, G = B * k.shape[2], H // k.shape[2]
         q = (q if scale == 1 else q * scale).transpose(1, 2).reshape(N, G, T, D)  # (B, T, H, D) -> (B * K, G, T, D)

@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.reference import Pattern
+from kernels.reference import MaskSpec
 from kernels.triton.tiles import FLASH_FP32, INTERPRETED, tile
 
 LOG2E = tl.constexpr(math.log2(math.e))
@@ -38,15 +38,15 @@ LN2 = tl.constexpr(math.log(2))
 
 
 def flash_attention(
-    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float, documents: Tensor | None = None,
-    slopes: Tensor | None = None, sinks: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, mask_spec: MaskSpec, softmax_scale: float, document_ids: Tensor | None = None,
+    alibi_slopes: Tensor | None = None, sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention of whole sequences, differentiable. Arguments are those of `kernels.attention`.
 
     Args:
-        q: (B, T, H, D); k, v: (B, S, K, D), all fp32, fp16 or bf16; T at most S with documents (B, S).
-        documents: runs of one number; cumulative lengths become such numbers by torch.repeat_interleave(lengths).
-        slopes, sinks: (H,), computed with in fp32.
+        q: (B, T, H, D); k, v: (B, S, K, D), all fp32, fp16 or bf16; T at most S with document_ids (B, S).
+        document_ids: runs of one number; cumulative lengths become such numbers by torch.repeat_interleave(lengths).
+        alibi_slopes, sinks: (H,), computed with in fp32.
     Returns:
         out (B, T, H, D) in q's dtype and the log-sum-exp (B, T, H) in fp32, natural, sink included, both with
         gradients. A row that sees no key gives out 0 and log-sum-exp -inf, or the sink.
@@ -57,16 +57,20 @@ def flash_attention(
         raise ValueError(f"flash wants one dtype, fp32, fp16 or bf16; q is {q.dtype}, k {k.dtype}, v {v.dtype}")
     if q.shape[-1] > 256:
         raise ValueError(f"flash takes head sizes up to 256, not {q.shape[-1]}")
-    first, last = (None, None) if documents is None else document_bounds(documents)
-    slopes, sinks = (None if x is None else x.float().contiguous() for x in (slopes, sinks))
-    return _forward_op(q, k, v, pattern.causal, pattern.window, pattern.softcap, scale, first, last, slopes, sinks)
+    first, last = (None, None) if document_ids is None else document_bounds(document_ids)
+    alibi_slopes, sinks = (None if x is None else x.float().contiguous() for x in (alibi_slopes, sinks))
+    return _forward_op(
+        q, k, v, mask_spec.causal, mask_spec.window, mask_spec.softcap, softmax_scale, first, last, alibi_slopes, sinks
+    )
 
 
-def document_bounds(documents: Tensor) -> tuple[Tensor, Tensor]:
+def document_bounds(document_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Where each position's document begins and ends: first and last, (B, S) int32; its keys are first ... last - 1."""
-    S = documents.shape[1]
-    new = documents.diff(dim=1, prepend=documents[:, :1]) != 0  # (B, S) a run begins here; not at 0, where it must
-    here = torch.arange(S, dtype=torch.int32, device=documents.device).expand_as(documents)  # (B, S)
+    S = document_ids.shape[1]
+    new = (
+        document_ids.diff(dim=1, prepend=document_ids[:, :1]) != 0
+    )  # (B, S) a run begins here; not at 0, where it must
+    here = torch.arange(S, dtype=torch.int32, device=document_ids.device).expand_as(document_ids)  # (B, S)
     first = torch.where(new, here, 0).cummax(1).values
     ends = torch.where(new, here, S).roll(-1, 1)  # (B, S) at a run's last position the next one's first
     ends[:, -1] = S
@@ -357,39 +361,54 @@ def _arguments(
 
 @torch.library.custom_op("heed::flash_forward", mutates_args=())
 def _forward_op(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, softcap: float | None, scale: float,
-    first: Tensor | None, last: Tensor | None, slopes: Tensor | None, sinks: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, softcap: float | None, softmax_scale: float,
+    first: Tensor | None, last: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     numbers, constants = _arguments("flash_forward", q, k, v, causal, window, softcap)
     grid = (triton.cdiv(q.shape[1], constants["M"]), q.shape[2], q.shape[0])
-    _forward[grid](q, k, v, first, last, slopes, sinks, out, lse, scale, *numbers, **constants)
+    _forward[grid](q, k, v, first, last, alibi_slopes, sinks, out, lse, softmax_scale, *numbers, **constants)
     return out, lse
 
 
 @torch.library.custom_op("heed::flash_backward", mutates_args=())
 def _backward_op(
     dout: Tensor, dlse: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, causal: bool,
-    window: int | None, softcap: float | None, scale: float, first: Tensor | None, last: Tensor | None,
-    slopes: Tensor | None, sinks: Tensor | None,
+    window: int | None, softcap: float | None, softmax_scale: float, first: Tensor | None, last: Tensor | None,
+    alibi_slopes: Tensor | None, sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk, dv, and the gradients of slopes and sinks, empty where there are none."""
+    """dq, dk, dv, and the gradients of alibi_slopes and sinks, empty where there are none."""
     B, T, H, _ = q.shape
     S, K = k.shape[1:3]
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     dout, dlse = dout.contiguous(), dlse.contiguous()
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     delta = torch.empty(B, T, H, dtype=torch.float32, device=q.device)
-    of_rows = None if slopes is None else torch.empty_like(delta)
+    of_rows = None if alibi_slopes is None else torch.empty_like(delta)
     numbers, constants = _arguments("flash_dq", q, k, v, causal, window, softcap)
     _dq[(triton.cdiv(T, constants["M"]), H, B)](
-        q, k, v, first, last, slopes, out, lse, dout, dlse, dq, delta, of_rows, scale, *numbers, **constants
+        q,
+        k,
+        v,
+        first,
+        last,
+        alibi_slopes,
+        out,
+        lse,
+        dout,
+        dlse,
+        dq,
+        delta,
+        of_rows,
+        softmax_scale,
+        *numbers,
+        **constants,
     )
     numbers, constants = _arguments("flash_dkdv", q, k, v, causal, window, softcap)
     _dkdv[(triton.cdiv(S, constants["N"]), K, B)](
-        q, k, v, first, last, slopes, lse, delta, dout, dk, dv, scale, *numbers, **constants
+        q, k, v, first, last, alibi_slopes, lse, delta, dout, dk, dv, softmax_scale, *numbers, **constants
     )
     dslopes = q.new_empty(0) if of_rows is None else of_rows.sum((0, 1))  # (B, T, H) -> (H,)
     # A sink's weight is exp(sink - lse), and it has no value: dp = 0.
@@ -404,21 +423,23 @@ def _(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 @_backward_op.register_fake
 def _(dout: Tensor, dlse: Tensor, out: Tensor, lse: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    slopes, sinks = rest[-2:]
+    alibi_slopes, sinks = rest[-2:]
     gradients = [x.new_empty(x.shape) for x in rest[:3]]
-    return *gradients, *(dout.new_empty(0) if x is None else lse.new_empty(x.shape) for x in (slopes, sinks))
+    return *gradients, *(dout.new_empty(0) if x is None else lse.new_empty(x.shape) for x in (alibi_slopes, sinks))
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, *ctx.plain, first, last, slopes, sinks = inputs
-    ctx.save_for_backward(*output, q, k, v, first, last, slopes, sinks)
+    q, k, v, *ctx.plain, first, last, alibi_slopes, sinks = inputs
+    ctx.save_for_backward(*output, q, k, v, first, last, alibi_slopes, sinks)
 
 
 def _backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
-    out, lse, q, k, v, first, last, slopes, sinks = ctx.saved_tensors
-    dq, dk, dv, dslopes, dsinks = _backward_op(dout, dlse, out, lse, q, k, v, *ctx.plain, first, last, slopes, sinks)
+    out, lse, q, k, v, first, last, alibi_slopes, sinks = ctx.saved_tensors
+    dq, dk, dv, dslopes, dsinks = _backward_op(
+        dout, dlse, out, lse, q, k, v, *ctx.plain, first, last, alibi_slopes, sinks
+    )
     nothing = [None] * 6  # causal, window, softcap, scale, first, last
-    return dq, dk, dv, *nothing, None if slopes is None else dslopes, None if sinks is None else dsinks
+    return dq, dk, dv, *nothing, None if alibi_slopes is None else dslopes, None if sinks is None else dsinks
 
 
 _forward_op.register_autograd(_backward, setup_context=_keep)

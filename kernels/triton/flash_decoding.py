@@ -15,7 +15,7 @@ The combine kernel. Grid (B * T * H,). A program owns one row. With one split th
 kernel writes the results.
 
 Programs go through positions, not slots: position p lies in slot p % S, also when the cache is a ring that has come
-round. Paged (PagedAttention: Kwon et al. 2023, section 4.3), slot s lies in page pages[b, s // page]; a cache that is
+round. Paged (PagedAttention: Kwon et al. 2023, section 4.3), slot s lies in page block_table[b, s // page]; a cache that is
 not paged is a pool whose pages have S slots, and sequence b has page b.
 
 Shapes: B batch, T queries, S slots, H query heads, K key/value heads, G = H / K, D head size.
@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.reference import Pattern
+from kernels.reference import MaskSpec
 from kernels.triton.flash_attention import accurate_tanh
 from kernels.triton.tiles import tile
 
@@ -40,14 +40,14 @@ INTERPRETED = 8  # processors where no GPU is: so many that small inputs are spl
 
 
 def decode_attention(
-    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float, lengths: Tensor, pages: Tensor | None = None,
-    slopes: Tensor | None = None, sinks: Tensor | None = None, splits: int | None = None,
+    q: Tensor, k: Tensor, v: Tensor, mask_spec: MaskSpec, softmax_scale: float, cache_seqlens: Tensor, block_table: Tensor | None = None,
+    alibi_slopes: Tensor | None = None, sinks: Tensor | None = None, splits: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention over a cache, forward only. All arguments but the last are those of `kernels.attention`.
 
     Args:
-        q: (B, T, H, D). k, v: (B, S, K, D), or with pages (B, N) a pool (P, page, K, D), S = N * page.
-        lengths, slopes, sinks: (B,), (H,), (H,). The host never reads lengths, so it never waits for the GPU.
+        q: (B, T, H, D). k, v: (B, S, K, D), or with block_table (B, N) a pool (P, page, K, D), S = N * page.
+        cache_seqlens, alibi_slopes, sinks: (B,), (H,), (H,). The host never reads cache_seqlens, so it never waits for the GPU.
         splits: into how many parts the keys are divided; None chooses, see `choose_splits`.
     Returns:
         out (B, T, H, D) in q's dtype and the log-sum-exp (B, T, H) in fp32, sink included. A row that sees no key
@@ -57,9 +57,22 @@ def decode_attention(
     """
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16) or not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"decode wants one dtype, fp32, fp16 or bf16; q is {q.dtype}, k {k.dtype}, v {v.dtype}")
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, slopes, sinks)):
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, alibi_slopes, sinks)):
         raise ValueError("decode has no gradients: call it under torch.no_grad(), or use another backend")
-    return _op(q, k, v, pattern.causal, pattern.window, pattern.softcap, scale, lengths, pages, slopes, sinks, splits)
+    return _op(
+        q,
+        k,
+        v,
+        mask_spec.causal,
+        mask_spec.window,
+        mask_spec.softcap,
+        softmax_scale,
+        cache_seqlens,
+        block_table,
+        alibi_slopes,
+        sinks,
+        splits,
+    )
 
 
 @functools.cache
@@ -80,13 +93,13 @@ def choose_splits(programs: int, blocks: int, processors: int) -> int:
 
 
 def launch(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, softcap: float | None, scale: float,
-    lengths: Tensor, pages: Tensor | None, slopes: Tensor | None, sinks: Tensor | None, splits: int | None,
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, softcap: float | None, softmax_scale: float,
+    cache_seqlens: Tensor, block_table: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None, splits: int | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Arguments and results of `decode_attention`."""
     B, T, H, D = q.shape
     page, K = k.shape[1:3]
-    G, S = H // K, page if pages is None else page * pages.shape[1]
+    G, S = H // K, page if block_table is None else page * block_table.shape[1]
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     t, block_d = tile("decode", D, q.device), max(triton.next_power_of_2(D), 16)
     # 16 rows are the least that a matrix unit takes. There is none for fp32: its rows lie in ordinary registers.
@@ -102,12 +115,12 @@ def launch(
     if splits > 1:
         parts, lses = (new(splits, *x.shape, dtype=torch.float32) for x in (out, lse))
     _split[(programs, splits)](
-        q, k, v, lengths.contiguous(), *(None if x is None else x.contiguous() for x in (pages, slopes, sinks)),
-        parts, lses, scale, B, T, S, K, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        G=G, D=D, PAGE=None if pages is None else page, CAUSAL=causal, WINDOW=window, SOFTCAP=softcap,
+        q, k, v, cache_seqlens.contiguous(), *(None if x is None else x.contiguous() for x in (block_table, alibi_slopes, sinks)),
+        parts, lses, softmax_scale, B, T, S, K, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        G=G, D=D, PAGE=None if block_table is None else page, CAUSAL=causal, WINDOW=window, SOFTCAP=softcap,
         BLOCK_M=block_m, BLOCK_N=t.N, BLOCK_D=block_d, num_warps=t.warps,
         # A page's number is loaded before what is in the page: the pipeline is twice as long for as much in flight.
-        num_stages=t.stages if pages is None else 2 * t.stages - 1,
+        num_stages=t.stages if block_table is None else 2 * t.stages - 1,
     )  # fmt: skip
     if splits > 1:
         t = tile("decode_combine", D, q.device)

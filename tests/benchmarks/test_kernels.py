@@ -18,7 +18,7 @@ from benchmarks.block_maps import PART, SKIPPED, WHOLE, blocks
 from benchmarks.kernel_costs import GPUS, bound, rate
 from benchmarks.shapes import Case, cases, dry_cases
 from kernels import CAUSAL, attention
-from kernels.reference import visible
+from kernels.reference import attention_mask
 from kernels.triton import flash_decoding, tiles
 from kernels.triton.flash_attention import _key_range, _query_range, document_bounds
 from tests.conftest import command
@@ -105,7 +105,7 @@ def test_the_bounds_are_printed_and_say_what_they_are(capsys, monkeypatch, tmp_p
 @pytest.mark.parametrize("T", [1, 31, 64, 200])
 @pytest.mark.parametrize(("M", "N"), [(16, 16), (32, 16), (16, 64)])
 def test_causal_waste_is_what_one_counts(T, M, N):
-    sees = visible(CAUSAL, T, T, CPU, None, None)[0]
+    sees = attention_mask(CAUSAL, T, T, CPU, None, None)[0]
     computed = sum(  # (T, T) cut up in plain Python
         M * N for t in range(0, T, M) for s in range(0, T, N) if any(sees[i, s] for i in range(t, min(t + M, T)))
     )
@@ -138,12 +138,12 @@ def ranges(out, first, last, T, S, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, M
 @pytest.mark.parametrize("name", block_maps.MAPS)
 def test_the_kernels_compute_the_blocks_of_the_map(name):
     """For the drawn maps: from the first block that is not skipped to the last, of keys and of queries."""
-    pattern, documents = block_maps.MAPS[name]
+    mask_spec, document_ids = block_maps.MAPS[name]
     T, M, N = block_maps.T, block_maps.BLOCK_M, block_maps.BLOCK_N
-    first, last = (None, None) if documents is None else document_bounds(documents)
+    first, last = (None, None) if document_ids is None else document_bounds(document_ids)
     out = torch.empty(2, T // M, 2, dtype=torch.int32)
-    ranges[(T // M,)](out, first, last, T, T, CAUSAL=pattern.causal, WINDOW=pattern.window, M=M, N=N)
-    computed = blocks(visible(pattern, T, T, CPU, None, documents)[0], M, N) != SKIPPED
+    ranges[(T // M,)](out, first, last, T, T, CAUSAL=mask_spec.causal, WINDOW=mask_spec.window, M=M, N=N)
+    computed = blocks(attention_mask(mask_spec, T, T, CPU, None, document_ids)[0], M, N) != SKIPPED
     for map_, spans, size in ((computed, out[0], N), (computed.T, out[1], M)):
         for row, (low, high) in zip(map_, spans.tolist(), strict=True):
             assert row.nonzero().flatten().tolist() == list(range(low // size, math.ceil(high / size)))

@@ -38,7 +38,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from kernels import cross_entropy
-from kernels.reference import CAUSAL, Pattern
+from kernels.reference import CAUSAL, MaskSpec
 from kernels.triton import flash_attention, flash_decoding, tiles
 
 BUDGET = ROOT / "tests" / "kernels" / "compiled_budget.json"
@@ -65,7 +65,7 @@ def flash_case(D: int, extras: str) -> None:
     """Forward and backward, 8 query heads on 2 key/value heads."""
     q, k, v = (torch.empty(2, 1024, heads, D, dtype=BF16, requires_grad=True) for heads in (8, 2, 2))
     documents = None if extras == "plain" else torch.zeros(2, 1024, dtype=torch.int64)
-    pattern = CAUSAL if extras == "plain" else Pattern(True, 256, 30.0 if extras == "everything" else None)
+    pattern = CAUSAL if extras == "plain" else MaskSpec(True, 256, 30.0 if extras == "everything" else None)
     slopes, sinks = (torch.zeros(8, requires_grad=True) if extras == "everything" else None for _ in range(2))
     out, _ = flash_attention.flash_attention(q, k, v, pattern, 0.1, documents, slopes, sinks)
     out.backward(torch.empty_like(out))
@@ -77,7 +77,7 @@ def decode_case(D: int, T: int, extras: str) -> None:
     pages = None
     if extras != "plain":
         shape, pages = (32, 256, 8, D), torch.zeros(1, 32, dtype=torch.int32)
-    pattern = Pattern(True, 4096, 30.0) if extras == "everything" else CAUSAL
+    pattern = MaskSpec(True, 4096, 30.0) if extras == "everything" else CAUSAL
     slopes, sinks = (torch.zeros(32) if extras == "everything" else None for _ in range(2))
     k, v = (torch.empty(shape, dtype=BF16) for _ in range(2))
     flash_decoding.decode_attention(q, k, v, pattern, 0.1, torch.tensor([8192]), pages, slopes, sinks)

@@ -5,7 +5,7 @@ from unittest.mock import patch
 
 import torch
 
-from kernels.reference import CAUSAL, FULL, Pattern, reference_attention
+from kernels.reference import CAUSAL, FULL, MaskSpec, reference_attention
 
 # name, text in the source, what it becomes, how often it occurs if not once
 MUTANTS: list[tuple[str, str, str] | tuple[str, str, str, int]] = [
@@ -81,10 +81,10 @@ def probe(flash_attention) -> None:
     cases = [  # in the order in which all mutants together are seen soonest
         # B, T, S, pattern, documents, slopes, sinks
         (1, 21, 3, CAUSAL, False, False, False),
-        (1, 36, 18, Pattern(False, None, 1.0), False, True, True),
-        (1, 40, 40, Pattern(False, 14), False, False, True),
+        (1, 36, 18, MaskSpec(False, None, 1.0), False, True, True),
+        (1, 40, 40, MaskSpec(False, 14), False, False, True),
         (1, 40, 40, FULL, True, False, False),
-        (1, 36, 37, Pattern(True, 9), True, False, False),
+        (1, 36, 37, MaskSpec(True, 9), True, False, False),
         (2, 20, 36, CAUSAL, False, False, False),
     ]
     for B, T, S, pattern, with_documents, with_slopes, with_sinks in cases:

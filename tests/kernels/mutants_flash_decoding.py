@@ -4,7 +4,7 @@ from unittest.mock import patch
 
 import torch
 
-from kernels.reference import CAUSAL, Pattern, distances, reference_attention
+from kernels.reference import CAUSAL, MaskSpec, relative_positions, reference_attention
 
 VALUES_UNMASKED = "v_h)[:, None] + column[None, :], mask=read | (column < D)[None, :]"
 
@@ -52,10 +52,10 @@ MUTANTS: list[tuple[str, str, str]] = [
 def probe(decode_attention) -> None:
     """AssertionError unless out and log-sum-exp are right, with NaN in outputs and slots before they are written."""
     window, both_ways, tanh, soft = (
-        Pattern(True, 9),
-        Pattern(False, 5),
-        Pattern(False, None, 1.0),
-        Pattern(softcap=50.0),
+        MaskSpec(True, 9),
+        MaskSpec(False, 5),
+        MaskSpec(False, None, 1.0),
+        MaskSpec(softcap=50.0),
     )
     cases = [  # pattern, (T, S, H, K), lengths, page, with slopes, with sinks, splits
         (CAUSAL, (2, 32, 4, 2), (9, 32), 4, False, False, 1),
@@ -75,7 +75,7 @@ def probe(decode_attention) -> None:
         sinks = torch.randn(H, generator=g) if with_sinks else None
         exact = (x.double() for x in (q, k, v))
         expected, expected_lse, _ = reference_attention(*exact, pattern, 0.3, lengths, None, slopes, sinks)
-        unused = ~distances(T, S, q.device, lengths)[1][:, :, None, None]
+        unused = ~relative_positions(T, S, q.device, lengths)[1][:, :, None, None]
         k, v = (x.masked_fill(unused, float("nan")) for x in (k, v))
         v, pages = v.transpose(1, 2).contiguous().transpose(1, 2), None  # its strides are not those of k
         if page is not None:  # (B, S, K, D) -> (B * S / page, page, K, D), last page first

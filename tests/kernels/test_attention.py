@@ -7,7 +7,7 @@ import pytest
 import torch
 import triton
 
-from kernels import CAUSAL, FULL, Pattern, attention, preferred
+from kernels import CAUSAL, FULL, MaskSpec, attention, preferred
 from kernels.cpu import blockwise_attention
 
 BACKENDS = ("reference", "sdpa")
@@ -55,7 +55,7 @@ def seen_by_distance(pattern, T, S):
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "blocks", "cpp"])
-@pytest.mark.parametrize("pattern", [CAUSAL, FULL, Pattern(True, 1), Pattern(True, 5), Pattern(False, 3)])
+@pytest.mark.parametrize("pattern", [CAUSAL, FULL, MaskSpec(True, 1), MaskSpec(True, 5), MaskSpec(False, 3)])
 @pytest.mark.parametrize(("T", "S"), [(1, 1), (7, 7), (1, 9), (4, 11), (9, 5)])
 @pytest.mark.parametrize(("H", "K"), [(4, 4), (4, 2), (3, 1)])
 def test_attention_and_its_gradients_equal_the_definition(backend, pattern, T, S, H, K, monkeypatch):
@@ -94,7 +94,7 @@ def test_a_cache_is_read_by_position_also_when_it_is_a_ring(backend, window, wri
         return s in slots[b] and slots[b][s] <= query and (window is None or query - slots[b][s] < window)
 
     expected, _ = truth(*(x.double() for x in (q, k, v)), sees, 6**-0.5)
-    got = attention(q, k, v, Pattern(True, window), lengths=torch.tensor(written), backend=backend)
+    got = attention(q, k, v, MaskSpec(True, window), cache_seqlens=torch.tensor(written), backend=backend)
     torch.testing.assert_close(got.double(), expected, atol=2e-6, rtol=1e-5)
 
 
@@ -104,7 +104,7 @@ def test_documents_do_not_see_each_other(backend):
     ids = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2, 2]])
     expected, _ = truth(*(x.double() for x in (q, k, v)), lambda b, t, s: s <= t and ids[b, t] == ids[b, s], 0.5)
     torch.testing.assert_close(
-        attention(q, k, v, documents=ids, backend=backend).double(), expected, atol=2e-6, rtol=1e-5
+        attention(q, k, v, document_ids=ids, backend=backend).double(), expected, atol=2e-6, rtol=1e-5
     )
 
 
@@ -112,22 +112,22 @@ def test_documents_do_not_see_each_other(backend):
     ("backend", "softcap", "with_slopes", "with_sinks"),
     [("reference", 2.0, True, True), ("reference", None, False, True), ("sdpa", None, True, False)],
 )
-@pytest.mark.parametrize("pattern", [CAUSAL, Pattern(False, 3)])
+@pytest.mark.parametrize("pattern", [CAUSAL, MaskSpec(False, 3)])
 def test_softcap_slopes_and_sinks(backend, softcap, with_slopes, with_sinks, pattern):
     q, k, v = draw(2, 6, 8, 4, 2, 6)
     slopes, sinks = (torch.rand(4, generator=torch.Generator().manual_seed(i)) for i in range(2))
-    given = {"slopes": slopes if with_slopes else None, "sinks": sinks if with_sinks else None}
+    given = {"alibi_slopes": slopes if with_slopes else None, "sinks": sinks if with_sinks else None}
     given = {name: x.requires_grad_() for name, x in given.items() if x is not None}
     exact = {name: x.detach().double().requires_grad_() for name, x in given.items()}
     expected, lse = truth(
         *(x.double() for x in (q, k, v)), seen_by_distance(pattern, 6, 8), 0.4, softcap,
         away=lambda b, t, s: abs(2 + t - s), **exact,
     )  # fmt: skip
-    capped = Pattern(pattern.causal, pattern.window, softcap)
-    got = attention(q, k, v, capped, scale=0.4, backend=backend, **given)
+    capped = MaskSpec(pattern.causal, pattern.window, softcap)
+    got = attention(q, k, v, capped, softmax_scale=0.4, backend=backend, **given)
     torch.testing.assert_close(got.double(), expected, atol=2e-6, rtol=1e-5)
     if backend == "reference":
-        got_lse = attention(q, k, v, capped, scale=0.4, return_lse=True, **given)[1]
+        got_lse = attention(q, k, v, capped, softmax_scale=0.4, return_lse=True, **given)[1]
         torch.testing.assert_close(got_lse.double(), lse, atol=2e-6, rtol=1e-5)
     weight = torch.randn(expected.shape, dtype=torch.float64)
     (got.double() * weight).sum().backward()
@@ -146,14 +146,14 @@ def test_a_cache_in_pages_is_a_cache(backend):
             for n, page in enumerate(row):
                 if n * 3 < lengths[b]:
                     pool[page] = x[b, n * 3 : n * 3 + 3]
-    got = attention(q, *pools, lengths=lengths, pages=where, backend=backend)
-    torch.testing.assert_close(got, attention(q, k, v, lengths=lengths, backend="reference"))
+    got = attention(q, *pools, cache_seqlens=lengths, block_table=where, backend=backend)
+    torch.testing.assert_close(got, attention(q, k, v, cache_seqlens=lengths, backend="reference"))
 
 
 def test_a_document_is_a_run_of_one_number():
     q, k, v = draw(1, 6, 6, 2, 1, 4)
     again, apart = torch.tensor([[4, 4, 7, 7, 4, 4]]), torch.tensor([[0, 0, 1, 1, 2, 2]])
-    torch.testing.assert_close(attention(q, k, v, documents=again), attention(q, k, v, documents=apart))
+    torch.testing.assert_close(attention(q, k, v, document_ids=again), attention(q, k, v, document_ids=apart))
 
 
 @pytest.mark.parametrize("learning", [True, False])
@@ -169,7 +169,7 @@ def test_autocast_reaches_attention(learning):
 def test_log_sum_exp_and_scale():
     q, k, v = draw(2, 5, 7, 4, 2, 6)
     expected, lse = truth(*(x.double() for x in (q, k, v)), seen_by_distance(CAUSAL, 5, 7), 0.3)
-    got, got_lse = attention(q, k, v, scale=0.3, return_lse=True)
+    got, got_lse = attention(q, k, v, softmax_scale=0.3, return_lse=True)
     torch.testing.assert_close(got.double(), expected, atol=2e-6, rtol=1e-5)
     torch.testing.assert_close(got_lse.double(), lse, atol=2e-6, rtol=1e-5)
 
@@ -218,7 +218,7 @@ def test_kernels_that_cannot_run_say_why(monkeypatch):
         attention(q, k, v, backend="flash")
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(ValueError, match="'decode' needs triton, which is not installed"):
-        attention(q, k, v, lengths=torch.tensor([4]), backend="decode")
+        attention(q, k, v, cache_seqlens=torch.tensor([4]), backend="decode")
     assert preferred(torch.device("cuda")) == ("sdpa", "triton is not installed")
 
 
@@ -236,16 +236,16 @@ def test_views_that_are_not_contiguous():
     [
         ({"backend": "cuda"}, "'cuda' is not one of reference, sdpa, cpp, blocks, flash, decode"),
         ({"backend": "sdpa", "return_lse": True}, "cannot return the log-sum-exp"),
-        ({"lengths": torch.tensor([1])}, r"lengths has shape \(1,\)"),
-        ({"documents": torch.zeros(2, 3)}, r"documents has shape \(2, 3\)"),
+        ({"cache_seqlens": torch.tensor([1])}, r"cache_seqlens has shape \(1,\)"),
+        ({"document_ids": torch.zeros(2, 3)}, r"document_ids has shape \(2, 3\)"),
         ({"backend": "sdpa", "sinks": torch.zeros(4)}, "neither softcap nor sinks"),
         ({"backend": "blocks", "sinks": torch.zeros(4)}, "knows causal and window alone"),
         ({"backend": "cpp", "sinks": torch.zeros(4)}, "knows causal and window alone"),
         ({"backend": "decode"}, "it needs lengths"),
-        ({"backend": "flash", "lengths": torch.tensor([4, 4])}, "reads whole sequences"),
+        ({"backend": "flash", "cache_seqlens": torch.tensor([4, 4])}, "reads whole sequences"),
         ({"sinks": torch.zeros(3)}, r"sinks has shape \(3,\)"),
-        ({"pages": torch.zeros(2, 2)}, r"pages has shape \(2, 2\)"),
-        ({"lengths": torch.tensor([4, 4]), "documents": torch.zeros(2, 4)}, "do not go together"),
+        ({"block_table": torch.zeros(2, 2)}, r"block_table has shape \(2, 2\)"),
+        ({"cache_seqlens": torch.tensor([4, 4]), "document_ids": torch.zeros(2, 4)}, "do not go together"),
     ],
 )
 def test_mistakes_are_named(arguments, says):
@@ -261,6 +261,6 @@ def test_wrong_shapes_are_named():
     with pytest.raises(ValueError, match=r"wants q \(B, T, H, D\)"):
         attention(q, k, v[:, :3])
     with pytest.raises(ValueError, match="at least 1"):
-        Pattern(window=0)
+        MaskSpec(window=0)
     with pytest.raises(ValueError, match="above 0"):
-        Pattern(softcap=0.0)
+        MaskSpec(softcap=0.0)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels import CAUSAL, Pattern
+from kernels import CAUSAL, MaskSpec
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.triton.flash_attention import flash_attention
 from kernels.triton.flash_decoding import decode_attention
@@ -19,7 +19,7 @@ def draw(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[t
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 @pytest.mark.parametrize(
-    ("pattern", "T", "S"), [(CAUSAL, 37, 37), (Pattern(True, 9, 5.0), 19, 35), (Pattern(False, 7), 17, 33)]
+    ("pattern", "T", "S"), [(CAUSAL, 37, 37), (MaskSpec(True, 9, 5.0), 19, 35), (MaskSpec(False, 7), 17, 33)]
 )
 def test_flash(pattern, T, S, dtype):
     B, H, K, D = 2, 4, 2, 24
@@ -37,7 +37,7 @@ def test_flash(pattern, T, S, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 @pytest.mark.parametrize("page", [None, 5])
-@pytest.mark.parametrize(("T", "pattern", "lengths"), [(1, CAUSAL, (1, 35, 70)), (3, Pattern(True, 9), (0, 20, 100))])
+@pytest.mark.parametrize(("T", "pattern", "lengths"), [(1, CAUSAL, (1, 35, 70)), (3, MaskSpec(True, 9), (0, 20, 100))])
 def test_decode(T, pattern, lengths, page, dtype):
     S, H, K, D = 35, 6, 2, 24
     q, k, v = draw((3, T, H, D), (3, S, K, D), (3, S, K, D), dtype=dtype)

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import CAUSAL, FULL, Pattern, attention
-from kernels.reference import distances, reference_attention, visible
+from kernels import CAUSAL, FULL, MaskSpec, attention
+from kernels.reference import relative_positions, reference_attention, attention_mask
 from kernels.triton.flash_attention import document_bounds, flash_attention
 
 SCALE = 0.3
@@ -39,8 +39,8 @@ def naive(q, k, v, pattern, documents, slopes, sinks):
     if pattern.softcap is not None:
         scores = pattern.softcap * torch.tanh(scores / pattern.softcap)
     if slopes is not None:
-        scores = scores - (slopes[:, None, None] * distances(T, S, q.device, None)[0].abs()).to(q.dtype)
-    mask = visible(pattern, T, S, q.device, None, documents)[:, None]
+        scores = scores - (slopes[:, None, None] * relative_positions(T, S, q.device, None)[0].abs()).to(q.dtype)
+    mask = attention_mask(pattern, T, S, q.device, None, documents)[:, None]
     scores = scores.masked_fill(~mask, -math.inf)
     lse = scores.logsumexp(-1)
     if sinks is not None:
@@ -112,13 +112,13 @@ def test_causal(T, S, H, K, D, dtype):
 
 
 @pytest.mark.parametrize(("T", "S"), [(97, 97), (113, 203), (203, 113)])
-@pytest.mark.parametrize("pattern", [CAUSAL, Pattern(False, 20)])
+@pytest.mark.parametrize("pattern", [CAUSAL, MaskSpec(False, 20)])
 def test_longer(T, S, pattern):
     check(draw(1, T, S, 1, 1, 16), pattern)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("pattern", [CAUSAL, Pattern(True, 100), FULL])
+@pytest.mark.parametrize("pattern", [CAUSAL, MaskSpec(True, 100), FULL])
 @pytest.mark.parametrize("D", [16, 64, 128, 256])
 def test_long(pattern, D):
     check(draw(1, 1025, 1025, 2, 1, D), pattern)
@@ -126,19 +126,19 @@ def test_long(pattern, D):
 
 FLAGS = {
     "full": {"pattern": FULL},
-    "window": {"pattern": Pattern(True, 9)},
-    "window of one": {"pattern": Pattern(True, 1)},
-    "two-sided window": {"pattern": Pattern(False, 9)},
-    "softcap": {"pattern": Pattern(True, None, 1.5)},
+    "window": {"pattern": MaskSpec(True, 9)},
+    "window of one": {"pattern": MaskSpec(True, 1)},
+    "two-sided window": {"pattern": MaskSpec(False, 9)},
+    "softcap": {"pattern": MaskSpec(True, None, 1.5)},
     "documents": {"docs": True},
     "slopes": {"slopes": True},
     "sinks": {"sinks": True},
     "full, documents": {"pattern": FULL, "docs": True},
-    "window, documents": {"pattern": Pattern(True, 9), "docs": True},
-    "two-sided window, documents, slopes": {"pattern": Pattern(False, 9), "docs": True, "slopes": True},
-    "softcap, slopes": {"pattern": Pattern(True, None, 1.5), "slopes": True},
-    "window, sinks": {"pattern": Pattern(True, 9), "sinks": True},
-    "all": {"pattern": Pattern(True, 20, 2.0), "docs": True, "slopes": True, "sinks": True},
+    "window, documents": {"pattern": MaskSpec(True, 9), "docs": True},
+    "two-sided window, documents, slopes": {"pattern": MaskSpec(False, 9), "docs": True, "slopes": True},
+    "softcap, slopes": {"pattern": MaskSpec(True, None, 1.5), "slopes": True},
+    "window, sinks": {"pattern": MaskSpec(True, 9), "sinks": True},
+    "all": {"pattern": MaskSpec(True, 20, 2.0), "docs": True, "slopes": True, "sinks": True},
 }
 
 
@@ -180,7 +180,7 @@ def test_nan_from_rows_that_see_nothing_goes_nowhere():
 )  # fmt: skip
 def test_any_case(T, more, K, G, D, causal, window, softcap, docs, slopes, sinks, seed):
     S = max(T + more, T if docs else 1)
-    check(draw(1, T, S, G * K, K, D, docs, slopes, sinks, seed), Pattern(causal, window, softcap))
+    check(draw(1, T, S, G * K, K, D, docs, slopes, sinks, seed), MaskSpec(causal, window, softcap))
 
 
 def test_views_that_are_not_contiguous():

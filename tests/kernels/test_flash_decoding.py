@@ -8,12 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import CAUSAL, FULL, Pattern
-from kernels.reference import distances, reference_attention, visible
+from kernels import CAUSAL, FULL, MaskSpec
+from kernels.reference import relative_positions, reference_attention, attention_mask
 from kernels.triton.flash_decoding import decode_attention
 
 NAN = float("nan")
-SOFT = Pattern(softcap=2.0)
+SOFT = MaskSpec(softcap=2.0)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -50,8 +50,10 @@ def same_in_torch(q, k, v, pattern, scale, lengths, slopes, sinks):
     if pattern.softcap is not None:
         scores = pattern.softcap * torch.tanh(scores / pattern.softcap)
     if slopes is not None:
-        scores = scores - (slopes[:, None, None] * distances(T, S, q.device, lengths)[0].abs()[:, None]).to(q.dtype)
-    scores = scores.masked_fill(~visible(pattern, T, S, q.device, lengths, None)[:, None], -math.inf)
+        scores = scores - (slopes[:, None, None] * relative_positions(T, S, q.device, lengths)[0].abs()[:, None]).to(
+            q.dtype
+        )
+    scores = scores.masked_fill(~attention_mask(pattern, T, S, q.device, lengths, None)[:, None], -math.inf)
     if sinks is not None:
         scores = torch.cat([scores, sinks.to(q.dtype)[None, :, None, None].expand(B, H, T, 1)], -1)
     return torch.einsum("bhts,bshd->bthd", scores.softmax(-1).nan_to_num(0)[..., :S], v)
@@ -63,7 +65,7 @@ def check(q, k, v, pattern, lengths, slopes=None, sinks=None, splits=None, scale
     rest = pattern, scale, lengths
     exact, exact_lse, _ = reference_attention(*(x.double() for x in (q, k, v)), *rest, None, slopes, sinks)
     plain = same_in_torch(q, k, v, *rest, slopes, sinks)
-    unused = ~distances(q.shape[1], k.shape[1], q.device, lengths)[1]  # (B, S)
+    unused = ~relative_positions(q.shape[1], k.shape[1], q.device, lengths)[1]  # (B, S)
     k, v = (x.masked_fill(unused[:, :, None, None], NAN) for x in (k, v))
     out, lse = decode_attention(q, k, v, *rest, None, slopes, sinks, splits)
     assert out.dtype == q.dtype and lse.dtype == torch.float32
@@ -84,7 +86,7 @@ def test_lengths_that_differ(dtype, splits, T, lengths):
 
 
 @pytest.mark.parametrize("splits", [1, 2, 7])
-@pytest.mark.parametrize("pattern", [Pattern(True, 1), Pattern(True, 9), Pattern(True, 30), CAUSAL, FULL])
+@pytest.mark.parametrize("pattern", [MaskSpec(True, 1), MaskSpec(True, 9), MaskSpec(True, 30), CAUSAL, FULL])
 def test_a_ring(pattern, splits):
     """T=3 queries and a cache of 20 slots: not yet full, just full, come round once, many times."""
     q, k, v = draw(5, 3, 20, 2, 1, 16)
@@ -99,7 +101,7 @@ def test_groups_of_heads_and_blocks_of_rows(T, H, K):
     check(q, k, v, CAUSAL, torch.tensor([40, 50]))
 
 
-@pytest.mark.parametrize("pattern", [Pattern(True, 7), Pattern(False, 7), FULL, CAUSAL])
+@pytest.mark.parametrize("pattern", [MaskSpec(True, 7), MaskSpec(False, 7), FULL, CAUSAL])
 @pytest.mark.parametrize(("lengths", "splits"), [((40, 75), 2), ((5, 41), 1)])
 def test_a_chunk_of_a_prompt(pattern, lengths, splits):
     q, k, v = draw(2, 40, 48, 2, 1, 16)
@@ -125,7 +127,7 @@ FLAGS = {
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("flags", [f for n in (1, 2, 5) for f in itertools.combinations(FLAGS, n)], ids="+".join)
 def test_flags_alone_in_pairs_and_all(flags, splits):
-    pattern = Pattern(**{name: value for flag in flags for name, value in FLAGS[flag].items()})
+    pattern = MaskSpec(**{name: value for flag in flags for name, value in FLAGS[flag].items()})
     slopes, sinks = extras(4, "slopes" in flags, "sinks" in flags)
     q, k, v = draw(2, 2, 37, 4, 2, 16)
     check(q, k, v, pattern, torch.tensor([19, 44]), slopes, sinks, splits)
@@ -137,7 +139,7 @@ def test_softcap_keeps_its_digits(dtype, softcap):
     """A large cap on small scores is where tanh by exp alone would lose them; with scale 3 tanh saturates."""
     for scale in (0.1, 3.0):
         q, k, v = draw(2, 1, 37, 4, 2, 64, dtype)
-        check(q, k, v, Pattern(softcap=softcap), torch.tensor([19, 37]), scale=scale)
+        check(q, k, v, MaskSpec(softcap=softcap), torch.tensor([19, 37]), scale=scale)
 
 
 @pytest.mark.parametrize("splits", [1, 4])
@@ -168,11 +170,11 @@ def paged(x, page, g):
 
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("page", [1, 5, 16, 80])
-@pytest.mark.parametrize(("pattern", "lengths"), [(CAUSAL, (1, 80, 31)), (Pattern(True, 9), (7, 80, 190))])
+@pytest.mark.parametrize(("pattern", "lengths"), [(CAUSAL, (1, 80, 31)), (MaskSpec(True, 9), (7, 80, 190))])
 def test_paged_equals_contiguous_bit_for_bit(pattern, lengths, page, splits):
     q, k, v = draw(3, 2, 80, 4, 2, 16)
     lengths = torch.tensor(lengths)
-    unused = ~distances(2, 80, q.device, lengths)[1][:, :, None, None]
+    unused = ~relative_positions(2, 80, q.device, lengths)[1][:, :, None, None]
     k, v = (x.masked_fill(unused, NAN) for x in (k, v))
     slopes, sinks = extras(4)
     expected = decode_attention(q, k, v, pattern, 0.3, lengths, None, slopes, sinks, splits)
@@ -209,7 +211,7 @@ def test_whatever_fits(data):
     K, G, D = pick(st.integers(1, 2)), pick(st.integers(1, 3)), pick(st.integers(1, 20))
     q, k, v = draw(B, T, S, K * G, K, D, seed=pick(st.integers(0, 99)))
     window = pick(st.none() | st.integers(1, 45))
-    pattern = Pattern(pick(st.booleans()), window, pick(st.sampled_from([None, 1.0])))
+    pattern = MaskSpec(pick(st.booleans()), window, pick(st.sampled_from([None, 1.0])))
     lengths = torch.tensor(pick(st.lists(st.integers(0, 90), min_size=B, max_size=B)))
     slopes, sinks = extras(K * G, pick(st.booleans()), pick(st.booleans()))
     check(q, k, v, pattern, lengths, slopes, sinks, pick(st.sampled_from([None, 1, 2, 5])))
@@ -227,7 +229,9 @@ def test_twice_the_same_bit_for_bit():
 @pytest.mark.parametrize(
     ("T", "H", "K", "D"), [(1, 8, 1, 128), (1, 6, 2, 80), (3, 4, 4, 64), (16, 6, 2, 24), (97, 1, 1, 64)]
 )
-@pytest.mark.parametrize("pattern", [CAUSAL, FULL, Pattern(True, 33), Pattern(False, 33, 5.0), Pattern(softcap=30.0)])
+@pytest.mark.parametrize(
+    "pattern", [CAUSAL, FULL, MaskSpec(True, 33), MaskSpec(False, 33, 5.0), MaskSpec(softcap=30.0)]
+)
 def test_a_larger_grid(dtype, splits, T, H, K, D, pattern):
     q, k, v = draw(2, T, 130, H, K, D, dtype)
     check(q, k, v, pattern, torch.tensor([1, 128]), splits=splits)

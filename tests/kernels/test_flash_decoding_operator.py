@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from kernels import CAUSAL, Pattern, attention
-from kernels.reference import distances
+from kernels import CAUSAL, MaskSpec, attention
+from kernels.reference import relative_positions
 from kernels.triton import flash_decoding
 from kernels.triton.flash_decoding import choose_splits, decode_attention
 from tests.kernels.test_flash_decoding import NAN, check, draw, extras
@@ -43,7 +43,7 @@ def test_splits_follow_from_shapes_alone(monkeypatch):
     seen = []
     monkeypatch.setattr(flash_decoding, "choose_splits", lambda *counts: seen.append(counts) or 2)
     q, k, v = draw(2, 1, 64, 4, 2, 16)
-    for pattern in (CAUSAL, Pattern(True, 20), Pattern(False, 20)):
+    for pattern in (CAUSAL, MaskSpec(True, 20), MaskSpec(False, 20)):
         check(q, k, v, pattern, torch.tensor([3, 64]))
     assert seen == [(4, 4, 8), (4, 2, 8), (4, 3, 8)]
 
@@ -53,23 +53,25 @@ def test_a_window_leaves_the_rest_unread():
     q, k, v = draw(1, 2, 64, 2, 1, 16)
     for length in (40, 64, 70, 130):
         lengths = torch.tensor([length])
-        distance, _ = distances(2, 64, q.device, lengths)  # (1, T, S)
+        distance, _ = relative_positions(2, 64, q.device, lengths)  # (1, T, S)
         read = ((distance >= 0) & (distance < 9)).any(1)[:, :, None, None]
-        expected = decode_attention(q, k, v, Pattern(True, 9), 0.25, lengths)[0]
+        expected = decode_attention(q, k, v, MaskSpec(True, 9), 0.25, lengths)[0]
         k_, v_ = (x.masked_fill(~read, NAN) for x in (k, v))
-        assert torch.equal(decode_attention(q, k_, v_, Pattern(True, 9), 0.25, lengths)[0], expected)
+        assert torch.equal(decode_attention(q, k_, v_, MaskSpec(True, 9), 0.25, lengths)[0], expected)
 
 
 @pytest.mark.parametrize("by", ["decode_attention", "attention"])
 def test_compiled_in_one_graph(by):
     q, k, v = draw(2, 1, 40, 4, 2, 16)
-    window, pages = Pattern(True, 20), torch.arange(4).view(2, 2).to(torch.int32)
+    window, pages = MaskSpec(True, 20), torch.arange(4).view(2, 2).to(torch.int32)
     pools = [x.view(4, 20, 2, 16) for x in (k, v)]
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def step(q, lengths):
         if by == "attention":
-            out, lse = attention(q, *pools, window, lengths=lengths, pages=pages, backend="decode", return_lse=True)
+            out, lse = attention(
+                q, *pools, window, cache_seqlens=lengths, block_table=pages, backend="decode", return_lse=True
+            )
         else:
             out, lse = decode_attention(q, *pools, window, 0.25, lengths, pages)
         return out * 2, lse
@@ -95,8 +97,10 @@ def test_the_operator_keeps_torchs_rules():
 def test_the_door_leads_here():
     q, k, v = draw(2, 1, 20, 4, 2, 16)
     lengths = torch.tensor([7, 20])
-    expected = attention(q, k, v, lengths=lengths, backend="reference")
-    torch.testing.assert_close(attention(q, k, v, lengths=lengths, backend="decode"), expected, atol=2e-6, rtol=1e-5)
+    expected = attention(q, k, v, cache_seqlens=lengths, backend="reference")
+    torch.testing.assert_close(
+        attention(q, k, v, cache_seqlens=lengths, backend="decode"), expected, atol=2e-6, rtol=1e-5
+    )
     with pytest.raises(ValueError, match="it needs lengths"):
         attention(q, k, v, backend="decode")
 

@@ -5,7 +5,7 @@ import torch
 
 import kernels
 import kernels.cross_entropy
-from kernels import Pattern, attention
+from kernels import MaskSpec, attention
 from model import GPT, KVCache, ModelConfig
 from tests.conftest import TINY, randomized
 
@@ -87,7 +87,7 @@ def test_cached_and_uncached_logits(in_triton, config):
 def test_autocast_reaches_the_kernels():
     q, k, v = (torch.randn(1, 9, 2, 16, requires_grad=True) for _ in range(3))
     with torch.autocast("cpu", torch.bfloat16):
-        out = attention(q, k, v.bfloat16(), Pattern(), backend="flash")
+        out = attention(q, k, v.bfloat16(), MaskSpec(), backend="flash")
         assert out.dtype == torch.bfloat16
         torch.testing.assert_close(out, attention(q, k, v, backend="sdpa"), atol=0.02, rtol=0.02)
     out.sum().backward()
