@@ -263,7 +263,9 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.dropout = config.dropout
-        self.recompute = False  # in training, forget what happened inside a layer and compute it again backward
+        self.activation_checkpointing = (
+            False  # in training, forget what happened inside a layer and compute it again backward
+        )
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
@@ -285,7 +287,7 @@ class Decoder(nn.Module):
             cos, sin = self.cos[positions], self.sin[positions]  # (B, T, D)
         cos, sin = cos[:, :, None].to(x.dtype), sin[:, :, None].to(x.dtype)  # (B or 1, T, 1, D): the same for all heads
         for layer in self.layers:
-            if self.recompute and self.training:
+            if self.activation_checkpointing and self.training:
                 x = checkpoint(layer, x, cos, sin, use_reentrant=False)  # Chen et al. 2016, arXiv 1604.06174
             else:
                 x = layer(x, cos, sin, cache)

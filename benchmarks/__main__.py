@@ -52,7 +52,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     sample.add_argument("--sizes", nargs="+", default=[], metavar="SIZE", help="of the model; default: all")
     sample.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64], metavar="N", help="default: 1 8 64")
     sample.add_argument("--prompts", nargs="+", type=int, default=[16, 512], metavar="N", help="default: 16 512 tokens")
-    sample.add_argument("--tokens", type=int, default=32, help="made by each in each turn; default: 32")
+    sample.add_argument("--max-new-tokens", type=int, default=32, help="made by each in each turn; default: 32")
     sample.add_argument("--repetitions", type=int, default=5, help="turns; default: 5")
     sample.add_argument("--nanogpt", type=Path, metavar="DIR", help="folder with nanoGPT, to have it speak, too")
     sample.add_argument("--out", type=Path, metavar="DIR", help="write sample.csv there")

@@ -32,12 +32,19 @@ from data.prepare import prepare
 from data.shards import Shards
 from data.sources import open_corpus
 from data.tokenizer import Tokenizer, get_tokenizer
+from training.device import peak_memory
 
 VOCABULARY = 4096
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 SHAPES = [(8, 256), (64, 256), (32, 1024)]  # sequences, context
 BATCHES = 50  # of each loader in a turn
-QUICK = ["model.n_layer=1", "model.context=64", "train.batch_tokens=512", "train.micro_batch=8", "train.compile=off"]
+QUICK = [
+    "model.n_layer=1",
+    "model.context=64",
+    "train.batch_tokens=512",
+    "train.micro_batch_size=8",
+    "train.compile=off",
+]
 STEPS, SKIPPED = 25, 5  # of training, to see how long it waits; the first ones are not counted
 
 
@@ -126,7 +133,7 @@ def one(way: str, text: Path, tokenizer: Path, folder: Path) -> dict[str, float]
         start = time.perf_counter()
         tokens = WAYS[way](text, made, folder)
         seconds = time.perf_counter() - start
-    return {"seconds": seconds, "tokens": tokens, "bytes": max(isolated.peak(), isolated.peak_of_children())}
+    return {"seconds": seconds, "tokens": tokens, "bytes": max(peak_memory(), isolated.peak_of_children())}
 
 
 # Batches
@@ -171,7 +178,7 @@ def waiting(folder: Path, recipe: str, *words: str) -> tuple[float, float]:
         calls.append((start, time.perf_counter()))
         return made
 
-    overrides = {"name": "bench", "train.steps": str(STEPS), "train.minutes": "0", "train.evals": "1"}
+    overrides = {"name": "bench", "train.steps": str(STEPS), "train.minutes": "0", "train.num_evals": "1"}
     config = load(recipe, overrides | dict(word.split("=", 1) for word in words))
     with patch.object(Loader, "batch", timed), patch.object(train, "RUNS", folder):
         train.train(config, resume=False, overwrite=True)

@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import isolated
-from inference.huge_pages import gather
+from inference.huge_pages import use_huge_pages
 from inference.quantize import quantize
 from model import GPT, ModelConfig
-from sample import Sampling, generate
+from sample import SamplingParams, generate
+from training.device import peak_memory
 
 Speak = Callable[[list[int], int, int], Iterator[np.ndarray]]
 """(prompt, batch, tokens) -> an array of the batch's next tokens, `tokens` times."""
@@ -76,15 +76,17 @@ def heed(folder: Path, name: str, nanogpt: Path | None) -> Speak:
     if name.split()[1] in ("bf16", "int8"):
         quantize(model, name.split()[1])
     else:
-        gather(model)
+        use_huge_pages(model)
     if name == "heed in torch":
         os.environ["CXX"] = "false"  # a compiler that fails
 
-    def speak(prompt: list[int], batch: int, tokens: int) -> Iterator[np.ndarray]:
-        for step in generate(model, prompt, tokens=tokens, samples=batch, sampling=Sampling(greedy=True)):
+    def stream_generate(prompt: list[int], batch: int, tokens: int) -> Iterator[np.ndarray]:
+        for step in generate(
+            model, prompt, max_new_tokens=tokens, num_samples=batch, sampling=SamplingParams(greedy=True)
+        ):
             yield step.numpy()
 
-    return speak
+    return stream_generate
 
 
 def transformers(folder: Path, name: str, nanogpt: Path | None) -> Speak:
@@ -118,14 +120,14 @@ def transformers(folder: Path, name: str, nanogpt: Path | None) -> Speak:
             self.steps.append((time.perf_counter(), ids[:, -1].numpy().copy()))
             return torch.zeros(len(ids), dtype=torch.bool)
 
-    def speak(prompt: list[int], batch: int, tokens: int) -> Iterator[Any]:
+    def stream_generate(prompt: list[int], batch: int, tokens: int) -> Iterator[Any]:
         tell = Tell()
         ids = torch.tensor([prompt] * batch)
         asked = {"max_new_tokens": tokens, "do_sample": False, "pad_token_id": 0, "stopping_criteria": [tell]}
         model.generate(ids, attention_mask=torch.ones_like(ids), **asked, **how)
         yield from tell.steps
 
-    return speak
+    return stream_generate
 
 
 def llama(folder: Path, name: str, nanogpt: Path | None) -> Speak:
@@ -171,7 +173,7 @@ def llama(folder: Path, name: str, nanogpt: Path | None) -> Speak:
         V = config["vocab_size"]
         return np.ctypeslib.as_array(lib.llama_get_logits(ctx), (wanted, V)).argmax(1)
 
-    def speak(prompt: list[int], batch: int, tokens: int) -> Iterator[np.ndarray]:
+    def stream_generate(prompt: list[int], batch: int, tokens: int) -> Iterator[np.ndarray]:
         size = -(-(len(prompt) + tokens) // 256) * 256
         ctx = context(batch, size)
         for begin in range(0, len(prompt), 512):
@@ -185,7 +187,7 @@ def llama(folder: Path, name: str, nanogpt: Path | None) -> Speak:
             step = read(ctx, step.tolist(), [place] * batch, list(range(batch)), batch)
             yield step
 
-    return speak
+    return stream_generate
 
 
 def nano(folder: Path, name: str, nanogpt: Path | None) -> Speak:
@@ -204,12 +206,12 @@ def nano(folder: Path, name: str, nanogpt: Path | None) -> Speak:
     steps: list[float] = []
     model.register_forward_hook(lambda *_: steps.append(time.perf_counter()))
 
-    def speak(prompt: list[int], batch: int, tokens: int) -> Iterator[Any]:
+    def stream_generate(prompt: list[int], batch: int, tokens: int) -> Iterator[Any]:
         steps.clear()
         made = model.generate(torch.tensor([prompt] * batch), tokens, top_k=1)
         yield from zip(steps, made[:, len(prompt) :].T.numpy(), strict=True)
 
-    return speak
+    return stream_generate
 
 
 def serve(connection: Connection, name: str, folder: Path, nanogpt: Path | None, threads: int) -> None:
@@ -219,17 +221,17 @@ def serve(connection: Connection, name: str, folder: Path, nanogpt: Path | None,
     makers = {"heed": heed, "transformers": transformers, "llama.cpp": llama, "nanoGPT": nano}
     if SPEAKERS[name][1]:
         importlib.import_module(SPEAKERS[name][1])
-    before = isolated.peak()
+    before = peak_memory()
     try:
         with torch.inference_mode():
-            speak = makers[name.split()[0]](folder, name, nanogpt)
+            stream_generate = makers[name.split()[0]](folder, name, nanogpt)
             connection.send("ready")
             while asked := connection.recv():
                 start, times, made = time.perf_counter(), [], []
-                for step in speak(*asked):
+                for step in stream_generate(*asked):
                     at, tokens = step if isinstance(step, tuple) else (time.perf_counter(), step)
                     times.append(at - start)
                     made.append(tokens)
-                connection.send((times, np.stack(made), (isolated.peak() - before) / 1e6))
+                connection.send((times, np.stack(made), (peak_memory() - before) / 1e6))
     except Exception as error:  # told to the other side; the others go on
         connection.send(f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}")

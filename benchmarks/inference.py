@@ -19,7 +19,7 @@ import torch
 from benchmarks import engines
 from benchmarks.engines import SPEAKERS
 from benchmarks.report import table, write_csv
-from inference.huge_pages import large_pages
+from inference.huge_pages import allocate_huge_pages
 from model import ModelConfig
 from training.flops import count_parameters
 
@@ -58,7 +58,7 @@ class Speaker:
             raise ValueError(f"{self.name}: {said}")
         return said
 
-    def speak(self, prompt: list[int], batch: int, tokens: int) -> tuple[list[float], np.ndarray, float]:
+    def stream_generate(self, prompt: list[int], batch: int, tokens: int) -> tuple[list[float], np.ndarray, float]:
         """See engines.serve."""
         self.pipe.send((prompt, batch, tokens))
         return self.hear()
@@ -71,7 +71,7 @@ class Speaker:
 def bandwidth(threads: int) -> float:
     """Bytes a second at which all threads read memory in large pages: the best of some readings of half a gigabyte."""
     torch.set_num_threads(threads)
-    much = torch.frombuffer(large_pages(1 << 29), dtype=torch.float32).fill_(1)
+    much = torch.frombuffer(allocate_huge_pages(1 << 29), dtype=torch.float32).fill_(1)
     seconds = []
     for _ in range(8):
         start = time.perf_counter()
@@ -156,7 +156,7 @@ def setting(
             if turn > 0 and spent[speaker] > PATIENCE:
                 continue
             try:
-                times, made[speaker], size[speaker] = speaker.speak(prompt, batch, tokens)
+                times, made[speaker], size[speaker] = speaker.stream_generate(prompt, batch, tokens)
             except ValueError as fault:
                 faults.append(str(fault))
                 del rate[speaker]

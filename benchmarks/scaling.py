@@ -20,7 +20,8 @@ from benchmarks.report import table, write_csv
 from model import GPT, ModelConfig
 from training import device
 from training.config import OptimConfig, TrainConfig
-from training.fused import hasten
+from training.device import peak_memory
+from training.fused import optimize_layers
 from training.optimizers import build_optimizers
 
 HEAD = 64  # size of a head; width / HEAD of them, each with keys and values of its own
@@ -43,10 +44,10 @@ def step(context: int, width: int, batch: int, vocabulary: int, recompute: bool)
         vocab_size=vocabulary, context=context, n_layer=LAYERS, n_embd=width, head_dim=HEAD, n_head=width // HEAD,
         n_kv_head=width // HEAD, n_ffn=width * 8 // 3,
     )  # fmt: skip
-    on_gpu, before = machine.device.type == "cuda", isolated.peak()
+    on_gpu, before = machine.device.type == "cuda", peak_memory()
     model = GPT(config).to(machine.device)
-    model.model.recompute = recompute
-    hasten(model, machine)
+    model.model.activation_checkpointing = recompute
+    optimize_layers(model, machine)
     optimizers = build_optimizers(model, OptimConfig(), machine.dtype)
     took = list[float]()
     while len(took) < 2 or (len(took) <= STEPS and sum(took) < PATIENCE):
@@ -61,7 +62,7 @@ def step(context: int, width: int, batch: int, vocabulary: int, recompute: bool)
         if on_gpu:
             torch.cuda.synchronize()
         took.append(time.perf_counter() - start)
-    peak = torch.cuda.max_memory_allocated() if on_gpu else isolated.peak() - before
+    peak = torch.cuda.max_memory_allocated() if on_gpu else peak_memory() - before
     return {"seconds": statistics.median(took[1:]), "bytes": max(peak, 1)}
 
 

@@ -44,7 +44,7 @@ def import_checkpoint(source: str, run: Path, context: int | None = None) -> str
         model=model,
         data=DataConfig(tokenizer=str(run / "tokenizer.json")),
         optim=OptimConfig(optimizer="adamw", lr=2e-5),  # what is there shall be changed gently
-        train=TrainConfig(steps=1000, batch_tokens=model.context * max(1, 16384 // model.context), micro_batch=1),
+        train=TrainConfig(steps=1000, batch_tokens=model.context * max(1, 16384 // model.context), micro_batch_size=1),
     )
     with torch.device("meta"):
         net = GPT(model)

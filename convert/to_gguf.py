@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tokenizers import pre_tokenizers
 
-from data.download import WHEELS
+from data.download import PUBLIC_TEXTS
 from data.shards import sync
 from data.tokenizer import Tokenizer
 from model import GPT, ModelConfig
@@ -137,7 +137,7 @@ def write(path: Path, model: GPT, tokenizer: Tokenizer, dtype: str, name: str, s
     check(config)
     words = vocabulary(tokenizer, config.vocab_size)
     file_types = {"f32": "ALL_F32"} | {kind: f"MOSTLY_{kind.upper()}" for kind in TYPES[1:]}
-    licence = WHEELS[source].licence if source in WHEELS else "not stated"
+    licence = PUBLIC_TEXTS[source].licence if source in PUBLIC_TEXTS else "not stated"
     draft = path.with_name(f".draft-{path.name}")
     out = gguf.GGUFWriter(draft, "qwen3")
 
@@ -167,10 +167,10 @@ def write(path: Path, model: GPT, tokenizer: Tokenizer, dtype: str, name: str, s
     out.add_token_list(words.tokens)
     out.add_token_types(words.kinds)
     out.add_token_merges(words.merges)
-    opening = tokenizer.opening or [tokenizer.eot]  # a document begins after the end of another
+    opening = tokenizer.bos_tokens or [tokenizer.eot]  # a document begins after the end of another
     out.add_bos_token_id(opening[0])
     out.add_eos_token_id(tokenizer.eot)
-    out.add_add_bos_token(bool(tokenizer.opening))
+    out.add_add_bos_token(bool(tokenizer.bos_tokens))
 
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config.n_layer)
     left = []

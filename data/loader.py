@@ -16,9 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.shards import ANSWER, ShardError, Shards
-
-IGNORE = -100  # a target that counts for nothing: cross-entropy's own mark for it
+from data.shards import TARGET, ShardError, Shards
+from kernels.reference import IGNORE_INDEX
 
 
 class Loader:
@@ -86,8 +85,8 @@ class Conversations(Loader):
         start, beyond = self.starts[number], self.starts[number + 1]
         tokens = self.shards.window(start, self.context + 1)
         targets = np.arange(start + 1, start + 1 + self.context)
-        learnt = (self.shards.window_kinds(start + 1, self.context) == ANSWER) & (targets <= beyond)
-        return tokens[:-1], np.where(learnt, tokens[1:], IGNORE)
+        learnt = (self.shards.window_mask(start + 1, self.context) == TARGET) & (targets <= beyond)
+        return tokens[:-1], np.where(learnt, tokens[1:], IGNORE_INDEX)
 
     def in_order(self, sequences: int) -> Iterator[tuple[Tensor, Tensor]]:
         """All windows once, inputs and targets (B, T), B <= sequences."""
@@ -111,7 +110,7 @@ def validation(shards: Shards, context: int, sequences: int, eot: int) -> Iterat
         count = min(sequences, rows - first)
         start = first * context
         real = min(count * context, shards.tokens - start)
-        y = np.full(count * context, IGNORE, dtype=np.int64)
+        y = np.full(count * context, IGNORE_INDEX, dtype=np.int64)
         x = np.full(count * context, eot, dtype=np.int64)
         y[:real] = shards.window(start, real)
         x[1:real] = y[: real - 1]

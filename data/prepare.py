@@ -66,9 +66,9 @@ def prepare(
     how: dict[str, Any] = {"format": format, "split": split, "text_column": text_column, "cache": cache}
     corpus = open_corpus(source, limit=limit, **how)
     held = open_corpus(val_source, field="val_source", **how) if val_source else None
-    marks = chat_format.MARKS if format == "chat" else ()
+    marks = chat_format.SPECIAL_TOKENS if format == "chat" else ()
     ready = None if tokenizer in KINDS else get_tokenizer(tokenizer)
-    ready = chat_format.with_marks(ready) if ready and marks else ready
+    ready = chat_format.add_special_tokens(ready) if ready and marks else ready
     made_with = ready.sha256 if ready else (tokenizer, vocab_size if tokenizer == "bpe" else 0)
     val = held.fingerprint if held else val_fraction
     key = hashlib.sha256(repr((FORMAT_VERSION, corpus.fingerprint, val, made_with)).encode()).hexdigest()[:24]
@@ -162,7 +162,7 @@ def learn(kind: str, vocab_size: int, sides: Sides, log: Log, marks: tuple[str, 
     log(f"tokenizer: learning {kind} from {sides.corpus.name}")
     started = time.perf_counter()
     made = get_tokenizer(kind, everything if kind == "char" else sample, vocab_size - len(marks))
-    made = chat_format.with_marks(made) if marks else made
+    made = chat_format.add_special_tokens(made) if marks else made
     log(f"tokenizer: {made.kind}, {made.vocab_size} entries, {time.perf_counter() - started:.1f} s")
     if kind == "bpe" and made.vocab_size < vocab_size:
         log(f"tokenizer: the text holds no more than that to merge, so {vocab_size} was not reached")
@@ -176,13 +176,13 @@ def write(folder: Path, sides: Sides, tokenizer: Tokenizer, log: Log) -> Manifes
     started = told = time.perf_counter()
     done, total = 0, f" of {sides.corpus.size / 1e6:.0f}" if sides.corpus.size else ""
     for batch, encoded in encoded_ahead(sides, tokenizer):
-        for (side, piece), (ids, learnt, kinds) in zip(batch, encoded, strict=True):
+        for (side, piece), (ids, learnt, loss_mask) in zip(batch, encoded, strict=True):
             for split, writer in writers.items():
                 if split != side:
                     writer.end()  # here is a gap: the text goes on, elsewhere
             done += len(piece.text.encode())
             if side:
-                writers[side].add(ids, learnt, kinds)
+                writers[side].add(ids, learnt, loss_mask)
                 if piece.ends:
                     writers[side].end()
         now = time.perf_counter()
@@ -229,7 +229,7 @@ def encode(tokenizer: Tokenizer, pieces: list[Piece]) -> Encoded:
         return [(part, len(piece.text.encode()), None) for part, piece in zip(ids, pieces, strict=True)]
     answers = [sum(len(text.encode()) for role, text in piece.turns if role == "assistant") for piece in pieces]
     encoded = chat_format.encode(tokenizer, [list(piece.turns) for piece in pieces])
-    return [(part, size, kinds) for (part, kinds), size in zip(encoded, answers, strict=True)]
+    return [(part, size, loss_mask) for (part, loss_mask), size in zip(encoded, answers, strict=True)]
 
 
 def batches(sides: Sides) -> Iterator[Batch]:

@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from data import chat_format
-from data.chunking import Piece, cut
-from data.download import WHEELS, fetch
+from data.chunking import Piece, chunk_text
+from data.download import PUBLIC_TEXTS, fetch
 
 CACHE = Path(os.environ.get("HEED_CACHE") or Path(__file__).resolve().parent.parent / ".cache")
 CLEANING = 2  # the version of everything here that changes text: raise it, and prepared tokens are made anew
@@ -68,8 +68,8 @@ def open_corpus(
     """
     where = f"data.{field} = {source!r}"
     if not source:
-        raise CorpusError(f"{where}: names nothing; use one of {', '.join(WHEELS)}, a path, or hf:org/name")
-    if source in WHEELS and format == "text":
+        raise CorpusError(f"{where}: names nothing; use one of {', '.join(PUBLIC_TEXTS)}, a path, or hf:org/name")
+    if source in PUBLIC_TEXTS and format == "text":
         try:
             path = fetch(source, cache)
         except (OSError, ValueError) as error:
@@ -90,7 +90,7 @@ def open_corpus(
 
 def named(name: str, path: Path) -> Corpus:
     """A corpus out of its wheel. Its documents are never cut: a scene or a chapter is held out as a whole."""
-    wheel = WHEELS[name]
+    wheel = PUBLIC_TEXTS[name]
 
     def pieces() -> Iterator[Piece]:
         with zipfile.ZipFile(path) as archive:
@@ -120,16 +120,16 @@ def local(source: str, text_column: str, where: str) -> Corpus:
             if kind := TABLES.get(file.suffix.lower()):
                 yield from rows(partial(table, kind, file), text_column, where)
             elif alone:
-                yield from cut(read(file), whole=0)
+                yield from chunk_text(read(file), whole=0)
             else:
-                yield from cut(read(file))
+                yield from chunk_text(read(file))
 
     return Corpus(source, "not stated", digest(*prints), pieces, size)
 
 
 def conversations(source: str, where: str) -> Corpus:
     """The conversations of a JSONL file, a folder or a pattern."""
-    files = [] if source in WHEELS or source.startswith("hf:") else find(source, where)
+    files = [] if source in PUBLIC_TEXTS or source.startswith("hf:") else find(source, where)
     if not files or any(file.suffix.lower() not in (".jsonl", ".ndjson") for file in files):
         raise CorpusError(f"{where}: with data.format = 'chat' it must be a .jsonl file, a folder or a pattern of them")
 
@@ -162,8 +162,12 @@ def find(source: str, where: str) -> list[Path]:
         if not files:
             raise CorpusError(f"{where}: no file matches this pattern; it is looked for from {Path.cwd()}")
     else:
-        near = [str(path.parent / name) for name in close(path.name, siblings(path.parent))] + close(source, WHEELS)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"give a path, hf:org/name, or {', '.join(WHEELS)}"
+        near = [str(path.parent / name) for name in close(path.name, siblings(path.parent))] + close(
+            source, PUBLIC_TEXTS
+        )
+        hint = (
+            f"did you mean {' or '.join(near)}?" if near else f"give a path, hf:org/name, or {', '.join(PUBLIC_TEXTS)}"
+        )
         raise CorpusError(f"{where}: no such file; {hint}")
     return files
 
@@ -268,7 +272,7 @@ def rows(load: Callable[[], Any], text_column: str, where: str) -> Iterator[Piec
                 raise CorpusError(
                     f"data.text_column = {text_column!r}: row {number} holds {type(text).__name__}, not text"
                 )
-            yield from cut([text or ""], separator="")
+            yield from chunk_text([text or ""], separator="")
     except CorpusError:
         raise
     except Exception as error:  # from datasets, pyarrow, the network: a dozen kinds, raised when reading

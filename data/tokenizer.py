@@ -46,11 +46,11 @@ class Tokenizer:
         self.vocab_size = max(vocab.values()) + 1
         self.end = None if end == EOT else end
         self.eot = vocab[self.end or end_of_text(vocab, where)]
-        self.ends = {self.eot, *(vocab[mark] for mark in (EOT, *END_MARKS) if mark in vocab)}
-        self.opening: list[int] = []
+        self.end_tokens = {self.eot, *(vocab[mark] for mark in (EOT, *END_MARKS) if mark in vocab)}
+        self.bos_tokens: list[int] = []
         if inner.post_processor is not None:  # it puts marks round a text; those before it are wanted
             plain, marked = (inner.encode("a", add_special_tokens=marks).ids for marks in (False, True))
-            self.opening = marked[: marked.index(plain[0])]
+            self.bos_tokens = marked[: marked.index(plain[0])]
         content = json.loads(inner.to_str())
         # Ids whose text no next id can change; None where the library sees to that. An entry that is one byte can, and
         # one that is skipped may stand between two such.

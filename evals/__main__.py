@@ -71,8 +71,8 @@ def measure(model: GPT, text: Shards, config: Config, machine: device.Machine) -
     """tokens, bytes, documents, nats a token, perplexity and bits a byte, as they are printed."""
     loss = validate(model, text, config, World(), machine, text.manifest.eot)
     model.eval()
-    bits = loss * text.counted / text.bytes / math.log(2)
-    counts = [f"{count:,}" for count in (text.counted, text.bytes, text.manifest.splits["val"]["documents"])]
+    bits = loss * text.num_targets / text.bytes / math.log(2)
+    counts = [f"{count:,}" for count in (text.num_targets, text.bytes, text.manifest.splits["val"]["documents"])]
     return [*counts, f"{loss:.4f}", f"{math.exp(loss):,.2f}", f"{bits:.4f}"]
 
 

@@ -24,7 +24,7 @@ except ModuleNotFoundError as error:
     sys.exit(2)
 
 from evals.loglikelihood import score
-from sample import Sampling, load, speak
+from sample import SamplingParams, load, stream_generate
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # lm-eval's words are sample.py's
 DEFAULTS = ("batch_size", "max_batch_size", "device")  # that lm-eval always gives
@@ -52,7 +52,7 @@ class Heed(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         """What stands before a text that has no context."""
-        return (self.vocabulary.opening or [self.eot_token_id])[0]
+        return (self.vocabulary.bos_tokens or [self.eot_token_id])[0]
 
     @property
     def max_length(self) -> int:
@@ -71,7 +71,7 @@ class Heed(TemplateLM):
     def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
         """(logprob, greedy) for each ((texts), context ids, continuation ids). A context of nothing but white space has
         no ids left, and begins a document like an empty one."""
-        opening = self.vocabulary.opening
+        opening = self.vocabulary.bos_tokens
         pairs = [
             (context if context == [self.prefix_token_id] else opening + context or [self.eot_token_id], continuation)
             for _, context, continuation in requests
@@ -100,8 +100,10 @@ class Heed(TemplateLM):
             unknown = sorted(how.keys() - set(SAMPLING))
             if unknown:
                 raise ValueError(f"gen_kwargs: {unknown[0]} = {how[unknown[0]]!r}: sample.py has {', '.join(SAMPLING)}")
-            sampling = Sampling(**how) if draw else Sampling(greedy=True)
-            said = speak(self.model, self.vocabulary, context, tokens=tokens, sampling=sampling, stop=stop)
+            sampling = SamplingParams(**how) if draw else SamplingParams(greedy=True)
+            said = stream_generate(
+                self.model, self.vocabulary, context, max_new_tokens=tokens, sampling=sampling, stop=stop
+            )
             made.append("".join(part for _, part in said))
         return made
 

@@ -31,9 +31,9 @@ def split(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[i
     end = len(context.rstrip())
     context, continuation = context[:end], context[end:] + continuation
     if not context:
-        return tokenizer.opening or [tokenizer.eot], tokenizer.encode(continuation)
+        return tokenizer.bos_tokens or [tokenizer.eot], tokenizer.encode(continuation)
     ids = tokenizer.encode(context)
-    return tokenizer.opening + ids, tokenizer.encode(context + continuation)[len(ids) :]
+    return tokenizer.bos_tokens + ids, tokenizer.encode(context + continuation)[len(ids) :]
 
 
 def check(model: GPT, continuation: list[int]) -> None:

@@ -1,14 +1,14 @@
-"""How a model reads on: `read = reader(model)`, then `logits = read(tokens, cache)`, as fast as this machine can.
+"""Inference engines: `engine = make_engine(model)`, then `logits = engine(tokens, cache)`.
 
-`plainly` is the definition, in torch, for every device. On a CPU kernels/cpu/decode_step.cpp computes the same in one call;
-where it cannot (no compiler, a model of a kind that it does not know), torch serves, and one line says why.
+`EagerEngine` runs model.py in PyTorch on any device. `CppEngine` computes the same on a CPU in one C++ call per step
+(kernels/cpu/decode_step.cpp). Without a C++ compiler, or with a model that the C++ file does not support, `make_engine`
+prints the reason once and returns the eager engine.
 """
 
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,65 +17,77 @@ from kernels import cpu
 from kernels.cpu import decode_step
 from model import GPT, KVCache, ModelConfig
 
-Reader = Callable[[Tensor, KVCache], Tensor]
-
-ROWS = 64  # tokens in one call of the C++ file, of all sequences: so many stay in a core's cache
-KNOWN = {
+ROWS = 64  # tokens of all sequences in one C++ call: their activations fit into a core's cache
+SUPPORTED = {  # fields of ModelConfig that the C++ files compute
     "vocab_size", "context", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_ffn", "tie_embeddings",
     "dropout", "window", "layer_pattern", "gate", "rope_theta", "yarn_factor", "yarn_original_context", "norm_eps",
 }  # fmt: skip
 
 
-def plainly(model: GPT, tokens: Tensor, cache: KVCache) -> Tensor:
-    """tokens (B, T), which follow those in the cache -> logits of what comes next, (B, V) fp32. Advances the cache."""
-    for piece in tokens.split(KVCache.CHUNK, dim=1):
-        hidden = model.model(piece, cache)  # (B, T, C)
-        cache.advance(piece.shape[1])
-    return model.head(hidden[:, -1]).float()  # (B, C) -> (B, V)
+class Engine(Protocol):
+    """Computes next-token logits. `cache_dtype` is the dtype of keys and values that the engine expects."""
+
+    cache_dtype: torch.dtype
+
+    def __call__(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """Append tokens (B, T) to the cache and return the logits after the last one, (B, V) fp32."""
+        ...
 
 
-def refuse_unknown(config: ModelConfig, known: set[str]) -> None:
-    """Raises cpu.Unavailable when a flag that C++ does not know, perhaps a later one, is not as it is by default."""
-    for field in dataclasses.fields(ModelConfig):
-        if field.name not in known and getattr(config, field.name) != field.default:
-            raise cpu.Unavailable(f"it does not know model.{field.name}")
-
-
-def reader(model: GPT) -> Reader:
-    """What reads tokens for `model` from now on: see `plainly`. The weights must stay where they are meanwhile."""
+def make_engine(model: GPT) -> Engine:
+    """The fastest engine for the model on its device. The weights must not move while the engine is in use."""
     if model.model.cos.device.type == "cpu":
         try:
-            return CpuReader(model)
+            return CppEngine(model)
         except cpu.Unavailable as reason:
-            _say(f"[torch serves, some times slower than heed's C++: {reason}]")
-    return functools.partial(plainly, model)
+            _warn_once(f"[generating with PyTorch, several times slower than heed's C++: {reason}]")
+    return EagerEngine(model)
+
+
+def check_supported(config: ModelConfig, supported: set[str]) -> None:
+    """Raise cpu.Unavailable if a field outside `supported` differs from its default."""
+    for field in dataclasses.fields(ModelConfig):
+        if field.name not in supported and getattr(config, field.name) != field.default:
+            raise cpu.Unavailable(f"heed's C++ does not support model.{field.name}")
 
 
 @functools.cache
-def _say(line: str) -> None:
-    """Once a process."""
+def _warn_once(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def cache_dtype(model: GPT, read: Reader) -> torch.dtype:
-    """What `read` keeps keys and values in: the precision of the norms, and in C++ bf16 beside weights in int8."""
-    narrow = isinstance(read, CpuReader) and read.weights == torch.int8
-    return torch.bfloat16 if narrow else model.model.norm.weight.dtype
+class EagerEngine:
+    """The model in PyTorch, on any device: the definition that other engines are tested against."""
+
+    def __init__(self, model: GPT) -> None:
+        self.model = model
+        self.cache_dtype = model.model.norm.weight.dtype
+
+    def __call__(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        for chunk in tokens.split(KVCache.CHUNK, dim=1):  # a long prompt is prefilled chunk by chunk
+            hidden = self.model.model(chunk, cache)  # (B, T, C)
+            cache.advance(chunk.shape[1])
+        return self.model.head(hidden[:, -1]).float()  # (B, C) -> (B, V)
 
 
-class CpuReader:
-    """Calls the C++ file with pointers to the model's own weights. Raises cpu.Unavailable."""
+class CppEngine:
+    """The C++ engine. It holds pointers to the model's own weights, which must stay where they are.
+
+    Raises cpu.Unavailable: no compiler, a flag in `ModelConfig` that the C++ file does not compute, or mixed weight types.
+    """
 
     def __init__(self, model: GPT) -> None:
         config = model.config
-        refuse_unknown(config, KNOWN)
-        self.kept: list[Tensor] = []  # the pointers' tensors
+        check_supported(config, SUPPORTED)
+        self.kept: list[Tensor] = []  # keeps the tensors of the pointers alive
         matrices = [m for m in model.modules() if hasattr(m, "codes") or isinstance(m, nn.Linear | nn.Embedding)]
-        kinds: set[Any] = {(m.codes if hasattr(m, "codes") else m.weight).dtype for m in matrices}
-        if len(kinds) > 1:
-            raise cpu.Unavailable(f"its weights are of several types, {', '.join(map(str, kinds))}")
-        self.weights = kinds.pop()
-        decode_step.library(self.weights, cache_dtype(model, self))  # raises now, not later
+        types: set[Any] = {(m.codes if hasattr(m, "codes") else m.weight).dtype for m in matrices}
+        if len(types) > 1:
+            raise cpu.Unavailable(f"the weights have several types, {', '.join(map(str, types))}")
+        self.weights = types.pop()
+        # Keys and values have the precision of the norms; beside int8 weights, bf16.
+        self.cache_dtype = torch.bfloat16 if self.weights == torch.int8 else model.model.norm.weight.dtype
+        decode_step.library(self.weights, self.cache_dtype)  # raises here, not in the first call
         decoder = model.model
         self.layers = (decode_step.Layer * config.n_layer)()
         block: Any

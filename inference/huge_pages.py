@@ -11,9 +11,11 @@ import torch
 from model import GPT
 
 
-def large_pages(size: int) -> mmap.mmap | bytearray:
-    """A buffer of `size` bytes, in large pages where Linux has them (madvise(2), MADV_HUGEPAGE). A tensor in it keeps
-    it."""
+def allocate_huge_pages(size: int) -> mmap.mmap | bytearray:
+    """Allocate `size` bytes, in huge pages where Linux has them (madvise(2), MADV_HUGEPAGE).
+
+    A tensor made from the buffer keeps it alive.
+    """
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return bytearray(size)
     block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -21,15 +23,17 @@ def large_pages(size: int) -> mmap.mmap | bytearray:
     return block
 
 
-def gather(model: GPT) -> GPT:
-    """The same model with its matrices in one block of memory, in large pages. Changes `model`; on a GPU, does
-    nothing."""
+def use_huge_pages(model: GPT) -> GPT:
+    """Move the model's matrices into one block of huge pages. Changes `model` in place and returns it.
+
+    Does nothing for a model on a GPU.
+    """
     matrices = [x for x in (*model.parameters(), *model.buffers()) if x.ndim == 2]
     if matrices[0].device.type != "cpu":
         return model
-    sizes = [-(-x.nbytes // 64) * 64 for x in matrices]  # each begins a line of the cache
-    block, begin = large_pages(sum(sizes)), 0
-    with torch.inference_mode(matrices[0].is_inference()):  # what may be trained stays so
+    sizes = [-(-x.nbytes // 64) * 64 for x in matrices]  # each matrix begins at a cache line
+    block, begin = allocate_huge_pages(sum(sizes)), 0
+    with torch.inference_mode(matrices[0].is_inference()):  # a trainable matrix stays trainable
         for matrix, size in zip(matrices, sizes, strict=True):
             place = torch.frombuffer(block, dtype=matrix.dtype, count=matrix.numel(), offset=begin).view(matrix.shape)
             matrix.data = place.copy_(matrix.data)

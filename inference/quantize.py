@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inference.huge_pages import gather
+from inference.huge_pages import use_huge_pages
 from model import GPT
 
 
 class Int8(nn.Module):
-    """A matrix in int8: in the place of a linear layer or an embedding it computes what that did."""
+    """An int8 matrix that replaces a linear layer or an embedding."""
 
     codes: Tensor
     scales: Tensor
@@ -31,7 +31,7 @@ class Int8(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The matrix that the codes stand for, (rows, columns) fp32: made anew each time, never kept."""
+        """The dequantized matrix, (rows, columns) fp32, computed at each access."""
         return self.codes * self.scales
 
     def forward(self, x: Tensor) -> Tensor:
@@ -41,8 +41,10 @@ class Int8(nn.Module):
 
 
 def quantize(model: GPT, kind: str) -> GPT:
-    """The same model with its weights in `kind`, bf16 or int8, to speak and to be judged, not to be trained on. Changes
-    `model`. Positions stay fp32, and in int8 the gains of the norms do."""
+    """Convert the model's weights to `kind`, "bf16" or "int8", for inference and evaluation. Changes `model` in place.
+
+    RoPE tables stay fp32; with int8, the norms' gains do, too. Returns the model.
+    """
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if kind == "bf16":
@@ -50,4 +52,4 @@ def quantize(model: GPT, kind: str) -> GPT:
                     weight.data = weight.data.bfloat16()
             elif isinstance(child, nn.Linear | nn.Embedding):
                 setattr(parent, name, Int8(child.weight, isinstance(child, nn.Embedding)))
-    return gather(model)
+    return use_huge_pages(model)

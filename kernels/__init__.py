@@ -15,7 +15,7 @@ from torch import Tensor
 from kernels import cpu
 from kernels.cpu import train_ops
 from kernels.cpu.blockwise_attention import blocks_attention
-from kernels.reference import CAUSAL, FULL, MaskSpec, relative_positions, reference_attention, attention_mask
+from kernels.reference import CAUSAL, FULL, MaskSpec, attention_mask, reference_attention, relative_positions
 
 __all__ = ["CAUSAL", "FULL", "MaskSpec", "attention", "preferred"]
 

@@ -28,9 +28,9 @@ from torch import Tensor
 
 from kernels import cpu, preferred
 from kernels.cpu import train_ops
+from kernels.reference import IGNORE_INDEX
 
 BACKENDS = ("torch", "cpp", "triton") if importlib.util.find_spec("triton") else ("torch", "cpp")
-IGNORED = -100  # the target that does not count, as in torch
 
 # What a chunk of logits may take, in bytes, unless that is less than the fewest tokens worth a product.
 # On a GPU every chunk moves 12 bytes for every number of dW (bf16) to add 6 * rows operations: on an H100 that makes
@@ -102,9 +102,9 @@ def loss_and_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss, a scalar; dx (N, C) in x's dtype; dW (V, C) in fp32. A gradient that is not wanted is empty."""
     N, V = len(x), len(weight)
-    if x.device.type == "cpu" and bool(((targets != IGNORED) & ((targets < 0) | (targets >= V))).any()):
+    if x.device.type == "cpu" and bool(((targets != IGNORE_INDEX) & ((targets < 0) | (targets >= V))).any()):
         low, high = int(targets.min()), int(targets.max())
-        raise ValueError(f"targets lie between {low} and {high}: they are 0 to {V - 1}, or {IGNORED}")
+        raise ValueError(f"targets lie between {low} and {high}: they are 0 to {V - 1}, or {IGNORE_INDEX}")
     if backend is None:
         in_cpp = "cpp" if x.device.type == "cpu" and cpu.trains(x.dtype) else "torch"
         backend = "triton" if preferred(x.device)[0] == "flash" else in_cpp
@@ -145,7 +145,7 @@ def _step_in_torch(
         scores.div_(softcap).tanh_()
         slope = 1 - scores.square()  # (rows, V), dscore/dlogit
         scores.mul_(softcap)
-    counts = (targets != IGNORED)[:, None]  # (rows, 1), as all below but the scores
+    counts = (targets != IGNORE_INDEX)[:, None]  # (rows, 1), as all below but the scores
     at = targets[:, None].clamp(min=0)
     at_target, top = scores.gather(1, at), scores.amax(1, keepdim=True)
     total = scores.sub_(top).exp_().sum(1, keepdim=True)

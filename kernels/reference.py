@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+IGNORE_INDEX = -100  # a target that the cross-entropy leaves out, as in torch
+
 
 @dataclass(frozen=True)
 class MaskSpec:

@@ -73,7 +73,7 @@ def command(
 
 SMALL = [
     "--model.n_layer=2", "--model.n_embd=32", "--model.n_head=2", "--model.n_kv_head=1", "--model.head_dim=16",
-    "--model.n_ffn=64", "--model.context=32", "--train.batch_tokens=256", "--train.micro_batch=4",
+    "--model.n_ffn=64", "--model.context=32", "--train.batch_tokens=256", "--train.micro_batch_size=4",
     "--train.compile=off", "--train.dtype=float32", "--data.val_fraction=0.2", "--data.vocab_size=300",
     "--train.prompt=", "--optim.warmup_steps=2",
 ]  # fmt: skip
@@ -95,7 +95,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
     """A runs/ folder with one small finished run, `songs`."""
     where = tmp_path_factory.mktemp("runs")
     train_here(
-        where, "shakespeare", "--name=songs", *SMALL, f"--data.source={text}", "--train.steps=30", "--train.evals=2"
+        where, "shakespeare", "--name=songs", *SMALL, f"--data.source={text}", "--train.steps=30", "--train.num_evals=2"
     )
     return where
 
@@ -104,7 +104,7 @@ def train_here(where: Path, *words: str) -> Path:
     """`python train.py` with these words, in this process and with runs/ in the folder `where`; returns the run's."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "RUNS", where)
-        asked = train.read_arguments(list(words))
+        asked = train.parse_args(list(words))
         assert asked
         train.train(*asked)
     return where / asked[0].name

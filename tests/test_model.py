@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import GPT, KVCache, ModelConfig, rope_frequencies, precompute_rope, apply_rotary_emb
+from model import GPT, KVCache, ModelConfig, apply_rotary_emb, precompute_rope, rope_frequencies
 from tests.conftest import TINY, randomized
 from training.flops import count_parameters, flops_per_token
 

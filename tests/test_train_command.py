@@ -11,7 +11,7 @@ from training.recipes import load
 
 
 def test_without_words_the_recipes_are_listed(capsys):
-    assert train.read_arguments([]) is None
+    assert train.parse_args([]) is None
     said = capsys.readouterr().out
     for name in ("shakespeare", "shakespeare-char", "shakespeare-char-laptop", "tinystories", "gpt2-124m"):
         assert re.search(rf"^  {name} +\S.{{20}}", said, re.M)
@@ -19,7 +19,7 @@ def test_without_words_the_recipes_are_listed(capsys):
 
 def test_help_documents_every_field_with_its_default(capsys):
     with pytest.raises(SystemExit) as left:
-        train.read_arguments(["shakespeare", "--help"])
+        train.parse_args(["shakespeare", "--help"])
     assert left.value.code == 0
     said = " ".join(capsys.readouterr().out.split()).replace("grouped- query", "grouped-query")
     assert "--model.n_kv_head INT key/value heads a layer; fewer than n_head is grouped-query attention" in said
@@ -28,7 +28,7 @@ def test_help_documents_every_field_with_its_default(capsys):
 
 
 def test_print_config_prints_what_would_run(capsys):
-    assert train.read_arguments(["shakespeare", "--model.n_layer", "8", "--print-config"]) is None
+    assert train.parse_args(["shakespeare", "--model.n_layer", "8", "--print-config"]) is None
     assert "n_layer = 8\n" in capsys.readouterr().out
 
 
@@ -43,8 +43,8 @@ def test_print_config_prints_what_would_run(capsys):
         (["shakespeare", "--name", "nothing", "--resume"], "nothing: no such run"),
         (["shakespeare", "--model.vocab_size", "50"], "model.vocab_size = 50: smaller than the tokenizer's"),
         (
-            ["shakespeare", "--train.micro_batch", "3"],
-            "do not divide into 1 devices x micro-batches of train.micro_batch = 3",
+            ["shakespeare", "--train.micro_batch_size", "3"],
+            "do not divide into 1 devices x micro-batches of train.micro_batch_size = 3",
         ),
         (["shakespeare", "--train.device", "cuda"], "train.device = 'cuda': not on this machine"),
     ],

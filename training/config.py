@@ -74,13 +74,13 @@ class OptimConfig:
     """AdamW's memory of the gradient"""
     beta2: float = 0.95
     """AdamW's memory of the squared gradient"""
-    momentum: float = 0.95
+    muon_momentum: float = 0.95
     """Muon's memory of the gradient"""
     warmup_steps: int = 20
     """steps over which the learning rates rise from 0"""
-    decay: float = 0.6
+    lr_decay_frac: float = 0.6
     """share of all steps, at the end, over which the learning rates fall linearly to 0"""
-    clip: float = 1.0
+    grad_clip: float = 1.0
     """gradients are scaled down to at most this norm"""
 
     def __post_init__(self) -> None:
@@ -93,10 +93,10 @@ class OptimConfig:
             weight_decay=(self.weight_decay >= 0, "must be at least 0"),
             beta1=(0 <= self.beta1 < 1, "must be at least 0 and below 1"),
             beta2=(0 <= self.beta2 < 1, "must be at least 0 and below 1"),
-            momentum=(0 <= self.momentum < 1, "must be at least 0 and below 1"),
+            muon_momentum=(0 <= self.muon_momentum < 1, "must be at least 0 and below 1"),
             warmup_steps=(self.warmup_steps >= 0, "must be at least 0"),
-            decay=(0 <= self.decay <= 1, "must be from 0 to 1"),
-            clip=(self.clip > 0, "must be above 0"),
+            lr_decay_frac=(0 <= self.lr_decay_frac <= 1, "must be from 0 to 1"),
+            grad_clip=(self.grad_clip > 0, "must be above 0"),
         )
 
 
@@ -112,13 +112,13 @@ class TrainConfig:
     """wall-clock budget: the first steps are timed, then the number of steps is fixed to end in time"""
     batch_tokens: int = 16384
     """tokens in one optimizer step, over all devices; a multiple of model.context"""
-    micro_batch: int = 16
+    micro_batch_size: int = 16
     """sequences at once on one device: lower it when memory runs out, the result stays the same"""
-    recompute: bool = False
+    activation_checkpointing: bool = False
     """keep only what goes into each layer and compute the rest again backward: more time, much less memory"""
-    evals: int = 4
+    num_evals: int = 4
     """times to save, validate and show a sample, evenly spaced, the last one at the end"""
-    keep: int = 2
+    keep_checkpoints: int = 2
     """newest checkpoints to keep, beside the best"""
     prompt: str = ""
     """how the sample at every evaluation begins, in a chat what the user says; empty begins a new document"""
@@ -142,9 +142,9 @@ class TrainConfig:
             ),
             minutes=(self.minutes >= 0, "must be at least 0"),
             batch_tokens=(self.batch_tokens >= 1, "must be at least 1"),
-            micro_batch=(self.micro_batch >= 1, "must be at least 1"),
-            evals=(self.evals >= 1, "must be at least 1: the last one is the result"),
-            keep=(self.keep >= 1, "must be at least 1"),
+            micro_batch_size=(self.micro_batch_size >= 1, "must be at least 1"),
+            num_evals=(self.num_evals >= 1, "must be at least 1: the last one is the result"),
+            keep_checkpoints=(self.keep_checkpoints >= 1, "must be at least 1"),
             device=(self.device in ("auto", "cpu", "cuda", "mps"), "must be auto, cpu, cuda or mps"),
             dtype=(self.dtype in ("auto", "float32", "bfloat16"), "must be auto, float32 or bfloat16"),
             compile=(self.compile in ("auto", "on", "off"), "must be auto, on or off"),

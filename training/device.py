@@ -1,11 +1,13 @@
-"""Device, precision and compiler: chosen once by asking the machine, each with the reason that a run prints."""
+"""Device, precision and layer implementation: chosen once for this machine, each with a reason that the run logs."""
 
 import ctypes
 import platform
+import sys
 import time
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,36 +18,59 @@ from training.config import ConfigError, TrainConfig
 
 @dataclass(frozen=True)
 class Machine:
-    """Where and how a run computes; `why` is one line for each choice."""
+    """Where and how a run computes. `reasons` has one log line for each choice.
+
+    `layer_impl`: "eager" (model.py as written), "compiled" (torch.compile) or "fused" (C++, training/fused.py).
+    """
 
     device: torch.device
     dtype: torch.dtype
-    layers: str  # how they learn (training/fused.py): as "written", "compiled" by torch, or in "C++"
-    why: tuple[str, ...]
+    layer_impl: str
+    reasons: tuple[str, ...]
 
     def autocast(self) -> torch.autocast:
-        """Products in `dtype`; weights, sums and norms stay fp32."""
+        """Matmuls in `dtype`; weights, sums and norms in fp32."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def uncompiled(self) -> AbstractContextManager[Any]:
-        """In it all code runs as written: to compile a second graph, for evaluation, takes longer than it saves."""
-        # Only where it is needed: to name the stance imports torch's compiler, some seconds.
-        return torch.compiler.set_stance("force_eager") if self.layers == "compiled" else nullcontext()
+        """Run everything eagerly: compiling a second graph for evaluation takes longer than it saves."""
+        # Only where it is needed: setting the stance imports torch's compiler, which takes seconds.
+        return torch.compiler.set_stance("force_eager") if self.layer_impl == "compiled" else nullcontext()
 
 
 def choose(config: TrainConfig, local_rank: int = 0) -> Machine:
-    """Choose, and set this process up for it. Raises ConfigError when the configuration demands what this machine does
-    not have."""
-    # Under autocast norms read bf16 and have fp32 gains, as they should; torch tells that its fused one then cannot.
+    """Choose, and set up this process. Raises ConfigError if the configuration asks for what this machine lacks."""
+    # Under autocast norms read bf16 and have fp32 gains, as they should; torch warns that its fused norm cannot run.
     warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
-    device, why_device = _device(config.device, local_rank)
+    device, device_reason = _device(config.device, local_rank)
     if device.type == "cpu":
         keep_freed_memory()
-    dtype, why_dtype = _dtype(config.dtype, device)
-    layers, why_layers = _layers(config.compile, device, dtype)
-    backend, why = preferred(device)
-    why_attention = () if layers == "C++" else (f"attention {backend}: {why}",)
-    return Machine(device, dtype, layers, (why_device, why_dtype, f"layers {layers}: {why_layers}", *why_attention))
+    dtype, dtype_reason = _dtype(config.dtype, device)
+    layer_impl, layer_reason = _layer_impl(config.compile, device, dtype)
+    reasons = [device_reason, dtype_reason, f"layers {layer_reason}"]
+    if layer_impl != "fused":  # which have an attention of their own
+        backend, why = preferred(device)
+        reasons.append(f"attention {backend} ({why})")
+    return Machine(device, dtype, layer_impl, tuple(reasons))
+
+
+def peak_memory(device: torch.device | None = None) -> int:
+    """Peak memory in bytes: on a CUDA device what torch allocated, else the resident memory of this process.
+
+    0 where the system does not report it. On Linux from /proc: getrusage() starts from the parent process's peak.
+    """
+    if device is not None and device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used * 1024
 
 
 def _device(asked: str, local_rank: int) -> tuple[torch.device, str]:
@@ -53,7 +78,7 @@ def _device(asked: str, local_rank: int) -> tuple[torch.device, str]:
     kind = asked if asked != "auto" else next(k for k in ("cuda", "mps", "cpu") if there[k])
     if not there[kind]:
         raise ConfigError(
-            f"train.device = {kind!r}: not on this machine, or not in this build of torch; auto finds what is"
+            f"train.device = {kind!r}: not available on this machine or in this build of torch; auto chooses"
         )
     if kind == "cuda":
         device = torch.device("cuda", local_rank)
@@ -64,10 +89,10 @@ def _device(asked: str, local_rank: int) -> tuple[torch.device, str]:
 
 
 def keep_freed_memory() -> bool:
-    """Ask the C library to keep what this process frees; False where it is not glibc and cannot be asked.
+    """Make the C library keep freed memory. Returns False where it is not glibc and has no such setting.
 
-    Every step frees its activations and wants them again. By default glibc returns large blocks to the system, which
-    hands out zeroed pages again one by one: thousands of page faults a step.
+    Every step frees its activations and allocates them again. By default glibc returns large blocks to the system,
+    which then hands out zeroed pages one by one: thousands of page faults per step.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -78,23 +103,26 @@ def keep_freed_memory() -> bool:
 
 def _dtype(asked: str, device: torch.device) -> tuple[torch.dtype, str]:
     if asked != "auto":
-        return getattr(torch, asked), f"precision {asked}: asked for"
+        return getattr(torch, asked), f"dtype {asked} (train.dtype)"
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
-        # is_bf16_supported() also says yes to emulation, on a T4 for one; the tensor cores know bf16 from 8.0 on
-        fast, fact = major >= 8 or torch.version.hip is not None, f"compute capability {major}.{minor}"
+        # is_bf16_supported() is also true where bf16 is emulated, as on a T4; tensor cores have it from 8.0 on
+        fast, reason = major >= 8 or torch.version.hip is not None, f"compute capability {major}.{minor}"
     elif device.type == "cpu":
         ratio = _bf16_gain()
-        fast, fact = ratio > 1.3, f"its products run {ratio:.2g} times as fast as fp32's here, measured"
+        fast, reason = ratio > 1.3, f"{'' if ratio > 1.3 else 'bfloat16 '}matmul {ratio:.2g}x fp32, measured"
     else:
-        fast, fact = False, "bfloat16 is not tried on this device"
+        fast, reason = False, "bfloat16 is not used on this device"
     dtype = torch.bfloat16 if fast else torch.float32
-    return dtype, f"precision {str(dtype).removeprefix('torch.')}: bfloat16: {fact}"
+    return dtype, f"dtype {str(dtype).removeprefix('torch.')} ({reason})"
 
 
 def _bf16_gain() -> float:
-    """How many times faster this CPU multiplies in bf16 than in fp32, from a few small products in turns, since a
-    machine's speed may change in between (some 5 ms; half a second where bf16 is only emulated)."""
+    """How many times faster this CPU multiplies matrices in bf16 than in fp32, measured.
+
+    Small matmuls take turns, since a machine's speed may change in between: about 5 ms, or half a second where bf16 is
+    emulated.
+    """
     matrices = {dtype: torch.ones(384, 384, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
     seconds = {dtype: list[float]() for dtype in matrices}
     for _ in range(5):
@@ -102,22 +130,23 @@ def _bf16_gain() -> float:
             start = time.perf_counter()
             a @ a
             seconds[dtype].append(time.perf_counter() - start)
-    return min(seconds[torch.float32][1:]) / min(seconds[torch.bfloat16][1:])  # the first ones pay for set-up
+    return min(seconds[torch.float32][1:]) / min(seconds[torch.bfloat16][1:])  # the first call includes set-up
 
 
-def _layers(asked: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+def _layer_impl(asked: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     if asked != "auto":
-        return "compiled" if asked == "on" else "written", f"train.compile = {asked}"
+        name = "compiled" if asked == "on" else "eager"
+        return name, f"{name} (train.compile = {asked})"
     if device.type == "cpu":
         try:
             cpu.training(dtype)
         except cpu.Unavailable as reason:
-            return "written", f"{reason}"
-        return "C++", "as fast as what torch would compile, and there at once"
+            return "eager", f"eager ({reason})"
+        return "fused", "fused C++ (no compile time)"
     if device.type != "cuda":
-        return "written", f"compiling is not tried on a device of type {device.type}"
+        return "eager", f"eager (compiling is not tried on a device of type {device.type})"
     try:
         import triton  # noqa: F401
     except ImportError:
-        return "written", "torch's compiler needs triton, which is not installed"
-    return "compiled", "by torch, one block for all layers"
+        return "eager", "eager (torch.compile needs triton, which is not installed)"
+    return "compiled", "compiled (torch.compile, one block for all layers)"

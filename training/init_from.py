@@ -1,7 +1,7 @@
-"""Where a run begins: `--init-from RUN` takes another run's weights, and `--resume` remembers where that was.
+"""`--init-from RUN`: start a run from another run's weights. `--resume` keeps what the run was started from.
 
-Taken from RUN: its weights, its tokenizer (the text is prepared with it) and the shape of its model. The run's own:
-context and dropout, which are how it trains and fit any weights; the optimizers, which begin anew; and step 0.
+From RUN come the weights, the tokenizer (the text is tokenized with it) and the shape of the model. The new run keeps
+its own context and dropout, which fit any weights, and starts at step 0 with new optimizers.
 """
 
 import dataclasses
@@ -13,18 +13,18 @@ from training import checkpoint
 from training.checkpoint import CheckpointError
 from training.config import Config, ConfigError
 
-FREE = ("context", "dropout")  # what --init-from leaves of the model section to the recipe and the flags
+FREE = ("context", "dropout")  # fields of [model] that the new run decides
 
 
-def inherited(config: Config, run: Path, given: dict[str, str]) -> Config:
-    """The configuration with the model and the tokenizer of config.init_from.
+def config_for_init(config: Config, run: Path, given: dict[str, str]) -> Config:
+    """The configuration with the model and the tokenizer of `config.init_from`.
 
-    given: what the command line says, {"model.n_layer": "8"}; a shape or a tokenizer that is not the other run's is
-    refused there, while a recipe's is passed over. Raises ConfigError, CheckpointError.
+    given: overrides of the command line, {"model.n_layer": "8"}. A shape or tokenizer that differs from the other
+    run's is an error there; in the recipe it is ignored. Raises ConfigError and CheckpointError.
     """
-    folder = source(config.init_from)
+    folder = resolve_checkpoint(config.init_from)
     if folder.parent.resolve() == run.resolve():
-        raise ConfigError(f"--init-from {config.init_from}: is this run itself; another --name keeps both")
+        raise ConfigError(f"--init-from {config.init_from}: is the run itself; choose another --name")
     taken = _take(config, checkpoint.read_state(folder)["config"]["model"], folder.parent)
     for section, _, name in (dotted.partition(".") for dotted in given):
         if section == "model" or (section, name) == ("data", "tokenizer"):
@@ -35,29 +35,32 @@ def inherited(config: Config, run: Path, given: dict[str, str]) -> Config:
     return taken
 
 
-def remembered(config: Config, run: Path) -> Config:
-    """The configuration of a run that goes on, with what was decided when it began: the precision that a measurement
-    chose, since resuming is exact, and where its weights came from, which need not be there any more."""
+def config_for_resume(config: Config, run: Path) -> Config:
+    """The configuration of a resumed run, with what was decided when it started.
+
+    That is the dtype, which a measurement may have chosen: resuming is exact. And the run that its weights came from,
+    which may no longer exist.
+    """
     then = (state := checkpoint.read_state(checkpoint.find(run, "latest")))["config"]
     if config.train.dtype == "auto":
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, dtype=state["dtype"]))
     init_from = then.get("init_from", "")
     if config.init_from not in ("", init_from):
-        began = f"from {init_from}" if init_from else "with random weights"
-        raise CheckpointError(f"runs/{run.name} cannot go on from {config.init_from}: it began {began}")
+        began = f"from {init_from}" if init_from else "from random weights"
+        raise CheckpointError(f"runs/{run.name} cannot resume from {config.init_from}: it started {began}")
     return _take(dataclasses.replace(config, init_from=init_from), then["model"], run) if init_from else config
 
 
 def _take(config: Config, shape: dict[str, Any], run: Path) -> Config:
-    """The configuration with a run's model, all but what is FREE, and with its tokenizer."""
+    """The configuration with a run's tokenizer and model, FREE fields excepted."""
     free = {name: getattr(config.model, name) for name in FREE}
     model = dataclasses.replace(ModelConfig(**shape), **free)
     data = dataclasses.replace(config.data, tokenizer=str(run / "tokenizer.json"))
     return dataclasses.replace(config, model=model, data=data)
 
 
-def source(init_from: str) -> Path:
-    """The checkpoint that `RUN` (its best) or `RUN@latest`, `RUN@step-000500` means. Raises CheckpointError."""
+def resolve_checkpoint(init_from: str) -> Path:
+    """The checkpoint folder of `RUN` (its best), `RUN@latest` or `RUN@step-000500`. Raises CheckpointError."""
     run, _, which = init_from.partition("@")
     try:
         return checkpoint.find(Path(run), which or "best")

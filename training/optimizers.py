@@ -77,23 +77,23 @@ def build_optimizers(model: nn.Module, config: OptimConfig, dtype: torch.dtype) 
     adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=1e-10, fused=True)
     built: list[torch.optim.Optimizer] = [adamw]
     if muon:
-        built.append(Muon(muon, config.muon_lr, config.momentum, config.weight_decay, dtype))
+        built.append(Muon(muon, config.muon_lr, config.muon_momentum, config.weight_decay, dtype))
     for optimizer in built:
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]
     return built
 
 
-def schedule(step: int, steps: int, config: OptimConfig) -> float:
+def lr_factor(step: int, steps: int, config: OptimConfig) -> float:
     """Factor on the peak learning rates at `step` (from 0) of `steps`: rise, stay, fall linearly to 0.
 
-    The fall takes the last `decay` of all steps; it can be decided late (Hägele et al. 2024, arXiv 2405.18392). While
+    The fall takes the last `lr_decay_frac` of all steps; it can be decided late (Hägele et al. 2024, arXiv 2405.18392). While
     the number of steps is unknown (steps = 0) it has not begun.
     """
     rise = min(1.0, (step + 1) / (config.warmup_steps + 1))
-    if steps == 0 or config.decay == 0:
+    if steps == 0 or config.lr_decay_frac == 0:
         return rise
-    return min(rise, (steps - step) / (config.decay * steps), 1.0)
+    return min(rise, (steps - step) / (config.lr_decay_frac * steps), 1.0)
 
 
 def set_learning_rate(optimizers: list[torch.optim.Optimizer], factor: float) -> None:

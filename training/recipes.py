@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from training.config import SECTIONS, Config, ConfigError
+from training.renamed import RENAMED
 
 RECIPES = Path(__file__).resolve().parent.parent / "configs"
 TOP = ("name", "init_from")  # what stands above the sections
@@ -106,6 +107,8 @@ def _check(dotted: str, value: Any, place: str) -> Any:
         raise ConfigError(f"{place}: {dotted} = {value!r}: must be a section, [{dotted}]")
     elif section not in SECTIONS:
         raise ConfigError(f"{place}: {section}: no such section{_closest(section, SECTIONS)}")
+    elif dotted in RENAMED:
+        raise ConfigError(f"{place}: {dotted}: renamed to {RENAMED[dotted]}")
     elif name not in fields(section):
         raise ConfigError(f"{place}: {dotted}: no such field{_closest(name, fields(section), section + '.')}")
     else:

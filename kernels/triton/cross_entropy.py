@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.reference import IGNORE_INDEX
 from kernels.triton.flash_attention import accurate_tanh
 from kernels.triton.tiles import tile
 
@@ -19,14 +20,14 @@ def cross_entropy_step(
     t = tile("cross_entropy", V, logits.device)
     _row[(rows,)](
         logits, targets.contiguous(), losses, V, logits.stride(0), z_loss, 1.0 if softcap is None else softcap,
-        SOFTCAP=softcap is not None, GRADIENT=gradient, BLOCK_N=t.N, num_warps=t.warps, num_stages=t.stages,
+        SOFTCAP=softcap is not None, GRADIENT=gradient, IGNORE_INDEX=IGNORE_INDEX, BLOCK_N=t.N, num_warps=t.warps, num_stages=t.stages,
     )  # fmt: skip
 
 
 @triton.jit
 def _row(  # type: ignore[no-untyped-def]
     logits, targets, losses, V, stride, z_loss, softcap,
-    SOFTCAP: tl.constexpr, GRADIENT: tl.constexpr, BLOCK_N: tl.constexpr,
+    SOFTCAP: tl.constexpr, GRADIENT: tl.constexpr, IGNORE_INDEX: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One row: its statistics in a first walk over blocks of the vocabulary, its gradient in a second."""
     row = tl.program_id(0).to(tl.int64)  # row * stride may pass 2**31
@@ -50,7 +51,7 @@ def _row(  # type: ignore[no-untyped-def]
         total = total * tl.exp(top - higher) + tl.sum(tl.exp(score - higher), 0)
         top = higher
     lse = top + tl.log(total)
-    counts = target != -100
+    counts = target != IGNORE_INDEX
     loss = tl.log(total) + (top - at_target) + z_loss * lse * lse  # small beside large scores: the difference first
     tl.store(losses + row, tl.where(counts, loss, 0.0))
 

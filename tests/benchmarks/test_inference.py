@@ -47,7 +47,7 @@ def test_everyone_speaks_in_turns_and_the_same(tmp_path):
 def test_mistakes_are_one_line(tmp_path):
     for words, says in (
         (["--nanogpt", str(tmp_path)], "no model.py"),
-        (["--tokens", "1"], "at least 1"),
+        (["--max-new-tokens", "1"], "at least 1"),
         (["--prompts", "1000"], "at most 1,024"),
         (["--sizes", "1T"], "--sizes 1T: there are 10M, 50M, 124M"),
         (["--only", "me"], "--only me: there are heed fp32, "),
@@ -61,5 +61,5 @@ def test_a_speaker_that_fails_is_named_and_the_others_go_on(tmp_path):
     engines.write(tmp_path, config, [])
     here = inference.Speaker("heed fp32", tmp_path, None, 1)
     with pytest.raises(ValueError, match="heed fp32: IndexError"):
-        here.speak([280], 1, 2)
+        here.stream_generate([280], 1, 2)
     here.close()

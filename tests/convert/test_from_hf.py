@@ -16,7 +16,7 @@ from convert.from_hf import import_checkpoint
 from convert.to_hf import export
 from data.tokenizer import Tokenizer
 from inference.detokenizer import StreamingDetokenizer
-from sample import Sampling, speak
+from sample import SamplingParams, stream_generate
 from sample import load as load_run
 from tests.conftest import ROOT, TINY, command
 from tests.convert.hub import HUB, SENTENCEPIECE, saved, smollm2_tokenizer
@@ -32,7 +32,7 @@ def test_a_checkpoint_becomes_a_run_with_the_same_logits_and_text(name, shard, t
     ours, tokenizer = load_run(tmp_path / "run")
     model = theirs(folder).float()
     same_logits(ours, model)
-    prompt = tokenizer.opening + tokenizer.encode("the cat sat on")
+    prompt = tokenizer.bos_tokens + tokenizer.encode("the cat sat on")
     assert prompt == AutoTokenizer.from_pretrained(folder)("the cat sat on")["input_ids"]
     if shard == "5GB":
         same_greedy_text(ours, model, prompt)
@@ -52,7 +52,9 @@ def test_there_and_back_every_weight_and_token_is_the_same(name, tmp_path):
     assert new.eos_token == old.eos_token == HUB[name][3] and new.eos_token_id == tokenizer.eot
     for text in HARD + TEXTS:
         plain = old(text, split_special_tokens=True)["input_ids"]
-        assert new(text, split_special_tokens=True)["input_ids"] == plain == tokenizer.opening + tokenizer.encode(text)
+        assert (
+            new(text, split_special_tokens=True)["input_ids"] == plain == tokenizer.bos_tokens + tokenizer.encode(text)
+        )
         assert tokenizer.eot not in plain
 
 
@@ -66,7 +68,7 @@ def test_speaking_follows_the_prompt_as_decoding_the_whole_does(name, tmp_path):
         said = model.generate(**fast(prompt, return_tensors="pt", return_token_type_ids=False), do_sample=False,
                               max_new_tokens=40)  # fmt: skip
         expected = fast.decode(said[0], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        parts = speak(ours, tokenizer, prompt, tokens=40, sampling=Sampling(greedy=True))
+        parts = stream_generate(ours, tokenizer, prompt, max_new_tokens=40, sampling=SamplingParams(greedy=True))
         assert prompt + "".join(part for _, part in parts) == expected
 
 
@@ -75,12 +77,12 @@ def test_a_sentencepiece_keeps_the_space_after_the_prompt(monkeypatch):
     before, after = tokenizer.encode("the cat"), tokenizer.encode("sat 👩")
     stream = StreamingDetokenizer(tokenizer, before)
     assert "".join(map(stream.add_token, after)) + stream.finalize() == " sat 👩"
-    assert tokenizer.opening == [1] and StreamingDetokenizer(tokenizer, [1]).add_token(before[0]) == tokenizer.decode(
-        before[:1]
-    )
+    assert tokenizer.bos_tokens == [1] and StreamingDetokenizer(tokenizer, [1]).add_token(
+        before[0]
+    ) == tokenizer.decode(before[:1])
     assert tokenizer.decode(tokenizer.encode("  a </s><0x41>\r\n")) == "  a </s><0x41>\r\n"
     monkeypatch.setattr("sample.generate", lambda *_, **__: (torch.tensor([i]) for i in tokenizer.encode("sat on")))
-    assert "".join(part for _, part in speak(None, tokenizer, "the cat")) == " sat on"
+    assert "".join(part for _, part in stream_generate(None, tokenizer, "the cat")) == " sat on"
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)

@@ -8,7 +8,7 @@ from tokenizers import pre_tokenizers
 
 from convert import to_gguf
 from data.tokenizer import EOT, Tokenizer
-from sample import Sampling, generate, load
+from sample import SamplingParams, generate, load
 from tests.conftest import ROOT, SMALL, command
 from tests.convert.test_to_gguf import random_model, written
 
@@ -106,7 +106,7 @@ def run(tmp_path_factory, text):
     small = [word for word in SMALL if "context" not in word and "batch" not in word]
     done = command(
         "train.py", "shakespeare", "--name=read", f"--data.source={text}", *small, "--model.context=256",
-        "--train.batch_tokens=2048", "--train.micro_batch=8", "--train.steps=60", "--train.evals=1", where=where,
+        "--train.batch_tokens=2048", "--train.micro_batch_size=8", "--train.steps=60", "--train.num_evals=1", where=where,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return where / "read"
@@ -118,7 +118,7 @@ def test_llama_cpp_says_the_same_in_f32(run, tmp_path):
     assert done.returncode == 0, done.stderr
     model, tokenizer = load(run)
     prompt = tokenizer.encode("Song 7: the")
-    ours = [int(t) for t in generate(model.cpu(), prompt, tokens=200, sampling=Sampling(greedy=True))]
+    ours = [int(t) for t in generate(model.cpu(), prompt, max_new_tokens=200, sampling=SamplingParams(greedy=True))]
     theirs = Llama(str(tmp_path / "x.gguf"), n_ctx=256, n_threads=1, verbose=False, **EXACT)
     made = theirs.generate(prompt, top_k=1, temp=0.0, repeat_penalty=1.0)
     assert [next(made) for _ in range(200)] == ours

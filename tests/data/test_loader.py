@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from data.loader import IGNORE, Loader, ShardError, Shards, validation
+from data.loader import Loader, ShardError, Shards, validation
+from kernels.reference import IGNORE_INDEX
 from tests.data.test_shards import store
 
 
@@ -95,9 +96,9 @@ def test_validation_has_every_token_as_a_target_once_in_order(tmp_path: Path, to
     batches = list(validation(shards, context=10, sequences=4, eot=0))
     assert all(x.shape == y.shape and x.shape[0] <= 4 and x.shape[1] == 10 for x, y in batches)
     x, y = (torch.cat(parts).flatten() for parts in zip(*batches, strict=True))
-    assert y[y != IGNORE].tolist() == list(range(1, tokens + 1))
+    assert y[y != IGNORE_INDEX].tolist() == list(range(1, tokens + 1))
     assert x[:tokens].tolist() == list(range(tokens))  # shifted by one, end of text in front
-    assert (x[tokens:] == 0).all() and (y[tokens:] == IGNORE).all() and len(y) - tokens < 10
+    assert (x[tokens:] == 0).all() and (y[tokens:] == IGNORE_INDEX).all() and len(y) - tokens < 10
 
 
 def test_more_than_five_million_tokens_a_second(tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def test_commands_run(line, place, text, chats, tmp_path):
         source = "" if "--data.source" in line else f"--data.source={text} "
         kept = re.sub(r"--train\.(steps|minutes)[ =]\S+", "", line)
         learnt = "" if "--init-from" in line else "--data.tokenizer=bpe "  # else the tokenizer is the other run's
-        line = f"{kept} {source}{' '.join(small)} {learnt}--train.steps=4 --train.evals=1"
+        line = f"{kept} {source}{' '.join(small)} {learnt}--train.steps=4 --train.num_evals=1"
         line += "" if "--resume" in line else " --overwrite"
         line += "" if "--name" in line else " --name=page"
     line = re.sub(r"\bruns/", f"{place}/", line)

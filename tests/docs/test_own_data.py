@@ -13,7 +13,7 @@ SHAPE = [
     "--model.n_layer=2", "--model.n_embd=64", "--model.n_head=4", "--model.n_kv_head=2", "--model.head_dim=16",
     "--model.n_ffn=128",
 ]  # fmt: skip
-QUICK = ["--model.context=64", "--train.compile=off", "--train.dtype=float32", "--train.micro_batch=16"]
+QUICK = ["--model.context=64", "--train.compile=off", "--train.dtype=float32", "--train.micro_batch_size=16"]
 WORDS = ["red", "blue", "green", "tall", "small", "happy", "old", "new", "cat", "dog", "bird", "moon", "sun", "tree"]
 
 
@@ -29,7 +29,7 @@ def own(tmp_path_factory) -> Path:
         file.write_text("".join(f"Today I saw the {pair}, {pair}.\n" for pair in pairs[day::28]))
     train_here(
         where, "shakespeare", "--data.source", str(notes), "--name", "notes", *SHAPE, *QUICK, "--data.vocab_size=340",
-        "--train.batch_tokens=1024", "--train.steps=40", "--train.evals=1", "--train.prompt=Today",
+        "--train.batch_tokens=1024", "--train.steps=40", "--train.num_evals=1", "--train.prompt=Today",
     )  # fmt: skip
 
     chats = where / "chat.jsonl"
@@ -41,13 +41,13 @@ def own(tmp_path_factory) -> Path:
     train_here(
         where, "chat", "--init-from", str(where / "notes"), "--data.source", str(chats), "--name", "assistant",
         *QUICK, "--optim.lr=0.01", "--optim.muon_lr=0.02", "--train.batch_tokens=1024", "--train.steps=90",
-        "--train.evals=1", "--train.prompt=say red cat",
+        "--train.num_evals=1", "--train.prompt=say red cat",
     )  # fmt: skip
     return where
 
 
 def test_a_folder_of_texts_becomes_a_model_that_speaks_of_them(own, sample_py):
-    done = sample_py("--run", str(own / "notes"), "--prompt", "Today", "--greedy", "--tokens", "40", where=own)
+    done = sample_py("--run", str(own / "notes"), "--prompt", "Today", "--greedy", "--max-new-tokens", "40", where=own)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Today I saw the")
     assert losses(own / "notes")[40] < losses(own / "notes")[1] - 2

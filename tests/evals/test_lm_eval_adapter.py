@@ -9,7 +9,7 @@ import torch
 from data.tokenizer import Tokenizer
 from evals import lm_eval_adapter, tasks
 from evals.lm_eval_adapter import Heed
-from sample import Sampling, load, speak
+from sample import SamplingParams, load, stream_generate
 from tests.conftest import command
 from tests.evals.test_evaluate import by_hand
 
@@ -123,7 +123,9 @@ def test_whole_texts_are_scored_as_by_hand(found, ours):
 
 def test_generation_is_samples_greedy_text_up_to_a_stop(found, ours):
     for row, sample in zip(ROWS["go_on"], found["samples"]["go_on"], strict=True):
-        parts = speak(*ours, row["prompt"], tokens=40, sampling=Sampling(greedy=True), stop=["sing", "."])
+        parts = stream_generate(
+            *ours, row["prompt"], max_new_tokens=40, sampling=SamplingParams(greedy=True), stop=["sing", "."]
+        )
         assert sample["resps"] == [["".join(part for _, part in parts)]]
         assert "sing" not in sample["resps"][0][0]
 

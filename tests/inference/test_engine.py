@@ -8,7 +8,7 @@ import torch
 
 import sample
 from inference import engine
-from inference.engine import CpuReader, plainly, reader
+from inference.engine import CppEngine, EagerEngine, make_engine
 from inference.quantize import Int8, quantize
 from kernels import cpu
 from kernels.cpu import decode_step
@@ -45,7 +45,7 @@ def test_logits_are_the_models_for_every_flag(flags, kind):
     model = randomized(dataclasses.replace(TINY, **flags))
     if kind != "fp32":
         quantize(model, kind)
-    read, dtype = CpuReader(model), model.model.norm.weight.dtype
+    read, dtype = CppEngine(model), model.model.norm.weight.dtype
     ours, torchs = [], []
     for batch in (1, 2, 5):
         tokens = torch.randint(0, 97, (batch, 32))
@@ -54,14 +54,14 @@ def test_logits_are_the_models_for_every_flag(flags, kind):
         for T in PIECES:
             piece, end = tokens[:, end : end + T], end + T
             ours.append((read(piece, cache) - expected[:, end - 1]).abs().max())
-            torchs.append((plainly(model, piece, theirs) - expected[:, end - 1]).abs().max())
+            torchs.append((EagerEngine(model)(piece, theirs) - expected[:, end - 1]).abs().max())
     assert max(ours) <= (max(torchs) if kind == "bf16" else {"fp32": 2e-6, "int8": 4e-4}[kind] * expected.abs().max())
 
 
 @torch.inference_mode()
 def test_a_ring_goes_round_and_a_cache_in_bf16_is_the_torch_ones():
     model = randomized(dataclasses.replace(TINY, window=100, layer_pattern="SL", context=600))
-    read, tokens = CpuReader(model), torch.randint(0, 97, (2, 590))
+    read, tokens = CppEngine(model), torch.randint(0, 97, (2, 590))
     cache = KVCache(model.config, 2)
     for piece in tokens.split(59, dim=1):
         got = read(piece, cache)
@@ -69,8 +69,8 @@ def test_a_ring_goes_round_and_a_cache_in_bf16_is_the_torch_ones():
     torch.testing.assert_close(got.double(), exact(model, tokens)[:, -1], atol=3e-5, rtol=3e-5)
     quantize(model, "bf16")
     ours, theirs = (KVCache(model.config, 2, dtype=torch.bfloat16) for _ in range(2))
-    read, tokens = CpuReader(model), tokens[:, :20]
-    near = (read(tokens, ours) - plainly(model, tokens, theirs)).abs().max()
+    read, tokens = CppEngine(model), tokens[:, :20]
+    near = (read(tokens, ours) - EagerEngine(model)(tokens, theirs)).abs().max()
     assert near < 0.1 * read(tokens[:, :1], ours).abs().max()  # torch rounds every step to bf16
     for mine, yours in zip(ours.layers[0], theirs.layers[0], strict=True):  # of the first layer: one rounding apart
         torch.testing.assert_close(mine[:, :20], yours[:, :20], atol=0.02, rtol=0.02)
@@ -82,14 +82,14 @@ def test_threads_share_the_work():
     try:
         for threads in (1, 3, 40):  # 40: more than there are heads and rows
             torch.set_num_threads(threads)
-            got = CpuReader(model)(tokens, KVCache(model.config, 3))
+            got = CppEngine(model)(tokens, KVCache(model.config, 3))
             torch.testing.assert_close(got, model(tokens)[:, -1], atol=2e-5, rtol=2e-5)
     finally:
         torch.set_num_threads(before)
 
 
 def test_what_torch_would_refuse_is_refused():
-    read, cache = CpuReader(randomized(TINY)), KVCache(TINY, 1)
+    read, cache = CppEngine(randomized(TINY)), KVCache(TINY, 1)
     for tokens in ([97], [-1], [0] * 33, []):
         with pytest.raises(IndexError, match="tokens from 0 to 96, 1 to 32 of them"):
             read(torch.tensor([tokens], dtype=torch.long), cache)
@@ -97,10 +97,10 @@ def test_what_torch_would_refuse_is_refused():
 
 def test_the_reader_of_a_cpu_is_the_fast_one_and_generate_asks_it(monkeypatch):
     model = randomized(TINY)
-    assert isinstance(reader(model), CpuReader)
+    assert isinstance(make_engine(model), CppEngine)
     asked, real = [], decode_step.decode
     monkeypatch.setattr(decode_step, "decode", lambda *a: (asked.append(a[2].shape), real(*a))[1])
-    list(sample.generate(model, [1, 2, 3], tokens=3, samples=2))
+    list(sample.generate(model, [1, 2, 3], max_new_tokens=3, num_samples=2))
     assert asked == [(1, 3), (2, 1), (2, 1)]
 
 
@@ -108,16 +108,16 @@ def test_the_reader_of_a_cpu_is_the_fast_one_and_generate_asks_it(monkeypatch):
 
 
 def test_without_a_compiler_torch_serves_and_says_so(monkeypatch, capfd, tmp_path, compilers):
-    engine._say.cache_clear()
+    engine._warn_once.cache_clear()
     monkeypatch.setattr(cpu, "FOLDER", tmp_path)
     model = randomized(TINY)
-    expected = torch.stack(list(sample.generate(model, [5], tokens=9, seed=3)))
+    expected = torch.stack(list(sample.generate(model, [5], max_new_tokens=9, seed=3)))
     compilers()
     for compiler, why in (("false", "false failed"), ("/no/compiler", "no C.. compiler")):
         monkeypatch.setenv("CXX", compiler)
         monkeypatch.setattr(cpu, "FOLDER", tmp_path / "another")
-        assert torch.equal(torch.stack(list(sample.generate(model, [5], tokens=9, seed=3))), expected)
-        list(sample.generate(model, [5], tokens=1))  # no second line
+        assert torch.equal(torch.stack(list(sample.generate(model, [5], max_new_tokens=9, seed=3))), expected)
+        list(sample.generate(model, [5], max_new_tokens=1))  # no second line
         said = capfd.readouterr().err.splitlines()
         assert len(said) == 1 and re.search(why, said[0]) and "torch serves" in said[0]
         compilers()
@@ -133,11 +133,11 @@ def test_a_flag_that_it_does_not_know_is_torchs(capfd):
     monkey = pytest.MonkeyPatch()
     with monkey.context() as patch:
         patch.setattr(engine, "ModelConfig", Later)
-        engine._say.cache_clear()
+        engine._warn_once.cache_clear()
         model = randomized(Later(**vars(TINY)))
-        assert isinstance(reader(model), CpuReader)
+        assert isinstance(make_engine(model), CppEngine)
         model = randomized(Later(**vars(TINY), softcap=1.0))
-        assert not isinstance(reader(model), CpuReader)
+        assert not isinstance(make_engine(model), CppEngine)
         assert "model.softcap" in capfd.readouterr().err
 
 
@@ -194,9 +194,9 @@ def test_int8_costs_less_than_half_a_percent_in_bits_per_byte(runs):
             total += torch.nn.functional.cross_entropy(logits, windows[:, place + 1], reduction="sum").item()
         return total / len(text.encode())
 
-    before = bits_a_byte(model, reader(model))
+    before = bits_a_byte(model, make_engine(model))
     quantize(model, "int8")
-    for read in (reader(model), lambda *a: plainly(model, *a)):
+    for read in (make_engine(model), EagerEngine(model)):
         after = bits_a_byte(model, read)
         assert abs(after / before - 1) < 0.005
         assert after != before
@@ -206,10 +206,10 @@ def test_the_command_speaks_in_int8_with_and_without_a_compiler(runs, sample_py,
     said = {}
     for words in ((), ("--quantize=int8",), ("--quantize=bf16",)):
         for compiler in ("g++", "false"):
-            engine._say.cache_clear()
+            engine._warn_once.cache_clear()
             compilers()
             monkeypatch.setenv("CXX", compiler)
-            done = sample_py("--greedy", "--tokens=12", "--prompt=Song", *words, where=runs)
+            done = sample_py("--greedy", "--max-new-tokens=12", "--prompt=Song", *words, where=runs)
             assert done.returncode == 0, done.stderr
             assert ("torch serves" in done.stderr) == (compiler == "false")
             said[words, compiler] = done.stdout

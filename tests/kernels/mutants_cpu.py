@@ -5,7 +5,7 @@ import dataclasses
 
 import torch
 
-from inference.engine import CpuReader
+from inference.engine import CppEngine
 from model import KVCache
 from tests.conftest import TINY, randomized
 from tests.inference.test_engine import exact as logits
@@ -95,7 +95,7 @@ def decode_step() -> None:
     """A model with GQA, a gate and a window, several chunks of positions long, whose ring goes round."""
     model = randomized(dataclasses.replace(TINY, context=450, window=100, layer_pattern="SL", gate=True))
     tokens = torch.randint(0, 97, (3, 450), generator=torch.Generator().manual_seed(0))
-    expected, cache, read = logits(model, tokens), KVCache(model.config, 3), CpuReader(model)
+    expected, cache, read = logits(model, tokens), KVCache(model.config, 3), CppEngine(model)
     for end in range(50, 451, 50):
         got = read(tokens[:, end - 50 : end], cache)
         torch.testing.assert_close(got.double(), expected[:, end - 1], atol=3e-5, rtol=3e-5)

@@ -9,7 +9,7 @@ from training.recipes import load
 
 
 def test_the_number_of_steps_is_fixed_to_end_in_time(learn, capsys):
-    run = learn("timed", "--train.minutes=0.15", "--train.evals=2")
+    run = learn("timed", "--train.minutes=0.15", "--train.num_evals=2")
     # Settled after the first steps and then again and again: what the last line says holds.
     said = capsys.readouterr().out
     assert "steps end in 0.15 minutes at this speed" in said
@@ -30,14 +30,14 @@ def test_the_number_of_steps_follows_the_machines_speed(learn, monkeypatch):
 
     monkeypatch.setattr(train, "steps_in_time", fit)
     monkeypatch.setattr(train, "SETTLED_EVERY", 5)
-    run = learn("drifting", "--train.minutes=1", "--train.evals=2")
+    run = learn("drifting", "--train.minutes=1", "--train.num_evals=2")
     assert asked == [(12, 2), (15, 2), (20, 2), (25, 1), (30, 1)]  # after the first steps, then every five
     assert list(losses(run, "val_loss")) == [20, 40]
     assert max(losses(run)) == 40
 
 
 def test_steps_in_time_is_what_the_budget_leaves():
-    config = load("shakespeare", {"train.minutes": "2", "train.evals": "3", "train.batch_tokens": "8192"})
+    config = load("shakespeare", {"train.minutes": "2", "train.num_evals": "3", "train.batch_tokens": "8192"})
     val = type("Val", (), {"tokens": 8192})()
     # 120 s * 0.98, less 10 s spent, less 2 evaluations of 0.5 * 8192 / 8192 / 3 + 2 s, at 0.5 s a step, after 7 steps
     assert train.steps_in_time(config, val, 0.5, 7, 2, 10.0) == 7 + int((117.6 - 10 - 2 * (0.5 / 3 + 2)) / 0.5)

@@ -18,9 +18,9 @@ def test_a_cpus_precision_is_the_one_that_it_multiplies_faster(monkeypatch, gain
     monkeypatch.setattr(device, "_bf16_gain", lambda: gain)
     machine = device.choose(TrainConfig(steps=1, device="cpu"))
     assert machine.dtype == dtype
-    assert f"{gain:.2g} times as fast" in machine.why[1]
+    assert f"{gain:.2g} times as fast" in machine.reasons[1]
     asked = device.choose(TrainConfig(steps=1, device="cpu", dtype="float32"))
-    assert (asked.dtype, asked.why[1]) == (torch.float32, "precision float32: asked for")
+    assert (asked.dtype, asked.reasons[1]) == (torch.float32, "precision float32: asked for")
 
 
 def test_the_gain_is_measured():
@@ -75,7 +75,7 @@ def test_what_is_not_there_is_refused(monkeypatch):
 def test_layers_learn_in_the_way_that_is_to_be_had(monkeypatch, compilers):
     def choose(**fields) -> tuple[str, str]:
         machine = device.choose(TrainConfig(steps=1, device="cpu", dtype="float32", **fields))
-        return machine.layers, machine.why[2]
+        return machine.layer_impl, machine.reasons[2]
 
     assert choose()[0] == "C++"
     assert choose(compile="on") == ("compiled", "layers compiled: train.compile = on")

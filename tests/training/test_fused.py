@@ -12,7 +12,7 @@ from kernels.cpu import train_ops
 from model import GPT, KVCache, ModelConfig
 from tests.conftest import TINY, losses, randomized, weights
 from training.device import Machine
-from training.fused import hasten
+from training.fused import apply_fused_layers
 
 FLAGS = {
     "plain": {},
@@ -29,7 +29,7 @@ FLAGS = {
 
 
 def in_cpp(model: GPT) -> GPT:
-    hasten(model, Machine(torch.device("cpu"), torch.float32, "C++", ()))
+    apply_fused_layers(model, Machine(torch.device("cpu"), torch.float32, "C++", ()))
     return model
 
 
@@ -85,7 +85,7 @@ def test_a_flag_that_it_does_not_know_is_torchs(monkeypatch):
     machine = Machine(torch.device("cpu"), torch.float32, "C++", ())
     for softcap, said in ((0.0, ""), (1.0, "layers written, not C++: it does not know model.softcap")):
         model = randomized(Later(**vars(TINY), softcap=softcap))
-        assert hasten(model, machine) == said
+        assert apply_fused_layers(model, machine) == said
         assert isinstance(model.model.norm.forward, functools.partial) == (not said)
 
 
@@ -108,7 +108,7 @@ def test_dropout_and_recomputing_and_the_loss_stay_as_they_are():
     found = []
     for change, recompute in ((in_cpp, False), (in_cpp, True), (lambda model: model, False)):
         model = change(randomized(dataclasses.replace(TINY, dropout=0.3))).train()
-        model.model.recompute = recompute
+        model.model.activation_checkpointing = recompute
         torch.manual_seed(5)
         model.loss(tokens, tokens).backward()
         found.append({name: p.grad for name, p in model.named_parameters()})
@@ -131,7 +131,7 @@ def test_a_model_that_learns_in_cpp_still_reads_from_a_cache(dtype, bound):
 
 
 def test_a_run_in_cpp_learns_what_a_written_one_does_and_resumes_bit_for_bit(learn):
-    words = ("--train.steps=12", "--train.evals=2", "--model.dropout=0.1")
+    words = ("--train.steps=12", "--train.num_evals=2", "--model.dropout=0.1")
     written = learn("written", *words)
     whole = learn("whole", *words, "--train.compile=auto")
     assert losses(whole) == pytest.approx(losses(written), rel=1e-3)

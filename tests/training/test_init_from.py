@@ -25,7 +25,7 @@ def tune(runs, text, tmp_path, monkeypatch):
     def run(name: str, *words: str, origin: str = str(runs / "songs")):
         begin = [] if "--resume" in words else [f"--init-from={origin}"]
         flags = [f"--name={name}", f"--data.source={text}", "--model.context=32", *OWN, *begin, *words]
-        train.train(*train.read_arguments(["shakespeare", *flags]))
+        train.train(*train.parse_args(["shakespeare", *flags]))
         return tmp_path / name
 
     return run
@@ -39,7 +39,7 @@ def test_the_first_step_sees_the_other_runs_weights_and_its_tokenizer(tune, runs
         return loss(self, *batch)
 
     monkeypatch.setattr(GPT, "loss", spying)
-    run = tune("further", "--train.steps=2", "--train.evals=1")
+    run = tune("further", "--train.steps=2", "--train.num_evals=1")
     best = load_file(checkpoint.find(runs / "songs", "best") / "model.safetensors")
     assert seen[0].keys() == best.keys()
     assert all(torch.equal(seen[0][name], value) for name, value in best.items())
@@ -53,7 +53,7 @@ def test_the_first_step_sees_the_other_runs_weights_and_its_tokenizer(tune, runs
 
 def test_a_named_step_and_another_context(tune, runs):
     run = tune(
-        "step", "--train.steps=1", "--train.evals=1", "--model.context=64", origin=f"{runs / 'songs'}@step-000015"
+        "step", "--train.steps=1", "--train.num_evals=1", "--model.context=64", origin=f"{runs / 'songs'}@step-000015"
     )
     assert load(run)[0].config.context == 64
     with pytest.raises(checkpoint.CheckpointError, match=r"--init-from .*: no checkpoint 'step-000007'; there are"):
@@ -62,7 +62,7 @@ def test_a_named_step_and_another_context(tune, runs):
 
 def test_resume_is_bitwise_and_remembers_where_it_began_though_that_is_gone(tune, runs, tmp_path, monkeypatch):
     shutil.copytree(runs / "songs", tmp_path / "parent")
-    words = ("--train.steps=8", "--train.evals=2", "--model.dropout=0.1")
+    words = ("--train.steps=8", "--train.num_evals=2", "--model.dropout=0.1")
     whole = tune("whole", *words, origin=str(tmp_path / "parent"))
     validate = train.validate
     monkeypatch.setattr(train, "validate", lambda *_: (_ for _ in ()).throw(RuntimeError("killed")))

@@ -80,10 +80,10 @@ def test_every_parameter_has_one_optimizer_and_the_right_one(tied):
 
 
 def test_the_schedule_rises_stays_and_falls_to_almost_nothing():
-    config = OptimConfig(warmup_steps=4, decay=0.5)
-    factors = [optimizers.schedule(step, 20, config) for step in range(20)]
+    config = OptimConfig(warmup_steps=4, lr_decay_frac=0.5)
+    factors = [optimizers.lr_factor(step, 20, config) for step in range(20)]
     assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert factors[5:10] == [1.0] * 5
     assert factors[10:] == pytest.approx([1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1])
-    assert [optimizers.schedule(step, 0, config) for step in (0, 4, 1000)] == pytest.approx([0.2, 1.0, 1.0])
-    assert optimizers.schedule(19, 20, OptimConfig(decay=0.0)) == pytest.approx(20 / 21)
+    assert [optimizers.lr_factor(step, 0, config) for step in (0, 4, 1000)] == pytest.approx([0.2, 1.0, 1.0])
+    assert optimizers.lr_factor(19, 20, OptimConfig(lr_decay_frac=0.0)) == pytest.approx(20 / 21)
