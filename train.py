@@ -38,6 +38,7 @@ from training.checkpoint import CheckpointError
 from training.config import SECTIONS, Config, ConfigError
 from training.flops import count_parameters, flops_per_token, peak_flops
 from training.fused import optimize_layers
+from training.memory import peak_memory
 from training.optimizers import build_optimizers, lr_factor, set_learning_rate
 from training.recipes import documentation, dump, fields, load, recipes
 from training.renamed import RENAMED
@@ -204,7 +205,7 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
     best = min(val_losses.values())
     log(
         f"val_loss: {best:.4f}\nval_bpb: {bits_per_byte(best):.4f}\ntraining_seconds: {budget.elapsed:.1f}\n"
-        f"peak_memory_mb: {device.peak_memory(machine.device) / 2**20:.1f}\nnum_steps: {step}\nnum_params: {num_params}"
+        f"peak_memory_mb: {peak_memory(machine.device) / 2**20:.1f}\nnum_steps: {step}\nnum_params: {num_params}"
     )
 
 

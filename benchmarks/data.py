@@ -32,7 +32,7 @@ from data.prepare import prepare
 from data.shards import Shards
 from data.sources import open_corpus
 from data.tokenizer import Tokenizer, get_tokenizer
-from training.device import peak_memory
+from training.memory import peak_memory
 
 VOCABULARY = 4096
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -218,8 +218,10 @@ def run(megabytes: int, turns: int, quick: bool) -> int:
             speed, share = waiting(folder, "shakespeare", *(QUICK if quick else []))
         made = next((folder / "heed" / "tokens").iterdir())
         paces = [[f"{rows} x {context}", *batches(made, rows, context, max(turns, 3))] for rows, context in SHAPES]
-        print(table(["batches, tokens a second", "heed", "nanoGPT"], paces), end="\n\n")
-        print(f"a short run of shakespeare: {speed:,.0f} tokens a second, {share:.2%} of the time waiting for batches")
+        print(table(["batches, tokens per second", "heed", "nanoGPT"], paces), end="\n\n")
+        print(
+            f"a short run of shakespeare: {speed:,.0f} tokens per second, {share:.2%} of the time waiting for batches"
+        )
     return 0
 
 

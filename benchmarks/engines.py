@@ -1,7 +1,7 @@
-"""Who speaks in `python -m benchmarks inference`: heed, transformers, llama.cpp and nanoGPT, all with the same weights.
+"""The engines of `python -m benchmarks inference`: heed, transformers, llama.cpp and nanoGPT, with the same weights.
 
-Each speaks in a process of its own, so that its memory and its threads are its own; the processes take turns. A speaker
-is made from the folder that `write` leaves; `speak` makes the likeliest tokens and the time of each.
+Each engine runs in a process of its own, with its own memory and threads; the processes take turns. An engine is built
+from the folder that `write` makes. It generates greedily and reports the time of each token.
 """
 
 import ctypes
@@ -23,13 +23,13 @@ from inference.huge_pages import use_huge_pages
 from inference.quantize import quantize
 from model import GPT, ModelConfig
 from sample import SamplingParams, generate
-from training.device import peak_memory
+from training.memory import peak_memory
 
-Speak = Callable[[list[int], int, int], Iterator[np.ndarray]]
+Generate = Callable[[list[int], int, int], Iterator[np.ndarray]]
 """(prompt, batch, tokens) -> an array of the batch's next tokens, `tokens` times."""
 
 # name: (precision, what must be installed)
-SPEAKERS = {
+ENGINES = {
     "heed fp32": ("fp32", ""),
     "heed bf16": ("bf16", ""),
     "heed int8": ("int8", ""),
@@ -46,13 +46,13 @@ GGUF = {"llama.cpp F32": "f32", "llama.cpp BF16": "bf16", "llama.cpp Q8_0": "q8_
 
 
 def missing(name: str) -> str:
-    """What a speaker lacks to be here, "" if nothing."""
-    needs = [SPEAKERS[name][1]] + ["gguf"] * (name in GGUF)
+    """What is not installed that an engine needs, "" if nothing."""
+    needs = [ENGINES[name][1]] + ["gguf"] * (name in GGUF)
     return ", ".join(need for need in needs if need and not importlib.util.find_spec(need))
 
 
 def write(folder: Path, config: ModelConfig, names: list[str]) -> None:
-    """A model with random weights, as each speaker wants it."""
+    """A model with random weights, in the format of each engine."""
     torch.manual_seed(0)
     model = GPT(config).eval()
     for name, weight in model.named_parameters():
@@ -69,7 +69,7 @@ def write(folder: Path, config: ModelConfig, names: list[str]) -> None:
             to_gguf.write(folder / f"{dtype}.gguf", model, tokenizer, dtype, "random", "nothing")
 
 
-def heed(folder: Path, name: str, nanogpt: Path | None) -> Speak:
+def heed(folder: Path, name: str, nanogpt: Path | None) -> Generate:
     """sample.generate, with weights in fp32, bf16 or int8; or without the C++ file."""
     model = GPT(ModelConfig(**json.loads((folder / "config.json").read_text()))).eval()
     model.load_state_dict(torch.load(folder / "model.pt"))
@@ -80,16 +80,16 @@ def heed(folder: Path, name: str, nanogpt: Path | None) -> Speak:
     if name == "heed in torch":
         os.environ["CXX"] = "false"  # a compiler that fails
 
-    def stream_generate(prompt: list[int], batch: int, tokens: int) -> Iterator[np.ndarray]:
+    def generate_tokens(prompt: list[int], batch: int, tokens: int) -> Iterator[np.ndarray]:
         for step in generate(
             model, prompt, max_new_tokens=tokens, num_samples=batch, sampling=SamplingParams(greedy=True)
         ):
             yield step.numpy()
 
-    return stream_generate
+    return generate_tokens
 
 
-def transformers(folder: Path, name: str, nanogpt: Path | None) -> Speak:
+def transformers(folder: Path, name: str, nanogpt: Path | None) -> Generate:
     """Qwen3ForCausalLM.generate; compiled, with its static cache."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -120,17 +120,17 @@ def transformers(folder: Path, name: str, nanogpt: Path | None) -> Speak:
             self.steps.append((time.perf_counter(), ids[:, -1].numpy().copy()))
             return torch.zeros(len(ids), dtype=torch.bool)
 
-    def stream_generate(prompt: list[int], batch: int, tokens: int) -> Iterator[Any]:
+    def generate_tokens(prompt: list[int], batch: int, tokens: int) -> Iterator[Any]:
         tell = Tell()
         ids = torch.tensor([prompt] * batch)
         asked = {"max_new_tokens": tokens, "do_sample": False, "pad_token_id": 0, "stopping_criteria": [tell]}
         model.generate(ids, attention_mask=torch.ones_like(ids), **asked, **how)
         yield from tell.steps
 
-    return stream_generate
+    return generate_tokens
 
 
-def llama(folder: Path, name: str, nanogpt: Path | None) -> Speak:
+def llama(folder: Path, name: str, nanogpt: Path | None) -> Generate:
     """llama.cpp's llama_decode with one batch a step; the cache is fp32 with F32, else 16 bits, its own choice."""
     import llama_cpp as lib
 
@@ -173,7 +173,7 @@ def llama(folder: Path, name: str, nanogpt: Path | None) -> Speak:
         V = config["vocab_size"]
         return np.ctypeslib.as_array(lib.llama_get_logits(ctx), (wanted, V)).argmax(1)
 
-    def stream_generate(prompt: list[int], batch: int, tokens: int) -> Iterator[np.ndarray]:
+    def generate_tokens(prompt: list[int], batch: int, tokens: int) -> Iterator[np.ndarray]:
         size = -(-(len(prompt) + tokens) // 256) * 256
         ctx = context(batch, size)
         for begin in range(0, len(prompt), 512):
@@ -187,10 +187,10 @@ def llama(folder: Path, name: str, nanogpt: Path | None) -> Speak:
             step = read(ctx, step.tolist(), [place] * batch, list(range(batch)), batch)
             yield step
 
-    return stream_generate
+    return generate_tokens
 
 
-def nano(folder: Path, name: str, nanogpt: Path | None) -> Speak:
+def nano(folder: Path, name: str, nanogpt: Path | None) -> Generate:
     """nanoGPT's own GPT class of the same width, depth and vocabulary, and its generate; its weights are its own."""
     assert nanogpt is not None
     spec = importlib.util.spec_from_file_location("nanogpt_model", nanogpt / "model.py")
@@ -206,29 +206,29 @@ def nano(folder: Path, name: str, nanogpt: Path | None) -> Speak:
     steps: list[float] = []
     model.register_forward_hook(lambda *_: steps.append(time.perf_counter()))
 
-    def stream_generate(prompt: list[int], batch: int, tokens: int) -> Iterator[Any]:
+    def generate_tokens(prompt: list[int], batch: int, tokens: int) -> Iterator[Any]:
         steps.clear()
         made = model.generate(torch.tensor([prompt] * batch), tokens, top_k=1)
         yield from zip(steps, made[:, len(prompt) :].T.numpy(), strict=True)
 
-    return stream_generate
+    return generate_tokens
 
 
 def serve(connection: Connection, name: str, folder: Path, nanogpt: Path | None, threads: int) -> None:
-    """A speaker's process: answers (prompt, batch, tokens) with the seconds after which each token was there, the
-    tokens (tokens, batch), and the megabytes that the model and its speaking have added to the process so far."""
+    """The process of an engine: answers (prompt, batch, tokens) with the seconds after which each token was there, the
+    tokens (tokens, batch), and the megabytes that the model and generation have added to the process so far."""
     torch.set_num_threads(threads)
     makers = {"heed": heed, "transformers": transformers, "llama.cpp": llama, "nanoGPT": nano}
-    if SPEAKERS[name][1]:
-        importlib.import_module(SPEAKERS[name][1])
+    if ENGINES[name][1]:
+        importlib.import_module(ENGINES[name][1])
     before = peak_memory()
     try:
         with torch.inference_mode():
-            stream_generate = makers[name.split()[0]](folder, name, nanogpt)
+            generate_tokens = makers[name.split()[0]](folder, name, nanogpt)
             connection.send("ready")
             while asked := connection.recv():
                 start, times, made = time.perf_counter(), [], []
-                for step in stream_generate(*asked):
+                for step in generate_tokens(*asked):
                     at, tokens = step if isinstance(step, tuple) else (time.perf_counter(), step)
                     times.append(at - start)
                     made.append(tokens)

@@ -1,6 +1,6 @@
-"""Who computes a case: heed's kernels through their doors, and what they are compared with, all on the same tensors.
+"""The implementations of a case: heed's kernels and what they are compared with, all on the same tensors.
 
-Every contestant is a call that returns a tuple of results in the same order, so that one check serves all:
+Every implementation is a call that returns a tuple of results in the same order, so one check serves all:
 forward, decode: (out,); backward: (dq, dk, dv); cross-entropy: (loss, dx, dW).
 """
 
@@ -76,7 +76,7 @@ def _with_gradients(loss: Tensor, inputs: Results) -> Results:
     return loss.detach(), *torch.autograd.grad(loss, inputs)
 
 
-def contestants(case: Case, drawn: dict[str, Tensor]) -> dict[str, Callable[[], Callable[[], Results]]]:
+def implementations(case: Case, drawn: dict[str, Tensor]) -> dict[str, Callable[[], Callable[[], Results]]]:
     """name -> a function that prepares (compiles, runs a forward before a backward) and returns the call to time."""
     if case.kernel == "cross-entropy":
         return _losses(drawn)

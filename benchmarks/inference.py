@@ -1,4 +1,4 @@
-"""python -m benchmarks inference: how fast heed speaks, beside transformers, llama.cpp and nanoGPT, and beside what memory allows.
+"""python -m benchmarks inference: tokens per second of heed, transformers, llama.cpp and nanoGPT, and their roofline.
 
 All have the same random weights of heed's shape, in processes that take turns in this one run; the likeliest token is
 taken. One repetition is one turn of all: ratios are medians over the repetitions of heed's rate by theirs.
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from benchmarks import engines
-from benchmarks.engines import SPEAKERS
+from benchmarks.engines import ENGINES
 from benchmarks.report import table, write_csv
 from inference.huge_pages import allocate_huge_pages
 from model import ModelConfig
@@ -30,15 +30,15 @@ SIZES = {
 }
 TINY = ModelConfig(vocab_size=300, context=64, n_layer=2, n_head=4, n_kv_head=2, n_embd=64, head_dim=16, n_ffn=128)
 BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0}  # a weight
-PATIENCE = 40.0  # seconds for one speaker in one row: who needs more is heard fewer times, but once at least
+PATIENCE = 40.0  # seconds for one engine in one row: a slower engine gets fewer repetitions, at least one
 SAME = 8  # tokens that are compared
 
 
-class Speaker:
-    """A process that speaks when asked."""
+class EngineProcess:
+    """An engine in a process of its own."""
 
     def __init__(self, name: str, folder: Path, nanogpt: Path | None, threads: int) -> None:
-        self.name, self.precision = name, SPEAKERS[name][0]
+        self.name, self.precision = name, ENGINES[name][0]
         self.pipe: Connection
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
@@ -46,10 +46,10 @@ class Speaker:
         self.process = context.Process(target=engines.serve, args=args, daemon=True)
         self.process.start()
         theirs.close()
-        self.hear()
+        self.recv()
 
-    def hear(self) -> Any:
-        """What the process says. Raises ValueError when that is what went wrong."""
+    def recv(self) -> Any:
+        """Receive a message. Raises ValueError if it is an error."""
         try:
             said = self.pipe.recv()
         except EOFError:
@@ -58,10 +58,10 @@ class Speaker:
             raise ValueError(f"{self.name}: {said}")
         return said
 
-    def stream_generate(self, prompt: list[int], batch: int, tokens: int) -> tuple[list[float], np.ndarray, float]:
+    def generate(self, prompt: list[int], batch: int, tokens: int) -> tuple[list[float], np.ndarray, float]:
         """See engines.serve."""
         self.pipe.send((prompt, batch, tokens))
-        return self.hear()
+        return self.recv()
 
     def close(self) -> None:
         self.process.terminate()
@@ -91,7 +91,7 @@ def bytes_a_step(config: ModelConfig, precision: str, batch: int, positions: flo
 
 def run(names: list[str], sizes: list[str], batches: list[int], prompts: list[int], tokens: int, repetitions: int,
         nanogpt: Path | None, out: Path | None, threads: int) -> int:  # fmt: skip
-    """Print a table, a row for each speaker in each setting; write sample.csv into `out`. Returns the exit status."""
+    """Print a table, a row for each engine in each setting; write sample.csv into `out`. Returns the exit status."""
     here = []
     for name in names:
         lacks = engines.missing(name) or ("--nanogpt DIR" if name == "nanoGPT" and not nanogpt else "")
@@ -107,7 +107,7 @@ def run(names: list[str], sizes: list[str], batches: list[int], prompts: list[in
             there = []
             for name in here:
                 try:
-                    there.append(Speaker(name, Path(folder), nanogpt, threads))
+                    there.append(EngineProcess(name, Path(folder), nanogpt, threads))
                 except ValueError as fault:
                     faults.append(f"{size}, {fault}")
             for batch in batches:
@@ -118,19 +118,20 @@ def run(names: list[str], sizes: list[str], batches: list[int], prompts: list[in
                     for row in found:
                         read = bytes_a_step(config, row["precision"], batch, length + tokens / 2)
                         # in bytes a second, until the best reading of memory is known
-                        bound = {"of the bound": read * row["tokens/s"] / batch}
+                        bound = {"MBU": read * row["tokens/s"] / batch}
                         rows.append({"size": size, "batch": batch, "prompt": length} | row | bound)
                     told = ", ".join(f"{row['who']} {row['tokens/s']:,.0f}" for row in found)
                     print(f"{size}, batch {batch}, prompt {length}, tokens/s: {told}", file=sys.stderr)
-            for speaker in there:
-                speaker.close()
+            for engine in there:
+                engine.close()
     for row in rows:
-        row["of the bound"] /= speed
+        row["MBU"] /= speed
     print(f"torch {torch.__version__}, {threads} threads, memory was read at up to {speed / 1e9:.1f} GB/s")
     print(table(list(rows[0]), [list(row.values()) for row in rows]))
-    print("first ms: until the first token. heed/it: rate of heed at that precision by its rate, the median of pairs.")
+    print("TTFT: time to first token. MBU: share of the peak memory bandwidth.")
+    print("heed/it: rate of heed at that precision divided by its rate, median of pairs.")
     print(f"same: tokens equal to those of heed in fp32, of the first {SAME}.")
-    print("MB: added to a process by the model and its speaking, at most so far.")
+    print("MB: memory that the model and generation added to the process, at most so far.")
     for line in faults:
         print(line)
     if out:
@@ -141,45 +142,45 @@ def run(names: list[str], sizes: list[str], batches: list[int], prompts: list[in
 
 
 def setting(
-    there: list[Speaker], config: ModelConfig, batch: int, length: int, tokens: int, repetitions: int
+    there: list[EngineProcess], config: ModelConfig, batch: int, length: int, tokens: int, repetitions: int
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Everyone's figures with this batch and this prompt, and who failed."""
     prompt = torch.randint(0, 256, (length,), generator=torch.Generator().manual_seed(length)).tolist()
-    first: dict[Speaker, list[float]] = {speaker: [] for speaker in there}
-    rate: dict[Speaker, list[float]] = {speaker: [] for speaker in there}
+    first: dict[EngineProcess, list[float]] = {engine: [] for engine in there}
+    rate: dict[EngineProcess, list[float]] = {engine: [] for engine in there}
     spent = dict.fromkeys(there, 0.0)
-    made: dict[Speaker, np.ndarray] = {}
-    size: dict[Speaker, float] = {}
+    made: dict[EngineProcess, np.ndarray] = {}
+    size: dict[EngineProcess, float] = {}
     faults = []
     for turn in range(-1, repetitions):  # the first warms up
-        for speaker in list(rate):
-            if turn > 0 and spent[speaker] > PATIENCE:
+        for engine in list(rate):
+            if turn > 0 and spent[engine] > PATIENCE:
                 continue
             try:
-                times, made[speaker], size[speaker] = speaker.stream_generate(prompt, batch, tokens)
+                times, made[engine], size[engine] = engine.generate(prompt, batch, tokens)
             except ValueError as fault:
                 faults.append(str(fault))
-                del rate[speaker]
+                del rate[engine]
                 continue
             if turn >= 0:
-                spent[speaker] += times[-1]
-                first[speaker].append(times[0])
-                rate[speaker].append(batch * (tokens - 1) / (times[-1] - times[0]))
-    ours = {speaker.name: speaker for speaker in rate}
+                spent[engine] += times[-1]
+                first[engine].append(times[0])
+                rate[engine].append(batch * (tokens - 1) / (times[-1] - times[0]))
+    ours = {engine.name: engine for engine in rate}
     rows = []
-    for speaker, rates in rate.items():
-        heed = ours.get(f"heed {speaker.precision}")
+    for engine, rates in rate.items():
+        heed = ours.get(f"heed {engine.precision}")
         exact = ours.get("heed fp32")
-        compared = speaker.name != "nanoGPT"  # which has weights of its own
+        compared = engine.name != "nanoGPT"  # which has weights of its own
         rows.append(
             {
-                "who": speaker.name,
-                "precision": speaker.precision,
+                "who": engine.name,
+                "precision": engine.precision,
                 "tokens/s": statistics.median(rates),
-                "first ms": statistics.median(first[speaker]) * 1000,
-                "MB": size[speaker],
+                "TTFT ms": statistics.median(first[engine]) * 1000,
+                "MB": size[engine],
                 "heed/it": statistics.median(a / b for a, b in zip(rate[heed], rates, strict=False)) if heed else None,
-                "same": f"{(made[exact][:SAME] == made[speaker][:SAME]).mean():.0%}" if exact and compared else None,
+                "same": f"{(made[exact][:SAME] == made[engine][:SAME]).mean():.0%}" if exact and compared else None,
             }
         )
     return rows, faults

@@ -2,7 +2,7 @@
 
 A kernel multiplies matrices, takes exp2, does other fp32 arithmetic and moves bytes. Each has its own unit in a GPU,
 so a kernel takes at least as long as the unit that is busy longest (`overlap`: all run side by side). Two less kind
-bounds say what is lost when they do not: products and exp2 one after the other (`two`), and with the rest of the
+bounds say what is lost when they do not: matmuls and exp2 one after the other (`two`), and with the rest of the
 arithmetic after them as well (`series`).
 
 Shapes: B batch, T queries, S keys, H query heads, K key/value heads, D head size; N tokens, C width, V vocabulary.
@@ -21,10 +21,10 @@ class Gpu(NamedTuple):
     """A GPU as its maker describes it; the rates are per processor (SM or CU) and clock."""
 
     name: str
-    products: float  # dense bf16, FLOP/s
+    matmuls: float  # dense bf16, FLOP/s
     memory: float  # bytes/s
     processors: int
-    clock: float  # Hz, at which the peak of the products holds
+    clock: float  # Hz, at which the peak of the matmuls holds
     exp2_rate: int
     fp32_rate: int  # instructions
     pattern: str  # what torch.cuda.get_device_name says, a regular expression
@@ -57,7 +57,7 @@ class Work(NamedTuple):
     """What one kernel does: `counted` FLOP, as papers count them, and what it really has to do."""
 
     counted: float
-    products: float  # FLOP
+    matmuls: float  # FLOP
     exp2: float
     fp32: float
     bytes: float
@@ -75,11 +75,11 @@ def bound(works: list[Work], gpu: Gpu) -> Bound:
     """The least time of kernels that run one after the other."""
     overlap = two = series = 0.0
     for w in works:
-        products, exp2, fp32 = w.products / gpu.products, w.exp2 / gpu.exp2, w.fp32 / gpu.fp32
+        matmuls, exp2, fp32 = w.matmuls / gpu.matmuls, w.exp2 / gpu.exp2, w.fp32 / gpu.fp32
         memory = w.bytes / gpu.memory
-        overlap += max(products, exp2 + fp32, memory)  # exp2 and fp32 instructions wait for the same issue slots
-        two += max(products + exp2, exp2 + fp32, memory)
-        series += max(products + exp2 + fp32, memory)
+        overlap += max(matmuls, exp2 + fp32, memory)  # exp2 and fp32 instructions wait for the same issue slots
+        two += max(matmuls + exp2, exp2 + fp32, memory)
+        series += max(matmuls + exp2 + fp32, memory)
     return Bound(overlap, two, series)
 
 
@@ -94,28 +94,28 @@ def scores(B: int, T: int, H: int, S: int, causal: bool) -> float:
 
 
 def forward(B: int, T: int, S: int, H: int, K: int, D: int, causal: bool) -> list[Work]:
-    """Two products of 2 D FLOP a score; q, k, v read, out and log-sum-exp written once."""
+    """Two matmuls of 2 D FLOP a score; q, k, v read, out and log-sum-exp written once."""
     n = scores(B, T, H, S, causal)
     moved = 2 * (2 * B * T * H * D + 2 * B * S * K * D) + 4 * B * T * H
     return [Work(4 * D * n, 4 * D * n, n, FP32_PER_SCORE * n, moved)]
 
 
 def dq(B: int, T: int, S: int, H: int, K: int, D: int, causal: bool) -> list[Work]:
-    """Three products: scores again, dp, dq. Reads q, out, dout, k, v and the log-sum-exp; writes dq and delta."""
+    """Three matmuls: scores again, dp, dq. Reads q, out, dout, k, v and the log-sum-exp; writes dq and delta."""
     n = scores(B, T, H, S, causal)
     moved = 2 * (4 * B * T * H * D + 2 * B * S * K * D) + 8 * B * T * H
     return [Work(6 * D * n, 6 * D * n, n, FP32_PER_SCORE * n, moved)]
 
 
 def dkdv(B: int, T: int, S: int, H: int, K: int, D: int, causal: bool) -> list[Work]:
-    """Four products: scores again, dp again, dv, dk. Reads q, dout, k, v and two numbers a row; writes dk, dv."""
+    """Four matmuls: scores again, dp again, dv, dk. Reads q, dout, k, v and two numbers a row; writes dk, dv."""
     n = scores(B, T, H, S, causal)
     moved = 2 * (2 * B * T * H * D + 4 * B * S * K * D) + 8 * B * T * H
     return [Work(8 * D * n, 8 * D * n, n, FP32_PER_SCORE * n, moved)]
 
 
 def backward(B: int, T: int, S: int, H: int, K: int, D: int, causal: bool) -> list[Work]:
-    """dq, then dk/dv: seven products, counted as five (2.5 times the forward), as the papers do."""
+    """dq, then dk/dv: seven matmuls, counted as five (2.5 times the forward), as the papers do."""
     first, second = (kernel(B, T, S, H, K, D, causal)[0] for kernel in (dq, dkdv))
     n = scores(B, T, H, S, causal)
     return [first._replace(counted=10 * D * n), second._replace(counted=0)]
@@ -129,7 +129,7 @@ def decode(B: int, T: int, S: int, H: int, K: int, D: int) -> list[Work]:
 
 
 def cross_entropy_step(N: int, V: int) -> list[Work]:
-    """The step between the products, over N rows of V logits: two exp2 a logit, read once and written once.
+    """The step between the matmuls, over N rows of V logits: two exp2 a logit, read once and written once.
 
     It reads twice; the second time at best from the L2.
     """
@@ -138,9 +138,9 @@ def cross_entropy_step(N: int, V: int) -> list[Work]:
 
 
 def cross_entropy(N: int, C: int, V: int) -> list[Work]:
-    """Logits, dx and dW: three products, and the step. The logits are written, and read by two products."""
-    products = 6 * N * C * V
-    return [Work(products, products, 0, 0, 2 * (2 * N * C + 2 * V * C) + 6 * N * V), *cross_entropy_step(N, V)]
+    """Logits, dx and dW: three matmuls, and the step. The logits are written, and read by two matmuls."""
+    matmuls = 6 * N * C * V
+    return [Work(matmuls, matmuls, 0, 0, 2 * (2 * N * C + 2 * V * C) + 6 * N * V), *cross_entropy_step(N, V)]
 
 
 def rate(works: list[Work], seconds: float, unit: str) -> float:

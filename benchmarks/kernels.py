@@ -1,7 +1,7 @@
-"""python -m benchmarks kernels: heed's kernels against torch's and others'. Right first, then fast.
+"""python -m benchmarks kernels: heed's kernels against torch's and others', for correctness and speed.
 
-Every contestant is held to the definition in fp64 at a small size, with the head size, the group and the mask that it
-is timed with; who is wrong is not timed. Those who are right are timed in turns in this one run.
+Every implementation is checked against the definition in fp64 at a small size, with the head size, group and mask that
+it is timed with. One that is wrong is not timed. The others are timed in turns in this one run.
 """
 
 import sys
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks import kernel_costs, timing
-from benchmarks.implementations import HEED, contestants, draw, exact, plain
+from benchmarks.implementations import HEED, draw, exact, implementations, plain
 from benchmarks.report import picture, table, write_csv
 from benchmarks.shapes import KERNELS, Case, cases, dry_cases
 
@@ -22,20 +22,20 @@ MEANINGLESS = "DRY RUN: kernels interpreted on the CPU. The times mean nothing; 
 
 
 class Judge:
-    """Says what is wrong with a contestant at a case, "" if nothing; judges each kind of case once."""
+    """Checks implementations against the definition in fp64, each kind of case once."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, length: int) -> None:
         self.device, self.dtype, self.length = device, dtype, length
         self.found: dict[Case, dict[str, str]] = {}
 
-    def verdicts(self, case: Case, whom: Container[str] | None = None) -> dict[str, str]:
-        """name -> what is wrong, for all or for `whom`."""
+    def check_correctness(self, case: Case, whom: Container[str] | None = None) -> dict[str, str]:
+        """name -> what is wrong, "" if nothing; of all implementations or of those in `whom`."""
         small = case.small(self.length)
         if small not in self.found:
             drawn = draw(small, self.device, self.dtype)
             truth, ordinary = exact(small, drawn), plain(small, drawn)
             found = {}
-            for name, prepare in contestants(small, drawn).items():
+            for name, prepare in implementations(small, drawn).items():
                 if whom is None or name in whom:
                     try:
                         found[name] = wrong(prepare()(), truth, ordinary)
@@ -75,7 +75,7 @@ def run(only: list[str], dry: bool, out: Path | None) -> int:
     rows: list[dict[str, Any]] = []
     faults: dict[str, None] = {}
     for case in chosen:
-        verdicts = judge.verdicts(case)
+        verdicts = judge.check_correctness(case)
         faults |= {f"{case.kernel}, {who}: {what}": None for who, what in verdicts.items() if what}
         seconds, failed = _time(case, [who for who, what in verdicts.items() if not what], device, dtype)
         faults |= {f"{case.series}, length {case.length}, {who}: {what}": None for who, what in failed.items()}
@@ -107,7 +107,7 @@ def _time(
     """Median seconds of those who can, and why the others cannot (as when memory does not suffice for all logits)."""
     drawn = draw(case, device, dtype)
     calls, failed = {}, {}
-    for who, prepare in contestants(case, drawn).items():
+    for who, prepare in implementations(case, drawn).items():
         if who in whom:
             try:
                 call = prepare()
@@ -119,7 +119,7 @@ def _time(
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
-    """One line a case, a column for every contestant."""
+    """One row per case, one column per implementation."""
     names = list(dict.fromkeys([HEED, *(row["who"] for row in rows)]))
     lines: dict[tuple[str, int], dict[str, Any]] = {}
     for row in rows:

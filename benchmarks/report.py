@@ -38,7 +38,7 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def picture(path: Path, rows: list[dict[str, Any]], title: str) -> None:
-    """A panel for every series: the rate of every contestant against the length, the bound dashed."""
+    """A panel for every series: the rate of every implementation against the length, the roofline dashed."""
     import matplotlib
 
     matplotlib.use("Agg")

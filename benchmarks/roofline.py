@@ -32,7 +32,7 @@ PUBLISHED = {  # (kernel, D, causal) -> TFLOP/s
     ("backward", 128, False): {"FlashAttention-2": 322, "cuDNN": 516, "FlashAttention-3": 561},
 }
 NOTES = """\
-backward counts 5 products (2.5 forwards), as the papers do, of the 7 that two kernels without atomics compute; a single
+backward counts 5 matmuls (2.5 forwards), as the papers do, of the 7 that two kernels without atomics compute; a single
 kernel computes 5. dq and dk/dv count the 3 and 4 that they compute. Causal counts half of the scores.
 Published, H100: arXiv 2407.08608, figures 5 and 6, fp16, 16k tokens; Triton is FlashAttention-2 in Triton.
 Published, A100: FlashAttention-2 reaches up to 230 TFLOP/s (arXiv 2307.08691, section 4).
@@ -43,7 +43,7 @@ def report() -> str:
     """All tables."""
     parts = [
         ("What the makers say, and what follows from it", _gpus()),
-        ("TFLOP/s [bound]: perfect overlap / products and exp2 in series / all in series", _attention()),
+        ("TFLOP/s [bound]: perfect overlap / matmuls and exp2 in series / all in series", _attention()),
         ("Decoding one token, the cross-entropy step [bound]", _memory()),
         (
             "Published for H100 SXM, TFLOP/s [measured, by the authors of the paper below], beside the bound [bound]",
@@ -62,7 +62,7 @@ def report() -> str:
 
 def _gpus() -> str:
     rows = [
-        [f"{g.name} ({target})", g.products / 1e12, g.memory / 1e12, g.processors, g.exp2 / 1e12, g.fp32 / 1e12]
+        [f"{g.name} ({target})", g.matmuls / 1e12, g.memory / 1e12, g.processors, g.exp2 / 1e12, g.fp32 / 1e12]
         for target, g in GPUS.items()
     ]
     return table(["GPU", "bf16 TFLOP/s", "TB/s", "processors", "T exp2/s", "T fp32/s"], rows)

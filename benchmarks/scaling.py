@@ -20,8 +20,8 @@ from benchmarks.report import table, write_csv
 from model import GPT, ModelConfig
 from training import device
 from training.config import OptimConfig, TrainConfig
-from training.device import peak_memory
 from training.fused import optimize_layers
+from training.memory import peak_memory
 from training.optimizers import build_optimizers
 
 HEAD = 64  # size of a head; width / HEAD of them, each with keys and values of its own

@@ -31,7 +31,7 @@ class Case:
 
     @property
     def unit(self) -> str:
-        """Decoding is limited by memory, the others by products."""
+        """Decoding is limited by memory, the others by matmuls."""
         return "GB/s" if self.kernel in ("decode", "paged") else "TFLOP/s"
 
     @property

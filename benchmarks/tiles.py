@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 
 from benchmarks import timing
-from benchmarks.implementations import HEED, contestants, draw
+from benchmarks.implementations import HEED, draw, implementations
 from benchmarks.kernels import MEANINGLESS, SMALL, SMALL_DRY, Judge
 from benchmarks.shapes import Case
 from benchmarks.timing import Call
@@ -91,11 +91,11 @@ def search(kernel: str, where: str, width: int, device: torch.device) -> Tile:
     calls: dict[Tile, Call] = {}
     for tile in candidates(kernel, own, dry):
         with using(kernel, where, width, tile):
-            fault = Judge(device, dtype, SMALL_DRY if dry else SMALL).verdicts(case, [HEED])[HEED]
+            fault = Judge(device, dtype, SMALL_DRY if dry else SMALL).check_correctness(case, [HEED])[HEED]
             if fault:
                 print(f"# {kernel}, {width}, {tile}: {fault}")
                 continue
-            prepared = contestants(case, drawn)[HEED]()
+            prepared = implementations(case, drawn)[HEED]()
 
         def call(tile: Tile = tile, prepared: Call = prepared) -> None:
             with using(kernel, where, width, tile):

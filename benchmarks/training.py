@@ -217,7 +217,7 @@ def write(out: Path, setting: Setting, runs: list[Run]) -> None:
     axis.axhline(setting.target, color="black", linestyle=":", label=f"{setting.target}")
     axis.set_xscale("log")
     axis.set_xlabel("seconds since the first step")
-    axis.set_ylabel("validation loss, nats a character")
+    axis.set_ylabel("validation loss, nats/character")
     axis.legend()
     figure.savefig(out / "training.png", dpi=80)
     plt.close(figure)

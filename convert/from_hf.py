@@ -60,7 +60,7 @@ def import_checkpoint(source: str, run: Path, context: int | None = None) -> str
     end = tokenizer.inner.id_to_token(tokenizer.eot)
     return (
         f"{run}: {count_parameters(model):,} parameters of {source}, context {model.context:,}, end of text {end!r}\n"
-        f"python sample.py --run {run} lets it speak"
+        f"try it: python sample.py --run {run}"
     )
 
 

@@ -59,9 +59,9 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     words |= {theirs: getattr(config, ours) for ours, theirs in SAME.items()}
     words |= {"attention_bias": False, "rope_parameters": rope}
     words |= {"rope_theta": config.rope_theta, "rope_scaling": rope if config.yarn_factor > 1 else None}  # before 5
-    letters = (config.layer_pattern * config.n_layer)[: config.n_layer]
+    pattern = (config.layer_pattern * config.n_layer)[: config.n_layer]
     if kind != "llama":
-        words["layer_types"] = [KINDS[letter] for letter in letters]
+        words["layer_types"] = [KINDS[layer] for layer in pattern]
     if kind == "ministral":
         words["sliding_window"] = config.window or config.context  # it asks for a number even where no layer slides
     if kind == "qwen3":
@@ -78,7 +78,7 @@ def from_hf(words: dict[str, Any]) -> ModelConfig:
     kind = words.get("model_type")
     if kind not in CLASSES:
         raise ValueError(f"config.json: model_type = {kind!r}: heed reads {', '.join(CLASSES)}")
-    _refuse("", words, NEEDED)
+    _check("", words, NEEDED)
     layers = words.get("num_hidden_layers")
     if kind == "qwen3_next" and words.get("mlp_only_layers") != list(range(layers or 0)):
         raise ValueError("config.json: mlp_only_layers: must name every layer, heed has no experts")
@@ -106,11 +106,11 @@ def _windows(words: dict[str, Any]) -> dict[str, Any]:
     slides = words["model_type"] == "ministral" or (words["model_type"] == "qwen3" and words.get("use_sliding_window"))
     first = words.get("max_window_layers", 28) if words["model_type"] == "qwen3" else 0  # the first layer that slides
     kinds = words.get("layer_types") or [KINDS["S" if window and slides and i >= first else "L"] for i in range(count)]
-    letters = "".join({kind: letter for letter, kind in KINDS.items()}.get(kind, "?") for kind in kinds)
-    if "?" in letters or len(letters) != count:
+    pattern = "".join({kind: layer for layer, kind in KINDS.items()}.get(kind, "?") for kind in kinds)
+    if "?" in pattern or len(pattern) != count:
         raise ValueError(f"layer_types: must be {count} times one of {', '.join(KINDS.values())}")
-    period = next(n for n in range(1, count + 1) if (letters[:n] * count)[:count] == letters)
-    return {"layer_pattern": letters[:period], "window": window or 0 if "S" in letters else 0}
+    period = next(n for n in range(1, count + 1) if (pattern[:n] * count)[:count] == pattern)
+    return {"layer_pattern": pattern[:period], "window": window or 0 if "S" in pattern else 0}
 
 
 def _rope(words: dict[str, Any]) -> dict[str, Any]:
@@ -121,7 +121,7 @@ def _rope(words: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"rope_type = {kind!r}: heed has default and yarn")
     usual = 0.25 if words["model_type"] == "qwen3_next" else 1
     turned = {"partial_rotary_factor": words.get("partial_rotary_factor", usual)} | rope
-    _refuse("rope_parameters.", turned, YARN)
+    _check("rope_parameters.", turned, YARN)
     fields = {"rope_theta": float(rope.get("rope_theta", words.get("rope_theta", 10000.0)))}
     if kind == "yarn":
         known = {*YARN, "rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings"}
@@ -133,7 +133,7 @@ def _rope(words: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def _refuse(prefix: str, words: dict[str, Any], needed: dict[str, Any]) -> None:
+def _check(prefix: str, words: dict[str, Any], needed: dict[str, Any]) -> None:
     """Raise ValueError for a field that is there and is not what heed computes."""
     for key, wanted in needed.items():
         if (value := words.get(key)) is not None and value != wanted:

@@ -38,11 +38,11 @@ def export(run: Path, folder: Path, checkpoint: str = "best", dtype: str = "floa
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save(folder / "tokenizer.json")
     write_json(folder / "config.json", words | marks | {"dtype": dtype})
-    # It speaks there as sample.py does here; padding has no effect, but its lack makes `generate` warn.
-    speaking: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_k": 0, "pad_token_id": tokenizer.eot}
+    # The defaults of sample.py. Padding has no effect, but without a pad token `generate` warns.
+    generation: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_k": 0, "pad_token_id": tokenizer.eot}
     if turns := sorted(tokenizer.end_tokens - {tokenizer.eot}):  # what ends an answer ends a text, too
-        speaking["eos_token_id"] = [tokenizer.eot, *turns]
-    write_json(folder / "generation_config.json", marks | speaking)
+        generation["eos_token_id"] = [tokenizer.eot, *turns]
+    write_json(folder / "generation_config.json", marks | generation)
     chat = all(tokenizer.inner.token_to_id(mark) is not None for mark in SPECIAL_TOKENS)
     said = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -53,12 +53,12 @@ def export(run: Path, folder: Path, checkpoint: str = "best", dtype: str = "floa
         "clean_up_tokenization_spaces": False,
     }
     write_json(folder / "tokenizer_config.json", said | ({"chat_template": chat_template()} if chat else {}))
-    (folder / "README.md").write_text(card(run, state, words["architectures"][0], dtype), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(run, state, words["architectures"][0], dtype), encoding="utf-8")
     size = count_parameters(config)
     return f"{folder}: {words['architectures'][0]}, {size:,} parameters in {dtype}, from {source}"
 
 
-def card(run: Path, state: dict[str, Any], architecture: str, dtype: str) -> str:
+def model_card(run: Path, state: dict[str, Any], architecture: str, dtype: str) -> str:
     """The model card: what the model is, learned from and reaches, how to load it, and its recipe."""
     config, step = state["config"], state["step"]
     model, source = ModelConfig(**config["model"]), config["data"]["source"]
@@ -79,9 +79,9 @@ def card(run: Path, state: dict[str, Any], architecture: str, dtype: str) -> str
         for row in ("trained on", "licence of that text", "training"):
             del rows[row]
     for record in read(run / "metrics.jsonl"):
-        if record["step"] == step and "bits_per_byte" in record:
-            bits, nats = record["bits_per_byte"], record["val_loss"]
-            rows["held-out text"] = f"{bits:.4f} bits a byte, {nats:.4f} nats a token"
+        if record["step"] == step and "val_bpb" in record:
+            bpb, nats = record["val_bpb"], record["val_loss"]
+            rows["held-out text"] = f"{bpb:.4f} bits per byte, {nats:.4f} nats/token"
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     recipe = (run / "config.toml").read_text(encoding="utf-8")
     return CARD.format(name=run.resolve().name, table=table, recipe=recipe.strip())

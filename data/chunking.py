@@ -28,7 +28,7 @@ SENTENCE = re.compile(r"[.!?][\"')\]]*\s")
 class Piece(NamedTuple):
     text: str
     ends: bool  # the document ends with this piece
-    turns: tuple[tuple[str, str], ...] = ()  # of a conversation: (role, content), see chat.py
+    turns: tuple[tuple[str, str], ...] = ()  # of a conversation: (role, content), see chat_format.py
 
 
 def units(chunks: Iterable[str], separator: str = SEPARATOR) -> Iterator[str]:

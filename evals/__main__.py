@@ -68,7 +68,7 @@ def own_validation(run: Path, config: Config) -> Shards:
 
 
 def measure(model: GPT, text: Shards, config: Config, machine: device.Machine) -> list[str]:
-    """tokens, bytes, documents, nats a token, perplexity and bits a byte, as they are printed."""
+    """tokens, bytes, documents, nats/token, perplexity and bits per byte, formatted."""
     loss = validate(model, text, config, World(), machine, text.manifest.eot)
     model.eval()
     bits = loss * text.num_targets / text.bytes / math.log(2)
@@ -118,7 +118,7 @@ def run(a: argparse.Namespace) -> None:
             text = tokens_of(source, a.text_column, a.limit, tokenizer, Path(folder))
             rows.append([source, *measure(model, text, config, machine)])
     if rows:
-        print(table(["text", "tokens", "bytes", "documents", "nats a token", "perplexity", "bits a byte"], rows))
+        print(table(["text", "tokens", "bytes", "documents", "nats/token", "perplexity", "bits/byte"], rows))
     rows = [
         [str(path), *map(str, result[:3]), *(str(value or "-") for value in result[3:])]
         for path, own in items.items()

@@ -1,7 +1,7 @@
-"""Attention as its definition: a softmax-weighted sum, in plain torch. Slow, obvious, and what every kernel is held to.
+"""Reference attention: the definition in plain torch, slow and simple. Every kernel is tested against it.
 
-`MaskSpec` is the part of a mask that is fixed when a kernel is compiled. `attention_mask` is the one statement of who may see
-whom: every other backend either calls it or is tested against it.
+`MaskSpec` is the part of a mask that is fixed when a kernel is compiled. `attention_mask` defines which query attends to
+which key; every other backend calls it or is tested against it.
 
 Shapes: B batch, T queries, S keys, H query heads, K key/value heads, G = H / K query heads a group, D head size.
 """
@@ -16,11 +16,11 @@ IGNORE_INDEX = -100  # a target that the cross-entropy leaves out, as in torch
 
 @dataclass(frozen=True)
 class MaskSpec:
-    """Which keys a query may see, by distance alone, and the bound on its scores: all that is fixed in a layer.
+    """Which keys a query attends to, by distance alone, and the softcap of its scores: what is fixed in a layer.
 
-    causal: a query sees no later key. window: it sees fewer than `window` positions away, itself included, so that a
-    causal window of W shows exactly W keys (both sides count when not causal); None is no limit. softcap: scaled
-    scores become softcap * tanh(score / softcap), as in Gemma 2 (arXiv 2408.00118, section 2); None leaves them.
+    causal: a query attends to no later key. window: it attends to keys less than `window` positions away, itself
+    included, so a causal window of W has exactly W keys (not causal, W on either side); None is no limit. softcap:
+    scaled scores become softcap * tanh(score / softcap), as in Gemma 2 (arXiv 2408.00118, section 2); None is off.
     """
 
     causal: bool = True
@@ -29,9 +29,9 @@ class MaskSpec:
 
     def __post_init__(self) -> None:
         if self.softcap is not None and not self.softcap > 0:
-            raise ValueError(f"softcap = {self.softcap}: it bounds the scores, so it is above 0")
+            raise ValueError(f"softcap = {self.softcap}: must be above 0")
         if self.window is not None and self.window < 1:
-            raise ValueError(f"window = {self.window}: a window counts the query's own key, so it is at least 1")
+            raise ValueError(f"window = {self.window}: must be at least 1, the query's own key")
 
 
 CAUSAL = MaskSpec()
@@ -41,12 +41,12 @@ FULL = MaskSpec(causal=False)
 def relative_positions(
     queries: int, keys: int, device: torch.device, cache_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """How far back each key lies from each query, int (B or 1, T, S), and which slots hold a key, bool (B or 1, S).
+    """Query position minus key position, int (B or 1, T, S), and which slots hold a key, bool (B or 1, S).
 
-    Without `cache_seqlens`, key j stands at position j and the queries are the last T of the S positions, so that the causal
-    diagonal ends in the lower right corner. With `cache_seqlens` (B,) the keys are a cache into which `cache_seqlens` tokens have
-    been written, the queries' own last: slot s holds the latest position that is congruent to s modulo S. While
-    fewer than S tokens are written that is simply position s; later the cache is a ring. One formula serves both.
+    Without `cache_seqlens`, key j is at position j and the queries are the last T of the S positions, so the causal
+    diagonal ends in the lower right corner. With `cache_seqlens` (B,) the keys are a cache of so many tokens, the
+    queries' own last: slot s holds the latest position that is congruent to s modulo S. Up to S tokens that is
+    position s; beyond, the cache is a ring buffer. One formula covers both.
     """
     last = torch.full((1,), keys - 1, device=device) if cache_seqlens is None else cache_seqlens - 1  # (B or 1,)
     last = last.view(-1, 1)
@@ -63,7 +63,7 @@ def attention_mask(
     cache_seqlens: Tensor | None,
     document_ids: Tensor | None,
 ) -> Tensor:
-    """Which query may see which key, bool (B or 1, T, S). Positions: see `relative_positions`."""
+    """Which query attends to which key, bool (B or 1, T, S). Positions: see `relative_positions`."""
     distance, written = relative_positions(queries, keys, device, cache_seqlens)
     mask = written[:, None, :].expand_as(distance)
     if mask_spec.causal:
@@ -71,9 +71,8 @@ def attention_mask(
     if mask_spec.window is not None:
         mask = mask & (distance.abs() < mask_spec.window)
     if document_ids is not None:
-        run = (document_ids.diff(dim=1, prepend=document_ids[:, :1]) != 0).cumsum(
-            1
-        )  # (B, S) counts the changes of number
+        changes = document_ids.diff(dim=1, prepend=document_ids[:, :1]) != 0
+        run = changes.cumsum(1)  # (B, S) number of the document
         mask = mask & (run[:, keys - queries :, None] == run[:, None, :])
     return mask
 
@@ -97,7 +96,7 @@ def reference_attention(
         alibi_slopes, sinks: (H,), see `kernels.attention`.
     Returns:
         out (B, T, H, D) in q's dtype, the log-sum-exp of each row's scores (B, T, H), and the weights (B, H, T, S).
-        A row that sees no key gives out 0, weights 0 and log-sum-exp -inf, or with sinks the sink.
+        A row without a key has out 0, weights 0 and log-sum-exp -inf, or with sinks the sink.
     """
     B, T, H, D = q.shape
     S, K = k.shape[1], k.shape[2]
@@ -114,7 +113,7 @@ def reference_attention(
     lse = scores.logsumexp(-1)  # (B, H, T)
     if sinks is not None:
         lse = torch.logaddexp(lse, sinks.to(dtype)[:, None])
-    weights = (scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None]).exp()  # no key: all weights are 0
+    weights = (scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None]).exp()  # without a key all weights are 0
     weighed = weights.view(B, K, H // K, T, S)  # h -> k, g
     out = torch.einsum("bkgts,bskd->btkgd", weighed, v.to(dtype)).reshape(B, T, H, D)  # k, g -> h
     return out.to(q.dtype), lse.transpose(1, 2), weights  # (B, H, T) -> (B, T, H)

@@ -122,9 +122,9 @@ def test_a_cache_is_as_long_as_what_will_come_and_no_longer_than_the_context():
 
 def test_the_prompt_is_read_once_for_all_samples(monkeypatch):
     read = []
-    write = KVCache.write
+    write = KVCache.update
     monkeypatch.setattr("sample.make_engine", EagerEngine)
-    monkeypatch.setattr(KVCache, "write", lambda self, n, k, v: (read.append(k.shape[:2]), write(self, n, k, v))[1])
+    monkeypatch.setattr(KVCache, "update", lambda self, n, k, v: (read.append(k.shape[:2]), write(self, n, k, v))[1])
     list(generate(randomized(TINY), list(range(20)), tokens=3, samples=5))
     assert read == [(1, 20)] * 2 + [(5, 1)] * 4  # two layers; the last token is never read
 
@@ -234,7 +234,7 @@ def test_a_conversation_goes_on_after_a_mistake_until_its_end(runs, sample_py):
     ("words", "says"),
     [
         (["--temperature", "0"], "temperature = 0.0: must be above 0"),
-        (["--max-new-tokens", "0"], "tokens = 0, num_samples = 1: both must be at least 1"),
+        (["--max-new-tokens", "0"], "max_new_tokens = 0, num_samples = 1: both must be at least 1"),
         (["--run", "runs/nothing"], "runs/nothing: no such run"),
         (["--checkpoint", "step-9"], "no checkpoint 'step-9'; there are: step-0000"),
         (["--max-new-tokens", "many"], "invalid int value: 'many'"),
@@ -250,7 +250,7 @@ def test_mistakes_are_one_line(runs, words, says, sample_py):
 def test_without_a_run_there_is_a_hint(tmp_path, sample_py):
     done = sample_py(where=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert "python train.py shakespeare makes one" in done.stderr
+    assert "python train.py shakespeare trains one" in done.stderr
 
 
 def test_help_does_not_wait_for_torch(runs):
@@ -258,3 +258,37 @@ def test_help_does_not_wait_for_torch(runs):
     assert done.returncode == 0
     assert "--repetition-penalty" in done.stdout
     assert "import 'torch'" not in done.stderr
+
+
+# Whole lines ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "expected"),
+    [
+        ("one\ntwo\nthr", [], "one\ntwo"),
+        ("one\ntwo\n", [], "one\ntwo"),
+        ("one li", [], "one li"),  # the only line is kept
+        ("one\ntwo END", [" END"], "one\ntwo"),  # it ends by itself, and is not cut off
+        ("\n", [], ""),
+    ],
+)
+def test_a_line_that_is_cut_off_is_left_out(bytes_tokenizer, text, stop, expected):
+    generated = GeneratedText(bytes_tokenizer, stop, whole_lines=True)
+    ids = bytes_tokenizer.encode(text)
+    parts = [generated.add_token(token, last=number == len(ids)) for number, token in enumerate(ids, 1)]
+    assert "".join(parts) == expected
+
+
+def test_an_ended_document_keeps_its_last_line(bytes_tokenizer):
+    generated = GeneratedText(bytes_tokenizer, [], whole_lines=True)
+    parts = [generated.add_token(token) for token in [*bytes_tokenizer.encode("one\ntwo"), bytes_tokenizer.eot]]
+    assert "".join(parts) == "one\ntwo" and generated.finished
+
+
+def test_the_flag_prints_whole_lines_and_an_old_flag_names_the_new_one(runs, sample_py):
+    words = ("--prompt", "Song", "--greedy", "--max-new-tokens", "30")
+    plain, whole = (sample_py(*words, *more, where=runs).stdout for more in ((), ("--whole-lines",)))
+    assert plain.startswith(whole.rstrip("\n")) and len(whole) < len(plain)
+    done = sample_py("--tokens=5", where=runs)
+    assert done.returncode == 2 and "--tokens: renamed to --max-new-tokens" in done.stderr

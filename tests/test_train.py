@@ -18,8 +18,10 @@ from data.loader import Loader
 from data.shards import Shards
 from data.tokenizer import Tokenizer
 from model import GPT, ModelConfig
+from sample import load
 from tests.conftest import ROOT, SMALL, TINY, UNMEASURED, losses, randomized, weights
 from training import checkpoint, metrics
+from training.flops import count_parameters
 
 
 def test_a_run_learns_and_leaves_everything_in_its_folder(runs):
@@ -53,7 +55,7 @@ def test_validation_is_over_every_token_and_in_bits_per_byte(runs, monkeypatch, 
     last = [r for r in metrics.read(run / "metrics.jsonl") if "val_loss" in r][-1]
     assert last["val_loss"] == pytest.approx(nats / val.tokens, rel=1e-5)
     size = len(tokenizer.decode(stream).encode())
-    assert last["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+    assert last["val_bpb"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
 
 
 def test_killed_and_resumed_equals_never_killed_bit_for_bit(learn, text, tmp_path):
@@ -98,7 +100,7 @@ def test_a_signal_saves_and_leaves_and_the_run_goes_on_exactly(learn, text, tmp_
     run = tmp_path / "stopped"
     step = checkpoint.read_state(checkpoint.find(run, "latest"))["step"]
     assert 1 <= step < 300
-    assert f"stopped and saved at step {step}; go on with --resume" in said
+    assert f"stopped and saved at step {step}; --resume continues" in said
     assert "Traceback" not in said
     assert list(losses(run)) == list(range(1, step + 1))
 
@@ -119,7 +121,7 @@ def test_two_processes_train_what_one_does(learn, text, tmp_path):
         cwd=ROOT, env=os.environ | {"HEED_RUNS": str(tmp_path), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("step 6: validation") == 1
+    assert done.stdout.count("step 6 | val_loss") == 1
     assert "= 2 devices x 2 micro-batches x 2 sequences x 32 tokens" in done.stdout
     for key in ("loss", "val_loss"):
         assert losses(tmp_path / "both", key) == pytest.approx(losses(alone, key), rel=1e-4)
@@ -167,7 +169,7 @@ def test_a_validation_that_a_kill_prevented_is_made_up_for(learn, monkeypatch):
 def test_a_run_is_not_overwritten_unless_asked(learn):
     run = learn("mine", "--train.steps=2", "--train.num_evals=1")
     before = weights(run)
-    with pytest.raises(checkpoint.CheckpointError, match="runs/mine is there: --resume goes on"):
+    with pytest.raises(checkpoint.CheckpointError, match="runs/mine exists: --resume continues"):
         learn("mine", "--train.steps=3", "--train.num_evals=1")
     assert weights(run) == before
     learn("mine", "--train.steps=3", "--train.num_evals=1", "--overwrite")
@@ -252,3 +254,16 @@ def test_recomputing_is_a_field_of_the_run(learn, monkeypatch):
     monkeypatch.setattr("model.checkpoint", lambda layer, *a, **how: (layers.append(layer), real(layer, *a, **how))[1])
     learn("recomputed", "--train.steps=1", "--train.num_evals=1", "--train.activation_checkpointing=true")
     assert len(layers) == 2 * 2  # layers x micro-batches; not in validation
+
+
+def test_the_summary_is_one_key_and_value_a_line(learn, capsys):
+    run = learn("summed-up", "--train.steps=4", "--train.num_evals=2")
+    summary = dict(line.split(": ") for line in capsys.readouterr().out.splitlines()[-6:])
+    assert list(summary) == ["val_loss", "val_bpb", "training_seconds", "peak_memory_mb", "num_steps", "num_params"]
+    records = [r for r in metrics.read(run / "metrics.jsonl") if "val_loss" in r]
+    assert float(summary["val_loss"]) == pytest.approx(min(r["val_loss"] for r in records), abs=1e-4)
+    assert float(summary["val_bpb"]) == pytest.approx(min(r["val_bpb"] for r in records), abs=1e-4)
+    assert (summary["num_steps"], int(summary["num_params"])) == ("4", count_parameters(load(run)[0].config))
+    assert float(summary["training_seconds"]) > 0 and float(summary["peak_memory_mb"]) > 100
+    steps = [r for r in metrics.read(run / "metrics.jsonl") if "loss" in r]
+    assert all(r.keys() == {"step", "loss", "grad_norm", "lr", "tok_per_s"} for r in steps)

@@ -1,12 +1,12 @@
-"""Checkpoints that a kill at any moment cannot break.
+"""Checkpoints, written atomically: a process killed at any moment leaves no damaged checkpoint behind.
 
     runs/NAME/step-000500/model.safetensors   weights, under Hugging Face's names
-                          optimizer.pt        what the optimizers remember (tensors and numbers: nothing that runs code)
+                          optimizer.pt        the state of the optimizers (tensors and numbers, no code)
                           state.json          step, counters and configuration, and the SHA-256 of the two files above
     runs/NAME/latest, runs/NAME/best          the name of a step folder, as text
 
-A folder is written under another name, flushed to the disk, then renamed; a pointer is replaced in one step. So what a
-pointer names was complete before the pointer named it.
+A folder is written under another name, flushed to the disk and renamed; a pointer is replaced atomically. So a folder
+is complete before a pointer names it.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from data.shards import sync
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is not there, not whole, or not for this run; the message is one line."""
+    """A checkpoint that is missing, damaged, or of another run. The message is one line."""
 
 
 def save(
@@ -33,7 +33,7 @@ def save(
     """Write run/step-NNNNNN and point `latest` at it; returns the folder. `state` must be JSON."""
     folder = run / f"step-{step:06d}"
     draft = run / f".draft-{folder.name}"
-    for leftover in (*run.glob(".draft-*"), folder):  # of a run that was killed in here: no pointer names it
+    for leftover in (*run.glob(".draft-*"), folder):  # left by a process killed here: no pointer names it
         shutil.rmtree(leftover, ignore_errors=True)
     draft.mkdir(parents=True)
     save_file(model.state_dict(), draft / "model.safetensors", metadata={"format": "pt"})
@@ -49,7 +49,7 @@ def save(
 
 
 def point(run: Path, pointer: str, folder: Path) -> None:
-    """Make run/pointer name the folder, in one step."""
+    """Make run/pointer name the folder, atomically."""
     draft = run / f".draft-pointer-{pointer}"
     draft.write_text(folder.name + "\n")
     sync(draft)
@@ -58,8 +58,10 @@ def point(run: Path, pointer: str, folder: Path) -> None:
 
 
 def find(run: Path, which: str) -> Path:
-    """The checkpoint that a pointer (latest, best) or its own name (step-000500) means; best means latest while there
-    is no best yet. Raises CheckpointError."""
+    """The folder of a checkpoint: "latest", "best" or "step-000500". Without a best, "best" is the latest.
+
+    Raises CheckpointError.
+    """
     if not run.is_dir():
         raise CheckpointError(f"{run}: no such run")
     pointer = run / ("latest" if which == "best" and not (run / "best").exists() else which)
@@ -71,25 +73,25 @@ def find(run: Path, which: str) -> Path:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """state.json, after both files were found to be what it says. Raises CheckpointError."""
+    """state.json, after verifying the hashes of both files. Raises CheckpointError."""
     try:
         state = json.loads((folder / "state.json").read_text())
         hashes = state["sha256"]
         for name, expected in hashes.items():
             if _sha256(folder / name) != expected:
                 raise CheckpointError(
-                    f"{folder / name}: damaged, its SHA-256 is not the one in state.json; take another"
+                    f"{folder / name}: damaged, its SHA-256 differs from state.json; use another checkpoint"
                 )
     except (OSError, json.JSONDecodeError, KeyError) as error:
-        raise CheckpointError(f"{folder}: damaged checkpoint ({type(error).__name__}: {error}); take another") from None
+        raise CheckpointError(f"{folder}: damaged checkpoint ({type(error).__name__}: {error}); use another") from None
     return state
 
 
 def load_weights(folder: Path, model: nn.Module, *, grow: bool = False) -> None:
-    """Put the weights into the model, every name and shape as it expects. Raises CheckpointError.
+    """Load the weights into the model; names and shapes must match. Raises CheckpointError.
 
     grow: the model's vocabulary may be larger. New rows of the embedding and the head are the mean of the old ones, so
-    that a new token begins no likelier than an average one (Hewitt 2021, "Initializing New Word Embeddings").
+    a new token starts as likely as an average one (Hewitt 2021, "Initializing New Word Embeddings").
     """
     try:
         weights = load_file(folder / "model.safetensors")
@@ -105,14 +107,14 @@ def load_weights(folder: Path, model: nn.Module, *, grow: bool = False) -> None:
 
 
 def load_optimizers(folder: Path, optimizers: list[torch.optim.Optimizer]) -> None:
-    """Put back what the optimizers remembered."""
+    """Load the state of the optimizers."""
     states = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
     for optimizer, state in zip(optimizers, states, strict=True):
         optimizer.load_state_dict(state)
 
 
 def prune(run: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints and those that a pointer names."""
+    """Delete all checkpoints but the latest `keep` and those that a pointer names."""
     named = {(run / pointer).read_text().strip() for pointer in ("latest", "best") if (run / pointer).is_file()}
     for folder in sorted(run.glob("step-*"))[:-keep]:
         if folder.name not in named:

@@ -1,6 +1,6 @@
-"""A run's configuration: one frozen dataclass a section, each of which refuses what cannot be.
+"""Configuration of a run: one frozen dataclass per section; each validates its own fields.
 
-The docstring under a field is its documentation, here and in `--help`. From a recipe to a Config: training/recipes.py.
+The docstring under a field documents it, here and in `--help`. training/recipes.py makes a Config from a TOML file.
 """
 
 import re
@@ -11,7 +11,7 @@ from model import ModelConfig
 
 
 class ConfigError(ValueError):
-    """A mistake in a recipe or on the command line; the message is one line for its author."""
+    """A mistake in a recipe or on the command line. The message is one line."""
 
 
 def _require(config: Any, section: str, **rules: tuple[bool, str]) -> None:
@@ -22,26 +22,26 @@ def _require(config: Any, section: str, **rules: tuple[bool, str]) -> None:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which text, and how it becomes tokens."""
+    """The text, and how it is tokenized."""
 
     source: str = "shakespeare"
     """shakespeare | kjv | wiki, a .txt/.jsonl/.parquet file, a folder, a glob, or hf:NAME for a hub dataset"""
     format: str = "text"
-    """text, of which every token is learnt | chat: conversations in .jsonl, of which only answers are"""
+    """text: the loss is over every token | chat: conversations in .jsonl, the loss is over the answers"""
     split: str = "train"
     """split of a hub dataset"""
     text_column: str = "text"
-    """column that holds the text, in .jsonl, .parquet and hub datasets"""
+    """column with the text, in .jsonl, .parquet and hub datasets"""
     limit: int = 0
-    """read at most so many documents; 0 reads all"""
+    """maximum number of documents; 0 reads all"""
     val_source: str = ""
-    """a separate source to validate on; empty holds out val_fraction of the source"""
+    """separate source for validation; empty holds out val_fraction of the source"""
     val_fraction: float = 0.05
-    """share of the source's text that is held out for validation"""
+    """fraction of the source that is held out for validation"""
     tokenizer: str = "bpe"
     """bpe | byte | char, trained on the source; or a tokenizer.json, or a hub name"""
     vocab_size: int = 4096
-    """tokens in a bpe vocabulary; the other tokenizers know their own size"""
+    """size of a bpe vocabulary; the other tokenizers have a fixed size"""
 
     def __post_init__(self) -> None:
         _require(
@@ -53,14 +53,14 @@ class DataConfig:
             val_fraction=(0.0 < self.val_fraction <= 0.5, "must be above 0 and at most 0.5"),
             vocab_size=(
                 self.vocab_size >= (259 if self.format == "chat" else 257),
-                "must be at least 257: 256 bytes and the end-of-text token; 259 with a chat's two marks",
+                "must be at least 257: 256 bytes and the end-of-text token; 259 with the two special tokens of a chat",
             ),
         )
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """How the weights move."""
+    """The optimizers and their learning rate schedule."""
 
     optimizer: str = "muon"
     """muon (for the blocks' matrices, with AdamW for the rest) | adamw (for all)"""
@@ -69,19 +69,19 @@ class OptimConfig:
     muon_lr: float = 0.02
     """Muon's peak learning rate: its updates are scaled to AdamW's usual size (root mean square 0.2)"""
     weight_decay: float = 0.1
-    """decoupled decay of matrices, times the learning rate, each step"""
+    """decoupled weight decay of matrices, times the learning rate"""
     beta1: float = 0.9
-    """AdamW's memory of the gradient"""
+    """AdamW's decay rate of the first moment"""
     beta2: float = 0.95
-    """AdamW's memory of the squared gradient"""
+    """AdamW's decay rate of the second moment"""
     muon_momentum: float = 0.95
-    """Muon's memory of the gradient"""
+    """Muon's momentum"""
     warmup_steps: int = 20
-    """steps over which the learning rates rise from 0"""
+    """steps of linear warmup of the learning rates"""
     lr_decay_frac: float = 0.6
-    """share of all steps, at the end, over which the learning rates fall linearly to 0"""
+    """fraction of all steps, at the end, over which the learning rates decay linearly to 0"""
     grad_clip: float = 1.0
-    """gradients are scaled down to at most this norm"""
+    """maximum norm of the gradient; a larger gradient is scaled down to it"""
 
     def __post_init__(self) -> None:
         _require(
@@ -102,34 +102,34 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long, how much at once, on what, and what is kept."""
+    """Length of the run, batch size, evaluations, device and precision."""
 
     seed: int = 0
-    """decides the weights' first values, the order of the batches and what dropout drops"""
+    """random seed of the weights, the order of batches and dropout"""
     steps: int = 0
-    """optimizer steps; exactly one of steps and minutes is above 0"""
+    """number of optimizer steps; exactly one of steps and minutes is above 0"""
     minutes: float = 0.0
-    """wall-clock budget: the first steps are timed, then the number of steps is fixed to end in time"""
+    """wall-clock budget: the first steps are timed, then the number of steps is set to end in time"""
     batch_tokens: int = 16384
-    """tokens in one optimizer step, over all devices; a multiple of model.context"""
+    """tokens per optimizer step, over all devices; a multiple of model.context"""
     micro_batch_size: int = 16
-    """sequences at once on one device: lower it when memory runs out, the result stays the same"""
+    """sequences per forward pass on one device: lower it if memory runs out, the result stays the same"""
     activation_checkpointing: bool = False
-    """keep only what goes into each layer and compute the rest again backward: more time, much less memory"""
+    """store only the inputs of each layer and recompute its activations in the backward pass: slower, less memory"""
     num_evals: int = 4
-    """times to save, validate and show a sample, evenly spaced, the last one at the end"""
+    """number of evaluations (checkpoint, validation loss, sample), evenly spaced, the last one at the end"""
     keep_checkpoints: int = 2
-    """newest checkpoints to keep, beside the best"""
+    """number of latest checkpoints to keep, besides the best"""
     prompt: str = ""
-    """how the sample at every evaluation begins, in a chat what the user says; empty begins a new document"""
+    """prompt of the sample at every evaluation, in a chat the user's message; empty begins a new document"""
     device: str = "auto"
     """auto | cpu | cuda | mps"""
     dtype: str = "auto"
-    """auto (bfloat16 where this machine multiplies it faster) | float32 | bfloat16"""
+    """auto (bfloat16 where its matmuls are faster) | float32 | bfloat16"""
     compile: str = "auto"
-    """auto (on a GPU torch's compiler, on a CPU heed's own C++, which needs g++ or clang++) | on (torch's) | off"""
+    """auto (torch.compile on a GPU, heed's fused C++ layers on a CPU with g++ or clang++) | on (torch.compile) | off"""
     wandb: str = "off"
-    """off | offline | online; metrics.jsonl is always written"""
+    """Weights & Biases: off | offline | online; metrics.jsonl is always written"""
 
     def __post_init__(self) -> None:
         _require(
@@ -143,7 +143,7 @@ class TrainConfig:
             minutes=(self.minutes >= 0, "must be at least 0"),
             batch_tokens=(self.batch_tokens >= 1, "must be at least 1"),
             micro_batch_size=(self.micro_batch_size >= 1, "must be at least 1"),
-            num_evals=(self.num_evals >= 1, "must be at least 1: the last one is the result"),
+            num_evals=(self.num_evals >= 1, "must be at least 1: the last evaluation is the result"),
             keep_checkpoints=(self.keep_checkpoints >= 1, "must be at least 1"),
             device=(self.device in ("auto", "cpu", "cuda", "mps"), "must be auto, cpu, cuda or mps"),
             dtype=(self.dtype in ("auto", "float32", "bfloat16"), "must be auto, float32 or bfloat16"),
@@ -157,7 +157,7 @@ class Config:
     """One run. `name` is its folder under runs/."""
 
     name: str
-    init_from: str = ""  # the run whose weights, tokenizer and model it begins with, see training/init_from.py
+    init_from: str = ""  # the run whose weights and tokenizer it starts from, see training/init_from.py
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -165,7 +165,7 @@ class Config:
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
-            raise ValueError(f"name = {self.name!r}: must be a folder name of letters, digits, '.', '_' and '-'")
+            raise ValueError(f"name = {self.name!r}: must be a folder name of A-Z, a-z, 0-9, '.', '_' and '-'")
         if self.train.batch_tokens % self.model.context:
             why = f"must be a multiple of model.context = {self.model.context}"
             raise ValueError(f"train.batch_tokens = {self.train.batch_tokens}: {why}")

@@ -1,4 +1,4 @@
-"""Optimizers and their schedule: Muon for the blocks' matrices, AdamW for embeddings and gains, or AdamW alone."""
+"""Optimizers and the learning rate schedule: Muon for the blocks' matrices, AdamW for the rest, or AdamW alone."""
 
 from collections import defaultdict
 
@@ -16,7 +16,7 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tenso
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.shape[1] > matrices.shape[2]
-    x = (matrices.mT if tall else matrices).to(dtype)  # wide: the products below are of the short side
+    x = (matrices.mT if tall else matrices).to(dtype)  # wide: the matmuls below are over the short side
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)  # every singular value is at most 1 now
     for _ in range(5):
         gram = x @ x.mT
@@ -25,7 +25,7 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tenso
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose step is orthogonalized, so that it moves every direction of a matrix alike (Jordan et al. 2024).
+    """Momentum with an orthogonalized update, which moves every direction of a matrix alike (Jordan et al. 2024).
 
     The step is scaled to a root mean square of 0.2, AdamW's usual size, whatever the shape (Liu et al. 2025, arXiv
     2502.16982, section 2.2), and weight decay is decoupled. Matrices of one shape are handled as one batch.
@@ -58,9 +58,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def build_optimizers(model: nn.Module, config: OptimConfig, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
-    """The optimizers of a run; every parameter is in exactly one group, which is checked.
+    """The optimizers of a run. Every parameter is in exactly one group; gains have no weight decay.
 
-    Gains are not decayed. dtype is the one that Muon multiplies in.
+    dtype: of Muon's matmuls.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     in_block = {name for name, p in named if p.ndim == 2 and ".layers." in name}
@@ -85,10 +85,10 @@ def build_optimizers(model: nn.Module, config: OptimConfig, dtype: torch.dtype) 
 
 
 def lr_factor(step: int, steps: int, config: OptimConfig) -> float:
-    """Factor on the peak learning rates at `step` (from 0) of `steps`: rise, stay, fall linearly to 0.
+    """Factor on the peak learning rates at `step` (from 0) of `steps`: linear warmup, constant, linear decay to 0.
 
-    The fall takes the last `lr_decay_frac` of all steps; it can be decided late (Hägele et al. 2024, arXiv 2405.18392). While
-    the number of steps is unknown (steps = 0) it has not begun.
+    The decay takes the last `lr_decay_frac` of all steps, so it can be decided late (Hägele et al. 2024, arXiv
+    2405.18392). While the number of steps is unknown (steps = 0), it has not begun.
     """
     rise = min(1.0, (step + 1) / (config.warmup_steps + 1))
     if steps == 0 or config.lr_decay_frac == 0:
@@ -97,7 +97,7 @@ def lr_factor(step: int, steps: int, config: OptimConfig) -> float:
 
 
 def set_learning_rate(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
-    """Every group's learning rate becomes factor times its peak."""
+    """Set the learning rate of every group to factor times its peak."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * factor

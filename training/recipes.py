@@ -1,8 +1,8 @@
-"""Recipes: from a TOML file and the command line to a Config, both read strictly.
+"""Recipes: from a TOML file and the command line to a Config. Both are validated strictly.
 
     recipe file  ->  checked key by key  ->  --section.field overrides, checked the same way  ->  one frozen Config
 
-A wrong key, type or value is a ConfigError of one line that names the file and line (or the flag), the value and what
+A wrong key, type or value raises ConfigError: one line with the file and line number (or the flag), the value and what
 would be right.
 """
 
@@ -21,7 +21,7 @@ from training.config import SECTIONS, Config, ConfigError
 from training.renamed import RENAMED
 
 RECIPES = Path(__file__).resolve().parent.parent / "configs"
-TOP = ("name", "init_from")  # what stands above the sections
+TOP = ("name", "init_from")  # fields above the sections
 
 
 def fields(section: str) -> dict[str, type]:

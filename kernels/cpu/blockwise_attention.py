@@ -1,8 +1,8 @@
-"""Attention for training on a CPU: ordinary batched products over blocks of queries.
+"""Attention for training on a CPU without a C++ compiler: batched matmuls over blocks of queries.
 
-A CPU's matrix library runs products at full rate, while the backward of torch's fused attention takes a third of a
-small model's step. So each block of queries multiplies just the keys that its pattern can show, and autograd
-multiplies back. The weights of those blocks are kept for the backward: half a score matrix, when causal.
+A CPU's matmul library runs at full rate, while the backward pass of torch's fused attention takes a third of a small
+model's step. So each block of queries is multiplied with just the keys that its mask can show, and autograd computes
+the gradients. The attention weights of the blocks are kept for the backward pass: half a score matrix, if causal.
 
 Shapes: B batch, T queries, S keys, H query heads, K key/value heads, G = H / K, D head size, R rows of a block.
 """
@@ -14,12 +14,12 @@ from torch import Tensor
 
 from kernels.reference import MaskSpec
 
-BLOCK = 64  # queries: below, products are too small to run well; above, more of the masked half is computed
-BLOCKS = 8  # at most, since a compiler unrolls them
+BLOCK = 64  # queries: with fewer, matmuls are too small to be efficient; with more, more masked scores are computed
+BLOCKS = 8  # maximum number, since torch.compile unrolls the loop
 
 
 def spans(T: int, S: int, mask_spec: MaskSpec) -> Iterator[tuple[int, int, int, int]]:
-    """For each block of queries its first and their number, and the keys that they can see, from `low` to `high`."""
+    """Yield (first query, number of queries, first key, last key + 1) of each block of queries."""
     rows = max(BLOCK, -(-T // BLOCKS))
     for first in range(0, T, rows):
         R = min(rows, T - first)
@@ -34,7 +34,7 @@ def spans(T: int, S: int, mask_spec: MaskSpec) -> Iterator[tuple[int, int, int, 
 def blocks_attention(q: Tensor, k: Tensor, v: Tensor, mask_spec: MaskSpec, softmax_scale: float) -> Tensor:
     """q (B, T, H, D), k and v (B, S, K, D) -> (B, T, H, D), as `kernels.attention`; T at most S, no softcap.
 
-    Scores are rounded to the dtype of the products and the softmax is taken in at least fp32.
+    Scores are rounded to the dtype of the matmuls; the softmax is computed in at least fp32.
     """
     B, T, H, D = q.shape
     S, K = k.shape[1:3]
@@ -48,7 +48,7 @@ def blocks_attention(q: Tensor, k: Tensor, v: Tensor, mask_spec: MaskSpec, softm
         hidden = (distance < 0) & mask_spec.causal
         if mask_spec.window is not None:
             hidden = hidden | (distance.abs() >= mask_spec.window)
-        # Added by the product itself, what is hidden costs no pass over the scores, and none backward.
+        # Added by the matmul itself, the mask costs no pass over the scores, forward or backward.
         bias = torch.zeros(R, high - low, dtype=q.dtype).masked_fill(hidden, float("-inf")).repeat(H // K, 1)
         scores = torch.baddbmm(bias, block, k[:, low:high].mT)  # (G * R, keys) + (B * K, G * R, D) (B * K, D, keys)
         weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32))  # (B * K, G * R, keys)

@@ -1,7 +1,7 @@
-"""heed's C++ files for CPUs: compiled for this machine when first needed, kept in the cache folder, called on tensors.
+"""Compiles heed's C++ files for this machine when they are first needed, caches them, and calls them on tensors.
 
-A file is compiled once for every set of types that it is used with. Where it cannot be, `Unavailable` says why in a
-line, and torch serves.
+A file is compiled once for each set of types that it is used with. If that fails, `Unavailable` has the reason in one
+line, and callers use torch instead.
 """
 
 import ctypes
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
-FOLDER = Path(os.environ.get("HEED_CACHE") or HERE.parent.parent / ".cache") / "cpu"  # where compiled files are kept
-# What -ffast-math would also allow, to forget infinities and to flush small numbers in the whole process, is left out.
+FOLDER = Path(os.environ.get("HEED_CACHE") or HERE.parent.parent / ".cache") / "cpu"  # compiled files
+# -ffast-math is not used: it would also ignore infinities, and flush denormals in the whole process.
 FLAGS = [
     "-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC",
     "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math",
@@ -29,7 +29,7 @@ TYPES = {torch.float32: "float", torch.bfloat16: "Bf16", torch.int8: "int8_t"}
 
 
 class Unavailable(Exception):
-    """A C++ file cannot be compiled here; says why in a line."""
+    """A C++ file cannot be compiled or does not support a model. The message is one line."""
 
 
 def training(dtype: torch.dtype) -> ctypes.CDLL:
@@ -39,7 +39,7 @@ def training(dtype: torch.dtype) -> ctypes.CDLL:
 
 @functools.cache
 def trains(dtype: torch.dtype) -> bool:
-    """Whether `training` is to be had."""
+    """Whether `training` is available for this dtype."""
     try:
         training(dtype)
     except Unavailable:
@@ -48,24 +48,22 @@ def trains(dtype: torch.dtype) -> bool:
 
 
 def require(x: Tensor) -> None:
-    """Raises ValueError where backend "cpp" cannot compute what x is in."""
+    """Raise ValueError if the backend "cpp" does not support the dtype or device of x."""
     if x.device.type != "cpu" or not trains(x.dtype):
-        raise ValueError(
-            f"backend = 'cpp' is for fp32 and bf16 on a CPU with a C++ compiler, not {x.dtype}, {x.device}"
-        )
+        raise ValueError(f"backend = 'cpp' needs fp32 or bf16 on a CPU and a C++ compiler, not {x.dtype} on {x.device}")
 
 
 @functools.cache
 def library(name: str, **types: torch.dtype) -> ctypes.CDLL:
-    """kernels/cpu/NAME.cpp, in which each of `types` is the name of one. Raises Unavailable.
+    """kernels/cpu/NAME.cpp, compiled with `types` as macros (ELEMENT=torch.float32). Raises Unavailable.
 
-    The compiled file is named by a hash of all that it depends on: the source, the compiler, the flags, the processor.
+    The compiled file is named by a hash of all that it depends on: source, compiler, flags, processor.
     """
     compiler = shutil.which(os.environ.get("CXX") or "g++") or shutil.which("clang++")
     if compiler is None:
-        raise Unavailable("there is no C++ compiler here (g++ or clang++)")
+        raise Unavailable("no C++ compiler, g++ or clang++")
     if unknown := types.values() - TYPES.keys():
-        raise Unavailable(f"it does not know {', '.join(map(str, unknown))}")
+        raise Unavailable(f"unsupported type {', '.join(map(str, unknown))}")
     source = HERE / f"{name}.cpp"
     command = [compiler, *FLAGS, *(f"-D{k}={TYPES[dtype]}" for k, dtype in types.items()), str(source)]
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
@@ -75,7 +73,9 @@ def library(name: str, **types: torch.dtype) -> ctypes.CDLL:
     try:
         if not path.exists():
             FOLDER.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=FOLDER) as draft:  # it appears whole, also when two compile at once
+            with tempfile.TemporaryDirectory(
+                dir=FOLDER
+            ) as draft:  # renamed when it is complete: two processes may compile at once
                 out = Path(draft, "compiled.so")
                 done = subprocess.run([*command, "-o", str(out)], capture_output=True, text=True)
                 if done.returncode:
@@ -83,12 +83,12 @@ def library(name: str, **types: torch.dtype) -> ctypes.CDLL:
                     raise Unavailable(f"{compiler} failed: {(errors or ['-'])[0]}")
                 out.replace(path)
         return ctypes.CDLL(str(path))
-    except OSError as error:  # the disk is full, or a folder from which nothing may be run
+    except OSError as error:  # a full disk, or a folder mounted noexec
         raise Unavailable(f"{FOLDER} cannot hold compiled code: {error}") from None
 
 
 def _processor() -> str:
-    """What distinguishes processors for a compiler: a folder may be shared by several machines."""
+    """What the compiler distinguishes processors by: machines may share the folder."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -97,8 +97,8 @@ def _processor() -> str:
 
 
 def call(function: Any, *arguments: Any) -> int:
-    """Call a C++ function and return what it does: a contiguous tensor is passed as a pointer, a structure by
-    reference, an int as int64_t, a float as double; the number of threads comes last."""
+    """Call a C++ function and return its result. A contiguous tensor is passed as a pointer, a structure by reference, an
+    int as int64_t, a float as double; the last argument is the number of threads."""
     words: list[Any] = []
     for a in (*arguments, torch.get_num_threads()):
         if isinstance(a, Tensor):

@@ -39,7 +39,7 @@ def test_everyone_speaks_in_turns_and_the_same(tmp_path):
         (batch, who) for batch in ("1", "3") for who in ("heed fp32", "heed int8", *others)
     ]
     for row in rows:
-        assert float(row["tokens/s"]) > 0 and float(row["first ms"]) > 0 and 0 < float(row["of the bound"]) < 10
+        assert float(row["tokens/s"]) > 0 and float(row["TTFT ms"]) > 0 and 0 < float(row["MBU"]) < 10
         assert row["same"] == "100%" or row["who"] == "heed int8"
         assert row["who"].startswith("heed") == (float(row["heed/it"]) == 1.0)
 
@@ -56,10 +56,10 @@ def test_mistakes_are_one_line(tmp_path):
             bench.main(bench.arguments(["inference", *words]))
 
 
-def test_a_speaker_that_fails_is_named_and_the_others_go_on(tmp_path):
+def test_an_engine_that_fails_is_named_and_the_others_go_on(tmp_path):
     config = ModelConfig(**{**vars(inference.TINY), "vocab_size": 280})
     engines.write(tmp_path, config, [])
-    here = inference.Speaker("heed fp32", tmp_path, None, 1)
+    here = inference.EngineProcess("heed fp32", tmp_path, None, 1)
     with pytest.raises(ValueError, match="heed fp32: IndexError"):
-        here.stream_generate([280], 1, 2)
+        here.generate([280], 1, 2)
     here.close()

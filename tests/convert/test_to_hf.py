@@ -46,7 +46,7 @@ def made(run: Path, config: ModelConfig, tokenizer: Tokenizer = BPE) -> Path:
     run.mkdir(parents=True)
     (run / "config.toml").write_text(dump(whole))
     tokenizer.save(run / "tokenizer.json")
-    (run / "metrics.jsonl").write_text('{"step": 7, "val_loss": 3.25, "bits_per_byte": 1.5}\n')
+    (run / "metrics.jsonl").write_text('{"step": 7, "val_loss": 3.25, "val_bpb": 1.5}\n')
     checkpoint.save(run, 7, lively(randomized(config)), [], {"steps": 7, "config": dataclasses.asdict(whole)})
     return run
 
@@ -162,7 +162,7 @@ def test_the_card_and_the_settings_say_what_the_run_was(runs, tmp_path):
     record = next(
         r
         for r in map(json.loads, (runs / "songs/metrics.jsonl").read_text().splitlines())
-        if r["step"] == state["step"] and "bits_per_byte" in r
+        if r["step"] == state["step"] and "val_bpb" in r
     )
     assert f"{record['bits_per_byte']:.4f} bits a byte, {record['val_loss']:.4f} nats" in card
     assert f"{state['step']} steps of 256 tokens: {state['step'] * 256:,} tokens" in card

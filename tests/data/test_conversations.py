@@ -1,4 +1,4 @@
-"""Conversations as batches: every answer learnt once an epoch, nothing else, and the mean over what is learnt."""
+"""Conversations as batches: every answer targets_of once an epoch, nothing else, and the mean over what is targets_of."""
 
 import json
 import re
@@ -50,7 +50,7 @@ def answers(questions: Path) -> list[str]:
     return [turn["content"] for row in rows for turn in row["messages"] if turn["role"] == "assistant"]
 
 
-def learnt(tokenizer: Tokenizer, y: torch.Tensor) -> list[str]:
+def targets_of(tokenizer: Tokenizer, y: torch.Tensor) -> list[str]:
     """The answers that targets spell, in order. Each must end with its mark."""
     end = chat_format.special_tokens(tokenizer)[1]
     parts = [[]]
@@ -69,7 +69,7 @@ def test_every_answer_is_a_target_once_an_epoch_and_once_in_validation(prepared,
         batches = list(validation(part, context, 3, part.manifest.eot))
         assert all(x.shape == y.shape and x.shape[1] == context and len(x) <= 3 for x, y in batches)
         x, y = (torch.cat(rows) for rows in zip(*batches, strict=True))
-        said = learnt(tokenizer, y.flatten())
+        said = targets_of(tokenizer, y.flatten())
         assert part.num_targets == int((y != IGNORE_INDEX).sum()) == sum(len(text.encode()) + 1 for text in said)
         assert part.bytes == sum(len(text.encode()) for text in said)
         texts += said

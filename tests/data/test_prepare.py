@@ -288,10 +288,10 @@ def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
             file.write(block + "\n" if share < 0.5 else block.replace("\n\n", "\n" if share < 0.875 else " "))
     code = (
         "import pathlib; from data.prepare import prepare; from data.tokenizer import Tokenizer;"
-        "from tools.apart import peak;"
+        "from training.memory import peak_memory;"
         "Tokenizer.encode_batch = lambda self, texts: [[1] * (len(text) // 3) for text in texts];"  # not what is tested
         f"prepare({str(source)!r}, tokenizer='byte', cache=pathlib.Path({str(tmp_path)!r}));"
-        "print(peak())"
+        "print(peak_memory())"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert 0 < int(done.stdout.split()[-1]) < 100e6, done.stdout

@@ -74,7 +74,7 @@ def test_the_assistant_answers_and_keeps_the_conversation(own, sample_py):
     ("words", "says"),
     [
         (["--chat"], "has no <|im_start|> and <|im_end|>: it was not trained to chat; python train.py chat"),
-        (["--system", "Be brief."], "system = 'Be brief.': goes with --chat"),
+        (["--system", "Be brief."], "system = 'Be brief.': needs --chat"),
     ],
 )
 def test_what_cannot_be_is_one_line(runs, words, says, sample_py):

@@ -170,7 +170,7 @@ def printed(capsys, *words) -> list[list[str]]:
 
 def test_the_default_is_the_validation_that_training_saw(runs, capsys):
     loss = losses(runs / "songs", "val_loss")[30]
-    bits = losses(runs / "songs", "bits_per_byte")[30]
+    bits = losses(runs / "songs", "val_bpb")[30]
     (row,) = printed(capsys, runs / "songs", "--checkpoint", "latest")
     assert row[0].endswith("songs.txt (validation)")
     assert row[4:] == [f"{loss:.4f}", f"{math.exp(loss):,.2f}", f"{bits:.4f}"]

@@ -11,7 +11,7 @@ from inference import engine
 from inference.engine import CppEngine, EagerEngine, make_engine
 from inference.quantize import Int8, quantize
 from kernels import cpu
-from kernels.cpu import decode_step
+from kernels.cpu import build, decode_step
 from model import GPT, KVCache
 from tests.conftest import TINY, randomized
 
@@ -109,17 +109,17 @@ def test_the_reader_of_a_cpu_is_the_fast_one_and_generate_asks_it(monkeypatch):
 
 def test_without_a_compiler_torch_serves_and_says_so(monkeypatch, capfd, tmp_path, compilers):
     engine._warn_once.cache_clear()
-    monkeypatch.setattr(cpu, "FOLDER", tmp_path)
+    monkeypatch.setattr(build, "FOLDER", tmp_path)
     model = randomized(TINY)
     expected = torch.stack(list(sample.generate(model, [5], max_new_tokens=9, seed=3)))
     compilers()
     for compiler, why in (("false", "false failed"), ("/no/compiler", "no C.. compiler")):
         monkeypatch.setenv("CXX", compiler)
-        monkeypatch.setattr(cpu, "FOLDER", tmp_path / "another")
+        monkeypatch.setattr(build, "FOLDER", tmp_path / "another")
         assert torch.equal(torch.stack(list(sample.generate(model, [5], max_new_tokens=9, seed=3))), expected)
         list(sample.generate(model, [5], max_new_tokens=1))  # no second line
         said = capfd.readouterr().err.splitlines()
-        assert len(said) == 1 and re.search(why, said[0]) and "torch serves" in said[0]
+        assert len(said) == 1 and re.search(why, said[0]) and "generating with PyTorch" in said[0]
         compilers()
 
 
@@ -144,11 +144,11 @@ def test_a_flag_that_it_does_not_know_is_torchs(capfd):
 def test_compiled_once_and_kept(tmp_path, monkeypatch, compilers):
     def compiled(*flags: str) -> list[int]:
         compilers()
-        monkeypatch.setattr(cpu, "FLAGS", [*cpu.FLAGS[:1], *flags, *cpu.FLAGS[1:]])
+        monkeypatch.setattr(build, "FLAGS", [*build.FLAGS[:1], *flags, *build.FLAGS[1:]])
         cpu.training(torch.float32)
         return sorted(path.stat().st_mtime_ns for path in tmp_path.iterdir())
 
-    monkeypatch.setattr(cpu, "FOLDER", tmp_path)
+    monkeypatch.setattr(build, "FOLDER", tmp_path)
     (kept,) = compiled()
     assert compiled() == [kept]
     assert len(compiled("-O1")) == 2
@@ -156,7 +156,7 @@ def test_compiled_once_and_kept(tmp_path, monkeypatch, compilers):
 
 def test_a_folder_that_takes_nothing_is_named(tmp_path, monkeypatch, compilers):
     (tmp_path / "file").touch()
-    monkeypatch.setattr(cpu, "FOLDER", tmp_path / "file" / "cpu")
+    monkeypatch.setattr(build, "FOLDER", tmp_path / "file" / "cpu")
     with pytest.raises(cpu.Unavailable, match=r"file/cpu cannot hold compiled code: .*Not a directory"):
         cpu.training(torch.float32)
 
@@ -211,7 +211,7 @@ def test_the_command_speaks_in_int8_with_and_without_a_compiler(runs, sample_py,
             monkeypatch.setenv("CXX", compiler)
             done = sample_py("--greedy", "--max-new-tokens=12", "--prompt=Song", *words, where=runs)
             assert done.returncode == 0, done.stderr
-            assert ("torch serves" in done.stderr) == (compiler == "false")
+            assert ("generating with PyTorch" in done.stderr) == (compiler == "false")
             said[words, compiler] = done.stdout
     assert said[("--quantize=int8",), "g++"] == said[("--quantize=int8",), "false"]
     assert said[(), "g++"] == said[(), "false"]

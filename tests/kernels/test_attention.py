@@ -13,7 +13,7 @@ from kernels.cpu import blockwise_attention
 BACKENDS = ("reference", "sdpa")
 
 
-def truth(q, k, v, sees, scale, softcap=None, slopes=None, sinks=None, away=None):
+def truth(q, k, v, sees, scale, softcap=None, alibi_slopes=None, sinks=None, away=None):
     """out and log-sum-exp; sees(b, t, s) says whether query t of sequence b sees key s, away(b, t, s) how far it is.
     Differentiable, fp64."""
     B, T, H, D = q.shape
@@ -27,8 +27,8 @@ def truth(q, k, v, sees, scale, softcap=None, slopes=None, sinks=None, away=None
                 scores = [(q[b, t, h] * k[b, s, group]).sum() * scale for s in keys]
                 if softcap:
                     scores = [softcap * torch.tanh(score / softcap) for score in scores]
-                if slopes is not None:
-                    scores = [score - slopes[h] * away(b, t, s) for score, s in zip(scores, keys, strict=True)]
+                if alibi_slopes is not None:
+                    scores = [score - alibi_slopes[h] * away(b, t, s) for score, s in zip(scores, keys, strict=True)]
                 total = sum((score.exp() for score in scores), torch.zeros((), dtype=torch.float64))
                 if sinks is not None:
                     total = total + sinks[h].exp()
@@ -60,11 +60,13 @@ def seen_by_distance(pattern, T, S):
 @pytest.mark.parametrize(("H", "K"), [(4, 4), (4, 2), (3, 1)])
 def test_attention_and_its_gradients_equal_the_definition(backend, pattern, T, S, H, K, monkeypatch):
     if backend == "blocks" and T > S:
-        with pytest.raises(ValueError, match="no more queries than keys"):
+        with pytest.raises(ValueError, match="at most as many queries as keys"):
             attention(*draw(2, T, S, H, K, 6), pattern, backend=backend)
         return
     if backend == "cpp" and (T != S or not pattern.causal):
-        with pytest.raises(ValueError, match="'cpp' knows causal and window alone, and as many queries as keys"):
+        with pytest.raises(
+            ValueError, match="'cpp' supports causal masks and windows only, with as many queries as keys"
+        ):
             attention(*draw(2, T, S, H, K, 6), pattern, backend=backend)
         return
     monkeypatch.setattr(blockwise_attention, "BLOCK", 3)  # small, so that small inputs cross borders of blocks
@@ -239,13 +241,13 @@ def test_views_that_are_not_contiguous():
         ({"cache_seqlens": torch.tensor([1])}, r"cache_seqlens has shape \(1,\)"),
         ({"document_ids": torch.zeros(2, 3)}, r"document_ids has shape \(2, 3\)"),
         ({"backend": "sdpa", "sinks": torch.zeros(4)}, "neither softcap nor sinks"),
-        ({"backend": "blocks", "sinks": torch.zeros(4)}, "knows causal and window alone"),
-        ({"backend": "cpp", "sinks": torch.zeros(4)}, "knows causal and window alone"),
-        ({"backend": "decode"}, "it needs lengths"),
-        ({"backend": "flash", "cache_seqlens": torch.tensor([4, 4])}, "reads whole sequences"),
+        ({"backend": "blocks", "sinks": torch.zeros(4)}, "supports causal masks and windows only"),
+        ({"backend": "cpp", "sinks": torch.zeros(4)}, "supports causal masks and windows only"),
+        ({"backend": "decode"}, "needs a cache: pass cache_seqlens"),
+        ({"backend": "flash", "cache_seqlens": torch.tensor([4, 4])}, "computes whole sequences"),
         ({"sinks": torch.zeros(3)}, r"sinks has shape \(3,\)"),
         ({"block_table": torch.zeros(2, 2)}, r"block_table has shape \(2, 2\)"),
-        ({"cache_seqlens": torch.tensor([4, 4]), "document_ids": torch.zeros(2, 4)}, "do not go together"),
+        ({"cache_seqlens": torch.tensor([4, 4]), "document_ids": torch.zeros(2, 4)}, "exclude each other"),
     ],
 )
 def test_mistakes_are_named(arguments, says):
@@ -256,7 +258,7 @@ def test_mistakes_are_named(arguments, says):
 
 def test_wrong_shapes_are_named():
     q, k, v = draw(2, 4, 4, 4, 2, 6)
-    with pytest.raises(ValueError, match="2 key/value heads do not divide 3 query heads"):
+    with pytest.raises(ValueError, match="3 query heads are not divisible by 2 key/value heads"):
         attention(q[:, :, :3], k, v)
     with pytest.raises(ValueError, match=r"wants q \(B, T, H, D\)"):
         attention(q, k, v[:, :3])

@@ -10,6 +10,7 @@ from model import ModelConfig
 from training.config import SECTIONS, Config, ConfigError, TrainConfig
 from training.flops import count_parameters, flops_per_token
 from training.recipes import RECIPES, documentation, dump, fields, load, recipes
+from training.renamed import RENAMED
 
 
 @pytest.fixture
@@ -93,6 +94,8 @@ def test_the_resolved_configuration_reads_back_equal(recipe):
         ("name = 'a/b'", ":1: name = 'a/b': must be a folder name"),
         ("steps = 3", ":1: steps: no such section"),
         ("[model]\nn_layer = 3 4", ": not TOML"),
+        ("[optim]\ndecay = 0.5", ":2: optim.decay: renamed to optim.lr_decay_frac"),
+        ("[train]\nsteps = 1\nevals = 3", ":3: train.evals: renamed to train.num_evals"),
         ("model = 3", ":1: model = 3: must be a section, [model]"),
     ],
 )
@@ -134,6 +137,13 @@ def test_every_field_is_documented_and_of_a_plain_type():
         names = {f.name for f in dataclasses.fields(kind)}
         assert set(documentation(section)) == set(fields(section)) == names
         assert set(fields(section).values()) <= {int, float, str, bool}
+
+
+def test_every_old_name_is_gone_and_every_new_one_is_there():
+    for old, new in RENAMED.items():
+        if not old.startswith("--"):
+            (section, name), (_, now) = old.split("."), new.split(".")
+            assert name not in fields(section) and now in fields(section)
 
 
 def test_the_defaults_are_a_configuration_that_runs():

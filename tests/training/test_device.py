@@ -18,9 +18,9 @@ def test_a_cpus_precision_is_the_one_that_it_multiplies_faster(monkeypatch, gain
     monkeypatch.setattr(device, "_bf16_gain", lambda: gain)
     machine = device.choose(TrainConfig(steps=1, device="cpu"))
     assert machine.dtype == dtype
-    assert f"{gain:.2g} times as fast" in machine.reasons[1]
+    assert f"matmul {gain:.2g}x fp32, measured" in machine.reasons[1]
     asked = device.choose(TrainConfig(steps=1, device="cpu", dtype="float32"))
-    assert (asked.dtype, asked.reasons[1]) == (torch.float32, "precision float32: asked for")
+    assert (asked.dtype, asked.reasons[1]) == (torch.float32, "dtype float32 (train.dtype)")
 
 
 def test_the_gain_is_measured():
@@ -68,7 +68,7 @@ def test_memory_that_a_step_frees_is_there_for_the_next():
 
 def test_what_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match=r"train.device = 'cuda': not on this machine"):
+    with pytest.raises(ConfigError, match=r"train.device = 'cuda': not available on this machine"):
         device.choose(TrainConfig(steps=1, device="cuda"))
 
 
@@ -77,10 +77,10 @@ def test_layers_learn_in_the_way_that_is_to_be_had(monkeypatch, compilers):
         machine = device.choose(TrainConfig(steps=1, device="cpu", dtype="float32", **fields))
         return machine.layer_impl, machine.reasons[2]
 
-    assert choose()[0] == "C++"
-    assert choose(compile="on") == ("compiled", "layers compiled: train.compile = on")
-    assert choose(compile="off") == ("written", "layers written: train.compile = off")
+    assert choose() == ("fused", "layers fused C++ (no compile time)")
+    assert choose(compile="on") == ("compiled", "layers compiled (train.compile = on)")
+    assert choose(compile="off") == ("eager", "layers eager (train.compile = off)")
     compilers()
     monkeypatch.setenv("CXX", "/no/compiler")
     monkeypatch.setattr(shutil, "which", lambda _: None)
-    assert choose() == ("written", "layers written: there is no C++ compiler here (g++ or clang++)")
+    assert choose() == ("eager", "layers eager (no C++ compiler, g++ or clang++)")

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from inference import engine
+from inference.quantize import quantize
 from kernels.cpu import train_ops
-from model import GPT, KVCache, ModelConfig
+from model import GPT, Block, KVCache, ModelConfig
 from tests.conftest import TINY, losses, randomized, weights
 from training.device import Machine
-from training.fused import apply_fused_layers
+from training.fused import FusedLayersError, apply_fused_layers, optimize_layers
 
 FLAGS = {
     "plain": {},
@@ -29,7 +30,7 @@ FLAGS = {
 
 
 def in_cpp(model: GPT) -> GPT:
-    apply_fused_layers(model, Machine(torch.device("cpu"), torch.float32, "C++", ()))
+    apply_fused_layers(model)
     return model
 
 
@@ -82,10 +83,10 @@ def test_a_flag_that_it_does_not_know_is_torchs(monkeypatch):
         softcap: float = 0.0
 
     monkeypatch.setattr(engine, "ModelConfig", Later)
-    machine = Machine(torch.device("cpu"), torch.float32, "C++", ())
-    for softcap, said in ((0.0, ""), (1.0, "layers written, not C++: it does not know model.softcap")):
+    machine = Machine(torch.device("cpu"), torch.float32, "fused", ())
+    for softcap, said in ((0.0, ""), (1.0, "layers eager (heed's C++ does not support model.softcap)")):
         model = randomized(Later(**vars(TINY), softcap=softcap))
-        assert apply_fused_layers(model, machine) == said
+        assert optimize_layers(model, machine) == said
         assert isinstance(model.model.norm.forward, functools.partial) == (not said)
 
 
@@ -152,3 +153,74 @@ def test_a_mask_that_hides_nothing_it_should_not():
         cos, sin = model.model.cos[None, :150, None], model.model.sin[None, :150, None]
         model.model.layers[0](x, cos, sin, None)[0, -1].sum().backward()
         assert x.grad[0].abs().sum(1).nonzero().min() == 150 - reached
+
+
+# A model that is not model.py's, or not as it was ------------------------------------------------------------------
+
+
+class LoRA(torch.nn.Linear):
+    """A linear layer of another kind, whose weight alone is not what it computes."""
+
+
+def replaced(parent: torch.nn.Module, name: str) -> None:
+    old = getattr(parent, name)
+    setattr(parent, name, LoRA(old.in_features, old.out_features, bias=False))
+
+
+CHANGES = {
+    "a projection replaced": lambda model: replaced(model.model.layers[1].self_attn, "q_proj"),
+    "a feed-forward layer replaced": lambda model: setattr(model.model.layers[0], "mlp", torch.nn.Identity()),
+    "a layer appended": lambda model: model.model.layers.append(Block(TINY, 0)),
+    "quantized": lambda model: quantize(model, "int8"),
+    "parametrized": lambda model: torch.nn.utils.parametrizations.weight_norm(model.model.layers[0].mlp.up_proj),
+    "cast": lambda model: model.double(),
+    "bf16": lambda model: quantize(model, "bf16"),
+    "moved": lambda model: model.to("meta"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_model_changed_afterwards_is_refused(change):
+    model = in_cpp(randomized(TINY))
+    tokens = torch.zeros(1, 4, dtype=torch.long)
+    model(tokens)
+    change(model)
+    with pytest.raises(FusedLayersError, match=r"call it again|fused layers need float32 on a CPU"):
+        model(tokens)
+
+
+@pytest.mark.parametrize("part", ["self_attn", "mlp", "input_layernorm"])
+def test_a_subclass_is_refused(part):
+    model = randomized(TINY)
+    module = getattr(model.model.layers[1], part)
+    module.__class__ = type("Mine", (type(module),), {})
+    with pytest.raises(FusedLayersError, match=rf"model.layers.1.{part} is Mine, fused layers need exactly"):
+        apply_fused_layers(model)
+
+
+def test_what_cannot_be_fused_is_left_as_it_was():
+    model = randomized(TINY).double()
+    with pytest.raises(FusedLayersError, match=r"model.embed_tokens.weight is float64 on cpu"):
+        apply_fused_layers(model)
+    model(torch.zeros(1, 4, dtype=torch.long))
+
+
+def test_after_a_change_layers_are_fused_again():
+    model, tokens = in_cpp(randomized(TINY)), torch.randint(0, 97, (2, 30))
+    model.model.layers[0] = randomized(TINY, seed=1).model.layers[0]
+    written = randomized(TINY)
+    written.model.layers[0] = randomized(TINY, seed=1).model.layers[0]
+    assert max(far(results(in_cpp(model), tokens), results(written, tokens)).values()) < 1e-4
+
+
+def test_a_copy_is_fused_too_and_independent():
+    model, tokens = in_cpp(randomized(TINY)), torch.randint(0, 97, (2, 30))
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    assert max(far(results(twin, tokens), results(randomized(TINY), tokens)).values()) < 1e-4
+    twin.model.layers[0].mlp = torch.nn.Identity()
+    with pytest.raises(FusedLayersError):
+        twin(tokens)
+    model(tokens)

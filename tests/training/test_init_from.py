@@ -73,7 +73,7 @@ def test_resume_is_bitwise_and_remembers_where_it_began_though_that_is_gone(tune
     killed = tune("killed", *words, "--resume")
     assert losses(killed) == losses(whole) and len(losses(killed)) == 8
     assert weights(killed) == weights(whole)
-    with pytest.raises(checkpoint.CheckpointError, match=r"cannot go on from elsewhere: it began from .*parent"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"cannot resume from elsewhere: it started from .*parent"):
         tune("killed", *words, "--resume", "--init-from=elsewhere")
 
 
@@ -106,7 +106,7 @@ def test_new_rows_of_a_grown_vocabulary_are_the_mean_of_the_old(runs):
         (["--init-from", "SONGS", "--data.tokenizer", "char"], "--data.tokenizer char: SONGS has "),
         (
             ["--init-from", "SONGS", "--name", "songs"],
-            "--init-from SONGS: is this run itself",
+            "--init-from SONGS: is the run itself",
         ),
     ],
 )

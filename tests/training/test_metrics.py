@@ -22,7 +22,7 @@ def test_wandb_offline_records_and_cannot_stop_a_run(learn, monkeypatch, capsys)
 
     monkeypatch.setattr(wandb, "init", lambda **_: (_ for _ in ()).throw(RuntimeError("no such project")))
     run = learn("unwatched", "--train.steps=2", "--train.num_evals=1", "--train.wandb=offline")
-    assert "wandb did not start, so it is off: no such project" in capsys.readouterr().out
+    assert "wandb is off, it failed to start: no such project" in capsys.readouterr().out
     assert list(losses(run)) == [1, 2]
 
 
