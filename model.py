@@ -164,7 +164,7 @@ class KVCache:
         return self.lengths[:, None] + torch.arange(T, device=self.lengths.device)
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k and v (B, T, K, D) at the next T positions of a layer; returns its whole buffers, (B, S, K, D) each."""
+        """Write k and v (B, T, K, D) at the next T positions of a layer. Returns its buffers, (B, S, K, D)."""
         keys, values = self.layers[layer]
         B, T = k.shape[:2]
         slots = self.positions(T) % keys.shape[1]  # (B, T)

@@ -5,9 +5,9 @@
     python train.py CONFIG --resume                  continue an interrupted run
     torchrun --nproc-per-node 8 train.py CONFIG      the same run on several devices
 
-A run is a folder, runs/NAME/: config.toml, tokenizer.json, metrics.jsonl, loss.png and checkpoints. A step is a function
-of (seed, step) and the saved state alone, so a run that was killed and resumed equals one that was not: on a CPU bit for
-bit.
+A run is a folder, runs/NAME/: config.toml, tokenizer.json, metrics.jsonl, loss.png and checkpoints. A step is a
+function of (seed, step) and the saved state alone, so a run that was killed and resumed equals one that was not, on a
+CPU bit for bit.
 """
 
 import argparse
@@ -262,8 +262,8 @@ def check_finite(step: int, loss: float, grad_norm: float) -> None:
     """Raise Diverged if the loss or the gradient norm is not finite, before the weights are updated."""
     if not math.isfinite(loss + grad_norm):
         raise Diverged(
-            f"step {step}: the loss is {loss}, the gradient norm {grad_norm}. The weights were not updated and the last "
-            "checkpoint is good. Lower learning rates or more optim.warmup_steps may help"
+            f"step {step}: the loss is {loss}, the gradient norm {grad_norm}. The weights were not updated and the "
+            "last checkpoint is good. Lower learning rates or more optim.warmup_steps may help"
         )
 
 

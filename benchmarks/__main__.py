@@ -98,8 +98,8 @@ def inference_benchmark(a: argparse.Namespace) -> int:
         a.sizes, a.batches, a.prompts, a.max_new_tokens, a.repetitions = ["tiny"], [1, 3], [5], 4, 1
     threads = torch.get_num_threads()
     return inference.run(
-        a.only or list(ENGINES), a.sizes or list(SIZES), a.batches, a.prompts, a.max_new_tokens, a.repetitions, a.nanogpt,
-        a.out, threads,
+        a.only or list(ENGINES), a.sizes or list(SIZES), a.batches, a.prompts, a.max_new_tokens, a.repetitions,
+        a.nanogpt, a.out, threads,
     )  # fmt: skip
 
 

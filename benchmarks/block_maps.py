@@ -1,6 +1,6 @@
 """Draws docs/6-block-maps.png: which blocks of the score matrix are skipped, seen in part, or seen whole.
 
-Nothing is drawn by hand: every square is counted from `kernels.reference.attention_mask`, the definition of who sees whom.
+Every square is computed from `kernels.reference.attention_mask`, the definition of which query attends to which key.
 python -m benchmarks.block_maps
 """
 

@@ -1,7 +1,7 @@
-"""python -m benchmarks kernels --bound: what each GPU could do at best, beside what others measured. Nothing runs.
+"""python -m benchmarks kernels --bound: the roofline of each GPU, next to what others measured. Nothing runs.
 
-Every table says what its figures are: `bound` (arithmetic, see benchmarks/kernel_costs.py), `compiled` (read off the binary, see
-tests/kernels/compile_kernels.py) or `measured`, by those who are named.
+Every table names the kind of its figures: `bound` (arithmetic, see benchmarks/kernel_costs.py), `compiled` (from the
+binary, see tests/kernels/compile_kernels.py) or `measured`, with its source.
 """
 
 import json

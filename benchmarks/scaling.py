@@ -1,4 +1,4 @@
-"""python -m benchmarks scaling: how the time and the memory of a training step grow with context, width, batch and vocabulary.
+"""python -m benchmarks scaling: time and memory of a training step against context, width, batch and vocabulary.
 
 One of the four is doubled again and again while the others stay; each point is a process of its own, so that its peak
 of memory is its own, too. A step is forward, backward and both optimizers, by the means that train.py would choose.

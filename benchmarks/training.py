@@ -1,4 +1,4 @@
-"""python -m benchmarks training: seconds of training to a validation loss, heed against nanoGPT, on the same bytes in the same run.
+"""python -m benchmarks training: seconds of training to a validation loss, heed against nanoGPT, on the same bytes.
 
 The text is split as nanoGPT splits it, the first 90% to train on and the last 10% to validate on, in characters. Both
 train in processes of their own, in turns. Their losses at the end are of the whole validation text, in windows of the
@@ -72,15 +72,15 @@ class Run:
 
 def split(text: str, where: Path) -> None:
     """Write the two parts, for heed as text and for nanoGPT as its data/shakespeare_char/prepare.py leaves them."""
-    letters = {letter: number for number, letter in enumerate(sorted(set(text)))}
+    characters = {character: number for number, character in enumerate(sorted(set(text)))}
     folder = where / "nanogpt" / "data" / "shakespeare_char"
     folder.mkdir(parents=True)
     cut = int(len(text) * 0.9)
     for name, part in (("train", text[:cut]), ("val", text[cut:])):
         (where / f"{name}.txt").write_text(part, newline="")
-        np.array([letters[letter] for letter in part], dtype=np.uint16).tofile(folder / f"{name}.bin")
-    names = {number: letter for letter, number in letters.items()}
-    (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": len(letters), "stoi": letters, "itos": names}))
+        np.array([characters[character] for character in part], dtype=np.uint16).tofile(folder / f"{name}.bin")
+    names = {number: character for character, number in characters.items()}
+    (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": len(characters), "stoi": characters, "itos": names}))
 
 
 def train_heed(setting: Setting, where: Path, seed: int, extra: list[str]) -> Run:

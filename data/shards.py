@@ -139,8 +139,8 @@ def sync(path: Path) -> None:
 class Shards:
     """One split of a prepared folder.
 
-    `tokens`: how many; `num_targets`: how many are targets of the loss: all, or those of answers; `bytes`: of the text that
-    these stand for, in UTF-8 (bits per byte need it); `chat`: whether it holds conversations; `manifest`: all the rest.
+    `tokens`: how many; `num_targets`: how many are targets of the loss, all or those of answers; `bytes`: UTF-8 bytes
+    of the targets' text, for bits per byte; `chat`: whether it holds conversations; `manifest`: everything else.
     Raises ShardError if a file is missing, has another size, or differs in a single bit from what was written.
     """
 

@@ -73,7 +73,7 @@ class EagerEngine:
 class CppEngine:
     """The C++ engine. It holds pointers to the model's own weights, which must stay where they are.
 
-    Raises cpu.Unavailable: no compiler, a flag in `ModelConfig` that the C++ file does not compute, or mixed weight types.
+    Raises cpu.Unavailable: no compiler, an unsupported flag of `ModelConfig`, or weights of several types.
     """
 
     def __init__(self, model: GPT) -> None:

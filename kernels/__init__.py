@@ -56,7 +56,8 @@ def attention(
         document_ids: (B, S) integers: packed documents, each a run of one number; a query attends to its own run only.
         alibi_slopes: (H,) fp32: subtracts |distance| times the slope from the scores (ALiBi: Press et al. 2022,
             section 3).
-        sinks: (H,) fp32: one more score per row in the softmax, without a value (gpt-oss: arXiv 2508.10925, section 2.3).
+        sinks: (H,) fp32: an additional score in every row's softmax, without a value (gpt-oss: arXiv 2508.10925,
+            section 2.3).
         backend: None chooses; a name is used, or is an error if it cannot run this call.
         return_lse: also return the log-sum-exp of each row's scores, sink included, (B, T, H), in at least fp32.
     Returns:
@@ -209,7 +210,8 @@ def _check(
         cache_seqlens is None or block_table.ndim != 2 or block_table.shape[0] != q.shape[0]
     ):
         raise ValueError(
-            f"block_table has shape {tuple(block_table.shape)}; must be ({q.shape[0]}, pages per sequence), with cache_seqlens"
+            f"block_table has shape {tuple(block_table.shape)}; must be ({q.shape[0]}, pages per sequence), "
+            "with cache_seqlens"
         )
     if document_ids is not None and (document_ids.shape != k.shape[:2] or q.shape[1] > k.shape[1]):
         raise ValueError(

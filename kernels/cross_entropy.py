@@ -5,8 +5,8 @@ Chunk by chunk of tokens, three matmuls with one step between them:
     logits = x W^T  ->  the step: each row gives its loss and becomes the loss's gradient  ->  dx = g W,  dW += g^T x
 
 The forward pass computes the gradients, too: the backward pass only multiplies them by the gradient of the returned
-scalar (Liger Kernel: Hsu et al. 2024, arXiv 2410.10989). One reused chunk of logits replaces the (N, V) tensors, several
-of which autograd would store.
+scalar (Liger Kernel: Hsu et al. 2024, arXiv 2410.10989). One reused chunk of logits replaces the (N, V) tensors, of
+which autograd would store several.
 
 The step, with s a row's scores (logits, softcapped or not), t its target and z the factor of the z-loss:
 

@@ -1,7 +1,7 @@
 """Reference attention: the definition in plain torch, slow and simple. Every kernel is tested against it.
 
-`MaskSpec` is the part of a mask that is fixed when a kernel is compiled. `attention_mask` defines which query attends to
-which key; every other backend calls it or is tested against it.
+`MaskSpec` is the part of a mask that is fixed when a kernel is compiled. `attention_mask` defines which query attends
+to which key; every other backend calls it or is tested against it.
 
 Shapes: B batch, T queries, S keys, H query heads, K key/value heads, G = H / K query heads a group, D head size.
 """

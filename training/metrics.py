@@ -96,8 +96,10 @@ def plot(run: Path, title: str) -> None:
 
 
 def _start_wandb(run: Path, mode: Any, config: dict[str, Any]) -> Any:
-    """Start wandb; None, with the reason printed, if that fails. The mode is decided first: after a failed online start,
-    an offline one fails, too."""
+    """Start wandb; None, with the reason printed, if that fails.
+
+    The mode is decided first: after a failed online start, an offline one fails, too.
+    """
     if mode == "off":
         return None
     try:

@@ -97,8 +97,11 @@ def _processor() -> str:
 
 
 def call(function: Any, *arguments: Any) -> int:
-    """Call a C++ function and return its result. A contiguous tensor is passed as a pointer, a structure by reference, an
-    int as int64_t, a float as double; the last argument is the number of threads."""
+    """Call a C++ function and return its result.
+
+    A contiguous tensor is passed as a pointer, a structure by reference, an int as int64_t, a float as double. The last
+    argument is the number of threads.
+    """
     words: list[Any] = []
     for a in (*arguments, torch.get_num_threads()):
         if isinstance(a, Tensor):

@@ -100,7 +100,7 @@ class Scores(Structure):
 class Attend(torch.autograd.Function):
     """`apply(q, k, v, pattern, scale)`: q (B, T, H, D), k and v (B, T, K, D) -> (B, T, H, D). The pattern is causal.
 
-    Blocks of queries multiply only the keys that they can see (kernels/cpu/blockwise_attention.py); their weights are kept.
+    Blocks of queries multiply only the keys that they can see (blockwise_attention.py); their weights are kept.
     """
 
     @staticmethod

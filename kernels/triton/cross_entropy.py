@@ -20,7 +20,8 @@ def cross_entropy_step(
     t = tile("cross_entropy", V, logits.device)
     _row[(rows,)](
         logits, targets.contiguous(), losses, V, logits.stride(0), z_loss, 1.0 if softcap is None else softcap,
-        SOFTCAP=softcap is not None, GRADIENT=gradient, IGNORE_INDEX=IGNORE_INDEX, BLOCK_N=t.N, num_warps=t.warps, num_stages=t.stages,
+        SOFTCAP=softcap is not None, GRADIENT=gradient, IGNORE_INDEX=IGNORE_INDEX, BLOCK_N=t.N, num_warps=t.warps,
+        num_stages=t.stages,
     )  # fmt: skip
 
 
@@ -29,7 +30,7 @@ def _row(  # type: ignore[no-untyped-def]
     logits, targets, losses, V, stride, z_loss, softcap,
     SOFTCAP: tl.constexpr, GRADIENT: tl.constexpr, IGNORE_INDEX: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One row: its statistics in a first walk over blocks of the vocabulary, its gradient in a second."""
+    """One row: a first pass over blocks of the vocabulary computes its statistics, a second its gradient."""
     row = tl.program_id(0).to(tl.int64)  # row * stride may pass 2**31
     logits += row * stride  # (V,), and padding up to the stride, which is read and written but never counts
     target = tl.load(targets + row)

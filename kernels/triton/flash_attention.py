@@ -1,25 +1,25 @@
 """Flash attention in Triton: the softmax-weighted sum without the (T, S) matrix, forward and backward.
 
-A program holds a block of queries and walks over blocks of keys, with an online softmax (Milakov and Gimelshein 2018)
-that rescales what it has when a larger score comes. Only the output and each row's log-sum-exp are written; the
-backward computes the weights again from it (FlashAttention-2: Dao 2023, arXiv 2307.08691, sections 3.1 and 3.2).
+A program holds a block of queries and iterates over blocks of keys, with an online softmax (Milakov and Gimelshein
+2018) that rescales its sums when a larger score occurs. Only the output and each row's log-sum-exp are written, from
+which the backward pass recomputes the weights (FlashAttention-2: Dao 2023, arXiv 2307.08691, sections 3.1 and 3.2).
 
 Three kernels, each with its own tile of M queries x N keys (kernels/triton/tiles.py):
 
-    _forward  grid (blocks of queries, H, B)  owns M rows of out and lse, walks over keys
-    _dq       grid (blocks of queries, H, B)  owns M rows of dq and delta, walks over keys
-    _dkdv     grid (blocks of keys, K, B)     owns N rows of dk and dv, walks over the group's G heads and queries
+    _forward  grid (blocks of queries, H, B)  writes M rows of out and lse, iterates over keys
+    _dq       grid (blocks of queries, H, B)  writes M rows of dq and delta, iterates over keys
+    _dkdv     grid (blocks of keys, K, B)     writes N rows of dk and dv, iterates over the group's G heads and queries
 
-Nothing is written by two programs, so there are no atomics, and the gradients are the same bits every time. With
-s the scores, p = exp(s - lse) the weights, o the output, and do and dlse what comes back:
+No element is written by two programs, so there are no atomics, and gradients are bitwise deterministic. With s the
+scores, p = exp(s - lse) the weights, o the output, and do and dlse the incoming gradients:
 
     dv = p^T do    dp = do v^T    delta = rowsum(do * o) - dlse    ds = p * (dp - delta)    dq = ds k    dk = ds^T q
 
-Every walk is over the blocks that the pattern and the documents can show; a block outside is not masked but skipped.
-Scores are kept in base 2, since exp2 is what the hardware has: log2(e) goes into the scale.
+Blocks that the mask hides completely are skipped, not masked. Scores are in base 2, since the hardware has exp2: the
+scale includes log2(e).
 
 Shapes: B batch, T queries, S keys, H query heads, K key/value heads, G = H / K, D head size (padded to BLOCK_D, a power
-of two). Query t stands at position t + S - T, key s at s. lse and delta are (B, T, H), fp32. q_b ... v_h are strides.
+of two). Query t is at position t + S - T, key s at s. lse and delta are (B, T, H), fp32. q_b ... v_h are strides.
 """
 
 import math
@@ -46,17 +46,17 @@ def flash_attention(
     Args:
         q: (B, T, H, D); k, v: (B, S, K, D), all fp32, fp16 or bf16; T at most S with document_ids (B, S).
         document_ids: runs of one number; cumulative lengths become such numbers by torch.repeat_interleave(lengths).
-        alibi_slopes, sinks: (H,), computed with in fp32.
+        alibi_slopes, sinks: (H,), converted to fp32.
     Returns:
         out (B, T, H, D) in q's dtype and the log-sum-exp (B, T, H) in fp32, natural, sink included, both with
-        gradients. A row that sees no key gives out 0 and log-sum-exp -inf, or the sink.
+        gradients. A row without a key has out 0 and log-sum-exp -inf, or the sink.
     Raises:
-        ValueError: dtypes that differ or are none of the three; D above the largest that a tile is known for.
+        ValueError: dtypes that differ or are none of the three; D above 256.
     """
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16) or not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"flash wants one dtype, fp32, fp16 or bf16; q is {q.dtype}, k {k.dtype}, v {v.dtype}")
+        raise ValueError(f"flash needs one dtype, fp32, fp16 or bf16; q is {q.dtype}, k {k.dtype}, v {v.dtype}")
     if q.shape[-1] > 256:
-        raise ValueError(f"flash takes head sizes up to 256, not {q.shape[-1]}")
+        raise ValueError(f"flash supports head sizes up to 256, not {q.shape[-1]}")
     first, last = (None, None) if document_ids is None else document_bounds(document_ids)
     alibi_slopes, sinks = (None if x is None else x.float().contiguous() for x in (alibi_slopes, sinks))
     return _forward_op(
@@ -65,11 +65,10 @@ def flash_attention(
 
 
 def document_bounds(document_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each position's document begins and ends: first and last, (B, S) int32; its keys are first ... last - 1."""
+    """Begin and end of each position's document, (B, S) int32: its keys are first ... last - 1."""
     S = document_ids.shape[1]
-    new = (
-        document_ids.diff(dim=1, prepend=document_ids[:, :1]) != 0
-    )  # (B, S) a run begins here; not at 0, where it must
+    # (B, S) true where a run begins; not at position 0, where one always does
+    new = document_ids.diff(dim=1, prepend=document_ids[:, :1]) != 0
     here = torch.arange(S, dtype=torch.int32, device=document_ids.device).expand_as(document_ids)  # (B, S)
     first = torch.where(new, here, 0).cummax(1).values
     ends = torch.where(new, here, S).roll(-1, 1)  # (B, S) at a run's last position the next one's first

@@ -1,22 +1,22 @@
-"""Attention of a few queries over a long cache: split the keys, attend to each part, combine the parts.
+"""Flash-decoding in Triton: attention of a few queries over a long KV cache. Split the keys, attend, combine.
 
-Decoding a token is B * K small products over S keys each, far fewer than a GPU has processors. So the keys of a
-sequence are divided among several programs, and a second kernel joins what they found (Flash-Decoding: Dao, Haziza,
-Massa and Sizov 2023). Part i of the keys, attended to on its own, has output o_i and log-sum-exp l_i; the output of all
-keys is the mean of the o_i with weights exp(l_i), since o_i was divided by exp(l_i).
+Decoding a token is B * K small matmuls over S keys each, far fewer than a GPU has processors. So the keys of a sequence
+are divided among several programs, and a second kernel combines their results (Flash-Decoding: Dao, Haziza, Massa and
+Sizov 2023). Split i of the keys has output o_i and log-sum-exp l_i; the output of all keys is the mean of the o_i with
+weights exp(l_i), since o_i was divided by exp(l_i).
 
-The split kernel. Grid (B * K * row blocks, splits). The queries that read one key/value head are the rows of one
-matrix, row t * G + g for query t of the group's query head g, so that keys are read once for a group. A program owns
-BLOCK_M rows and one part of the positions that any of them may see, goes through these BLOCK_N at a time with an online
-softmax (Milakov and Gimelshein 2018), and writes o_i and l_i. Its part follows from the sequence's length, which only
-the GPU reads: the number of splits is settled by shapes alone.
+The split kernel. Grid (B * K * row blocks, splits). The queries that share one key/value head are the rows of one
+matrix, row t * G + g for query t of the group's query head g, so keys are loaded once per group. A program computes
+BLOCK_M rows over one split of the positions that any of them attends to, BLOCK_N at a time with an online softmax
+(Milakov and Gimelshein 2018), and writes o_i and l_i. Its split depends on the length of the sequence, which only the
+GPU reads: the number of splits follows from shapes alone.
 
-The combine kernel. Grid (B * T * H,). A program owns one row. With one split there is nothing to combine: the split
-kernel writes the results.
+The combine kernel. Grid (B * T * H,). A program computes one row. With a single split there is nothing to combine, and
+the split kernel writes the results.
 
-Programs go through positions, not slots: position p lies in slot p % S, also when the cache is a ring that has come
-round. Paged (PagedAttention: Kwon et al. 2023, section 4.3), slot s lies in page block_table[b, s // page]; a cache that is
-not paged is a pool whose pages have S slots, and sequence b has page b.
+Programs iterate over positions, not slots: position p is in slot p % S, also when the cache is a full ring buffer.
+With a block table (PagedAttention: Kwon et al. 2023, section 4.3), slot s is in page block_table[b, s // page]. A cache
+without pages is a pool whose pages have S slots, and sequence b has page b.
 
 Shapes: B batch, T queries, S slots, H query heads, K key/value heads, G = H / K, D head size.
 """
@@ -34,31 +34,33 @@ from kernels.reference import MaskSpec
 from kernels.triton.flash_attention import accurate_tanh
 from kernels.triton.tiles import tile
 
-RESIDENT = 2  # programs that share a processor well: one computes while the other waits for memory
+RESIDENT = 2  # programs per processor: one computes while the other waits for memory
 MOST_SPLITS = 256
-INTERPRETED = 8  # processors where no GPU is: so many that small inputs are split
+INTERPRETED = 8  # processors without a GPU: enough that small inputs are split
 
 
 def decode_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask_spec: MaskSpec, softmax_scale: float, cache_seqlens: Tensor, block_table: Tensor | None = None,
-    alibi_slopes: Tensor | None = None, sinks: Tensor | None = None, splits: int | None = None,
+    q: Tensor, k: Tensor, v: Tensor, mask_spec: MaskSpec, softmax_scale: float, cache_seqlens: Tensor,
+    block_table: Tensor | None = None, alibi_slopes: Tensor | None = None, sinks: Tensor | None = None,
+    splits: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention over a cache, forward only. All arguments but the last are those of `kernels.attention`.
 
     Args:
         q: (B, T, H, D). k, v: (B, S, K, D), or with block_table (B, N) a pool (P, page, K, D), S = N * page.
-        cache_seqlens, alibi_slopes, sinks: (B,), (H,), (H,). The host never reads cache_seqlens, so it never waits for the GPU.
-        splits: into how many parts the keys are divided; None chooses, see `choose_splits`.
+        cache_seqlens, alibi_slopes, sinks: (B,), (H,), (H,). The host does not read cache_seqlens, so it never
+            synchronizes with the GPU.
+        splits: number of splits of the keys; None chooses, see `choose_splits`.
     Returns:
-        out (B, T, H, D) in q's dtype and the log-sum-exp (B, T, H) in fp32, sink included. A row that sees no key
-        gives out 0 and log-sum-exp -inf, or the sink.
+        out (B, T, H, D) in q's dtype and the log-sum-exp (B, T, H) in fp32, sink included. A row without a key
+        has out 0 and log-sum-exp -inf, or the sink.
     Raises:
-        ValueError: dtypes that differ or are not fp32, fp16 or bf16; an input that wants a gradient; D above 256.
+        ValueError: dtypes that differ or are not fp32, fp16 or bf16; an input that requires a gradient; D above 256.
     """
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16) or not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"decode wants one dtype, fp32, fp16 or bf16; q is {q.dtype}, k {k.dtype}, v {v.dtype}")
+        raise ValueError(f"decode needs one dtype, fp32, fp16 or bf16; q is {q.dtype}, k {k.dtype}, v {v.dtype}")
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, alibi_slopes, sinks)):
-        raise ValueError("decode has no gradients: call it under torch.no_grad(), or use another backend")
+        raise ValueError("decode has no gradients: call it under torch.no_grad() or use another backend")
     return _op(
         q,
         k,
@@ -77,12 +79,12 @@ def decode_attention(
 
 @functools.cache
 def choose_splits(programs: int, blocks: int, processors: int) -> int:
-    """Into how many parts to divide the keys, so that all ends soonest; the smallest such number.
+    """The number of splits of the keys with the shortest total time; the smallest such number.
 
-    Unsplit there are `programs` programs with `blocks` blocks of keys each. RESIDENT programs at a time run on each of
-    the GPU's processors: that is a wave. A wave lasts as long as a program: its share of the blocks, and about the time
-    of one more to start and to hand its part on. One sequence of 8,192 tokens with 8 key/value heads, in blocks of 64,
-    becomes 8 * 32 programs on an H100, one wave on its 132 processors.
+    Without splits there are `programs` programs of `blocks` blocks of keys each. RESIDENT programs run at a time on
+    each of the GPU's processors: a wave. A wave takes as long as a program: its share of the blocks, and about the time
+    of one more block to start and to write its result. One sequence of 8,192 tokens with 8 key/value heads, in blocks
+    of 64, becomes 8 * 32 programs on an H100, one wave on its 132 processors.
     """
 
     def time(splits: int) -> int:
@@ -94,7 +96,8 @@ def choose_splits(programs: int, blocks: int, processors: int) -> int:
 
 def launch(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, softcap: float | None, softmax_scale: float,
-    cache_seqlens: Tensor, block_table: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None, splits: int | None,
+    cache_seqlens: Tensor, block_table: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None,
+    splits: int | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Arguments and results of `decode_attention`."""
     B, T, H, D = q.shape
@@ -102,7 +105,7 @@ def launch(
     G, S = H // K, page if block_table is None else page * block_table.shape[1]
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     t, block_d = tile("decode", D, q.device), max(triton.next_power_of_2(D), 16)
-    # 16 rows are the least that a matrix unit takes. There is none for fp32: its rows lie in ordinary registers.
+    # A tensor core takes at least 16 rows. There is none for fp32, whose rows are in ordinary registers.
     block_m = 16 if q.dtype == torch.float32 else min(max(triton.next_power_of_2(T * G), 16), t.M)
     programs = B * K * triton.cdiv(T * G, block_m)
     if splits is None:
@@ -114,12 +117,13 @@ def launch(
     parts, lses = out, lse
     if splits > 1:
         parts, lses = (new(splits, *x.shape, dtype=torch.float32) for x in (out, lse))
+    optional = (None if x is None else x.contiguous() for x in (block_table, alibi_slopes, sinks))
     _split[(programs, splits)](
-        q, k, v, cache_seqlens.contiguous(), *(None if x is None else x.contiguous() for x in (block_table, alibi_slopes, sinks)),
-        parts, lses, softmax_scale, B, T, S, K, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        q, k, v, cache_seqlens.contiguous(), *optional, parts, lses, softmax_scale, B, T, S, K,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         G=G, D=D, PAGE=None if block_table is None else page, CAUSAL=causal, WINDOW=window, SOFTCAP=softcap,
         BLOCK_M=block_m, BLOCK_N=t.N, BLOCK_D=block_d, num_warps=t.warps,
-        # A page's number is loaded before what is in the page: the pipeline is twice as long for as much in flight.
+        # The page number is loaded before the page: the pipeline is twice as long for as many loads in flight.
         num_stages=t.stages if block_table is None else 2 * t.stages - 1,
     )  # fmt: skip
     if splits > 1:

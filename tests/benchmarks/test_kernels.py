@@ -125,7 +125,7 @@ def test_a_block_map_tells_part_from_whole():
 
 @triton.jit
 def ranges(out, first, last, T, S, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
-    """The ranges of the i-th block of queries, and of keys, as kernels/triton/flash_attention.py has them: out (2, blocks, 2)."""
+    """The ranges of the i-th block of queries, and of keys, as in flash_attention.py: out (2, blocks, 2)."""
     i, n = tl.program_id(0), tl.num_programs(0)
     low, high = _key_range(i * M, 0, first, last, T, S, CAUSAL, WINDOW, M, N)
     tl.store(out + i * 2, low)

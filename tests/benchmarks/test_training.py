@@ -1,4 +1,4 @@
-"""python -m benchmarks training against a stand-in for nanoGPT, which prints and saves what nanoGPT does, with a loss known before."""
+"""python -m benchmarks training against a stand-in for nanoGPT that prints and saves the same, with a known loss."""
 
 import csv
 import math
@@ -70,10 +70,10 @@ def peer(tmp_path: Path) -> Path:
 
 def test_both_get_the_same_text(tmp_path):
     training.split("cabbage" * 10, tmp_path)
-    letters = "abceg"
+    characters = "abceg"
     for name, expected in (("train", ("cabbage" * 10)[:63]), ("val", "cabbage")):
         numbers = np.fromfile(tmp_path / "nanogpt/data/shakespeare_char" / f"{name}.bin", dtype=np.uint16)
-        assert "".join(letters[n] for n in numbers) == (tmp_path / f"{name}.txt").read_text() == expected
+        assert "".join(characters[n] for n in numbers) == (tmp_path / f"{name}.txt").read_text() == expected
 
 
 def test_the_whole_benchmark(peer, tmp_path, capsys):

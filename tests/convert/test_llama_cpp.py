@@ -106,7 +106,8 @@ def run(tmp_path_factory, text):
     small = [word for word in SMALL if "context" not in word and "batch" not in word]
     done = command(
         "train.py", "shakespeare", "--name=read", f"--data.source={text}", *small, "--model.context=256",
-        "--train.batch_tokens=2048", "--train.micro_batch_size=8", "--train.steps=60", "--train.num_evals=1", where=where,
+        "--train.batch_tokens=2048", "--train.micro_batch_size=8", "--train.steps=60", "--train.num_evals=1",
+        where=where,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return where / "read"

@@ -1,4 +1,4 @@
-"""The GGUF file, every number in it read by gguf's own reader. What llama.cpp makes of it: tests/convert/test_llama_cpp.py."""
+"""The GGUF file, every number in it read by gguf's own reader. llama.cpp itself: tests/convert/test_llama_cpp.py."""
 
 import sys
 

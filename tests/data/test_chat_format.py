@@ -65,7 +65,8 @@ def test_tokens_and_answers_are_those_of_transformers(kind, request, tmp_path):
             messages[:-1], add_generation_prompt=True, return_dict=False
         )
         # transformers finds the answers, too, once the template says where they are.
-        marked = chat_format.chat_template().replace("<|im_start|>{{ turn['role'] + '\\n' + turn['content'] }}<|im_end|>", (
+        turn = "<|im_start|>{{ turn['role'] + '\\n' + turn['content'] }}<|im_end|>"
+        marked = chat_format.chat_template().replace(turn, (
             "<|im_start|>{{ turn['role'] + '\\n' }}{% if turn['role'] == 'assistant' %}{% generation %}"
             "{{ turn['content'] }}<|im_end|>{% endgeneration %}{% else %}{{ turn['content'] }}<|im_end|>{% endif %}"
         ))  # fmt: skip
@@ -83,13 +84,14 @@ def test_what_is_learnt_written_out_by_hand(byte):
         byte, [[("user", "Hi"), ("assistant", "Yo!"), ("user", "?"), ("assistant", "no")]]
     )[0]
     b = [byte.encode(c)[0] for c in "user\nHi"]
+    no, yes = NO_TARGET, TARGET
     by_hand = [
-        (start, FIRST), *((i, NO_TARGET) for i in b), (end, NO_TARGET), (byte.encode("\n")[0], NO_TARGET),
-        (start, NO_TARGET), *((i, NO_TARGET) for i in byte.encode("assistant\n")), *((i, TARGET) for i in byte.encode("Yo!")),
-        (end, TARGET), (byte.encode("\n")[0], NO_TARGET),
-        (start, NO_TARGET), *((i, NO_TARGET) for i in byte.encode("user\n?")), (end, NO_TARGET), (byte.encode("\n")[0], NO_TARGET),
-        (start, NO_TARGET), *((i, NO_TARGET) for i in byte.encode("assistant\n")), *((i, TARGET) for i in byte.encode("no")),
-        (end, TARGET), (byte.encode("\n")[0], NO_TARGET),
+        (start, FIRST), *((i, no) for i in b), (end, no), (byte.encode("\n")[0], no),
+        (start, no), *((i, no) for i in byte.encode("assistant\n")), *((i, yes) for i in byte.encode("Yo!")),
+        (end, yes), (byte.encode("\n")[0], no),
+        (start, no), *((i, no) for i in byte.encode("user\n?")), (end, no), (byte.encode("\n")[0], no),
+        (start, no), *((i, no) for i in byte.encode("assistant\n")), *((i, yes) for i in byte.encode("no")),
+        (end, yes), (byte.encode("\n")[0], no),
     ]  # fmt: skip
     assert list(zip(ids, loss_mask, strict=True)) == by_hand
 

@@ -1,4 +1,4 @@
-"""Conversations as batches: every answer targets_of once an epoch, nothing else, and the mean over what is targets_of."""
+"""Conversations as batches: the targets are every answer once an epoch and nothing else, the loss is their mean."""
 
 import json
 import re

@@ -1,7 +1,7 @@
 """Compile every kernel ahead of time for GPUs that need not be there, and read off what the compiler made of it.
 
-    python -m tests.kernels.compile_kernels             prints the figures as JSON
-    python -m tests.kernels.compile_kernels --record    writes them to tests/kernels/compiled_budget.json, for test_compiled.py
+    python -m tests.kernels.compile_kernels             print the figures as JSON
+    python -m tests.kernels.compile_kernels --record    write them to compiled_budget.json, for test_compiled.py
 
 The kernels are launched as always, by their public functions, on tensors of this machine with the tiles of the target.
 But the launch is caught: Triton derives from its arguments what it would compile for that GPU (types, which pointers

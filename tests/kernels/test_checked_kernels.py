@@ -1,4 +1,4 @@
-"""heed's kernels under the checker of tests/kernels/interpreter.py: every access in bounds, no two programs in conflict."""
+"""heed's kernels under the checker of interpreter.py: every access in bounds, no two programs in conflict."""
 
 import pytest
 import torch

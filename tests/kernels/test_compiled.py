@@ -1,7 +1,7 @@
 """The compiled gate: what the compilers make of every kernel is held to the figures in compiled_budget.json.
 
-tests/kernels/compile_kernels.py compiles them, in a process of its own, since this one has Triton's interpreter. A figure that
-got worse fails; one that got better fails too, until it is recorded, so that the record is always what is there.
+compile_kernels.py compiles them, in a process of its own, since this one has Triton's interpreter. A figure that got
+worse fails; one that got better fails too, until it is recorded, so that the record is always what is there.
 """
 
 import itertools

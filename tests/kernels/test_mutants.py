@@ -1,8 +1,8 @@
 """Do the tests have teeth? Bugs are put into the kernels one at a time, and each must make the module's probe fail.
 
-A mutant is a name, a piece of a kernel module's source, and what to write in its place; tests/kernels/mutants_*.py list them.
-Everything runs under the checker of tests/kernels/interpreter.py: a mutant that touches what it must not is caught there, and
-does no harm.
+A mutant is a name, a piece of a kernel module's source, and what to write in its place; mutants_*.py list them.
+Everything runs under the checker of interpreter.py: a mutant that touches what it must not is caught there, and does no
+harm.
 """
 
 import importlib.util
