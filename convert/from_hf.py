@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint as a heed run: Qwen3-, Llama- and Ministral-shaped ones, and whatever heed has exported."""
+"""Import a Hugging Face checkpoint as a run: Qwen3-, Llama- and Ministral-shaped ones, and all that heed exports."""
 
 import dataclasses
 import json
@@ -21,10 +21,10 @@ from training.recipes import dump
 
 
 def import_checkpoint(source: str, run: Path, context: int | None = None) -> str:
-    """Write `source`, a folder or a hub name, as a run: step 0 of a training; returns what was done, in a line.
+    """Write `source`, a folder or a name on the hub, as a run at step 0; returns a summary.
 
-    context: tokens seen at once, at most those that the checkpoint can; None for all. The run's config.toml is a recipe
-    for fine-tuning. Raises ValueError, one line, for anything that heed's model or tokenizer cannot hold.
+    context: context length; default: the checkpoint's. The run's config.toml is a recipe for fine-tuning. Raises
+    ValueError, one line, for anything that heed's model or tokenizer does not support.
     """
     folder = Path(source).expanduser() if Path(source).expanduser().is_dir() else download(source)
     words = read_json(folder / "config.json")
@@ -43,7 +43,7 @@ def import_checkpoint(source: str, run: Path, context: int | None = None) -> str
         run.resolve().name,
         model=model,
         data=DataConfig(tokenizer=str(run / "tokenizer.json")),
-        optim=OptimConfig(optimizer="adamw", lr=2e-5),  # what is there shall be changed gently
+        optim=OptimConfig(optimizer="adamw", lr=2e-5),  # fine-tuning: small updates
         train=TrainConfig(steps=1000, batch_tokens=model.context * max(1, 16384 // model.context), micro_batch_size=1),
     )
     with torch.device("meta"):
@@ -82,7 +82,7 @@ def read_tokenizer(folder: Path, words: dict[str, Any]) -> Tokenizer:
 def read_weights(folder: Path, model: GPT) -> dict[str, Tensor]:
     """Every tensor of the model, in fp32, from one safetensors file or from those that an index lists.
 
-    Raises ValueError when one is missing, is too many, or has another shape.
+    Raises ValueError when one is missing, unknown, or has another shape.
     """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if not single.is_file() and not index.is_file():
@@ -117,7 +117,7 @@ def download(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"], ignore_patterns=["*/*"]))
     except Exception as error:  # no network, no such name, no access: each raises a kind of its own
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{name}: neither a folder here, nor to be had from the hub ({reason})") from None
+        raise ValueError(f"{name}: no such folder here, nor on the hub ({reason})") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""heed's model configuration in Hugging Face's words, and back.
+"""Convert ModelConfig to Hugging Face's config.json and back.
 
-Four classes of transformers compute what heed's model does; which one is decided by the flags:
+Four classes of transformers compute heed's model; the flags decide which one:
 
     qwen3        QK-norm, and windows layer by layer
     qwen3_next   QK-norm and the gate: every layer full attention, every feed-forward dense, gains stored less one
@@ -30,7 +30,7 @@ SAME = {  # heed's name for a field: theirs
     "tie_embeddings": "tie_word_embeddings",
     "norm_eps": "rms_norm_eps",
 }
-KINDS = {"L": "full_attention", "S": "sliding_attention"}
+LAYER_TYPES = {"L": "full_attention", "S": "sliding_attention"}
 NEEDED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "quantization_config": None}
 YARN = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "attention_factor": None, "partial_rotary_factor": 1}
 
@@ -61,7 +61,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     words |= {"rope_theta": config.rope_theta, "rope_scaling": rope if config.yarn_factor > 1 else None}  # before 5
     pattern = (config.layer_pattern * config.n_layer)[: config.n_layer]
     if kind != "llama":
-        words["layer_types"] = [KINDS[layer] for layer in pattern]
+        words["layer_types"] = [LAYER_TYPES[layer] for layer in pattern]
     if kind == "ministral":
         words["sliding_window"] = config.window or config.context  # it asks for a number even where no layer slides
     if kind == "qwen3":
@@ -105,10 +105,13 @@ def _windows(words: dict[str, Any]) -> dict[str, Any]:
     count, window = words["num_hidden_layers"], words.get("sliding_window")
     slides = words["model_type"] == "ministral" or (words["model_type"] == "qwen3" and words.get("use_sliding_window"))
     first = words.get("max_window_layers", 28) if words["model_type"] == "qwen3" else 0  # the first layer that slides
-    kinds = words.get("layer_types") or [KINDS["S" if window and slides and i >= first else "L"] for i in range(count)]
-    pattern = "".join({kind: layer for layer, kind in KINDS.items()}.get(kind, "?") for kind in kinds)
+    kinds = words.get("layer_types")
+    if not kinds:
+        kinds = [LAYER_TYPES["S" if window and slides and i >= first else "L"] for i in range(count)]
+    letter = {kind: key for key, kind in LAYER_TYPES.items()}
+    pattern = "".join(letter.get(kind, "?") for kind in kinds)
     if "?" in pattern or len(pattern) != count:
-        raise ValueError(f"layer_types: must be {count} times one of {', '.join(KINDS.values())}")
+        raise ValueError(f"layer_types: must be {count} times one of {', '.join(LAYER_TYPES.values())}")
     period = next(n for n in range(1, count + 1) if (pattern[:n] * count)[:count] == pattern)
     return {"layer_pattern": pattern[:period], "window": window or 0 if "S" in pattern else 0}
 

@@ -1,10 +1,10 @@
-"""A run as one GGUF file, which llama.cpp and everything built on it loads.
+"""Export a run as one GGUF file for llama.cpp and everything built on it.
 
     python -m convert to-gguf runs/shakespeare shakespeare.gguf                  16-bit floats
     python -m convert to-gguf runs/shakespeare shakespeare.gguf --type q8_0      8 bits per weight, one scale per 32
 
-heed's models are llama.cpp's `qwen3`, its tokenizers become llama.cpp's byte-level BPE (see `vocabulary`). What
-llama.cpp would compute or spell otherwise is refused by name.
+heed's models are llama.cpp's `qwen3`; its tokenizers become llama.cpp's byte-level BPE (see `vocabulary`). A flag or
+tokenizer that llama.cpp does not support is an error.
 """
 
 import json
@@ -167,8 +167,8 @@ def write(path: Path, model: GPT, tokenizer: Tokenizer, dtype: str, name: str, s
     out.add_token_list(words.tokens)
     out.add_token_types(words.kinds)
     out.add_token_merges(words.merges)
-    opening = tokenizer.bos_tokens or [tokenizer.eot]  # a document begins after the end of another
-    out.add_bos_token_id(opening[0])
+    bos = tokenizer.bos_tokens or [tokenizer.eot]  # a document begins after the end of another
+    out.add_bos_token_id(bos[0])
     out.add_eos_token_id(tokenizer.eot)
     out.add_add_bos_token(bool(tokenizer.bos_tokens))
 

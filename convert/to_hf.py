@@ -1,4 +1,4 @@
-"""A run as a folder that Hugging Face's AutoModelForCausalLM and AutoTokenizer load, with nothing of heed in it."""
+"""Export a run as a folder that Hugging Face's AutoModelForCausalLM and AutoTokenizer load without heed."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ from training.metrics import read
 
 
 def export(run: Path, folder: Path, checkpoint: str = "best", dtype: str = "float32") -> str:
-    """Write the checkpoint's weights, configuration, tokenizer and model card; returns what was done, in a line.
+    """Write the weights, configuration, tokenizer and model card of a checkpoint; returns a summary of one line.
 
     dtype: float32 (exact) or bfloat16 (rounded, half as large). Raises ValueError: no such run or checkpoint, a flag
     that no class of transformers can hold, or a folder that is not empty.
@@ -59,7 +59,7 @@ def export(run: Path, folder: Path, checkpoint: str = "best", dtype: str = "floa
 
 
 def model_card(run: Path, state: dict[str, Any], architecture: str, dtype: str) -> str:
-    """The model card: what the model is, learned from and reaches, how to load it, and its recipe."""
+    """The model card: shape, training text, validation loss, how to load the model, and its configuration."""
     config, step = state["config"], state["step"]
     model, source = ModelConfig(**config["model"]), config["data"]["source"]
     tokens = step * config["train"]["batch_tokens"]
@@ -120,9 +120,9 @@ print(tokenizer.decode(model.generate(**prompt, max_new_tokens=100)[0], skip_spe
 
 
 def new_folder(folder: Path) -> None:
-    """Make the folder. Raises ValueError when it has something in it."""
+    """Create the folder. Raises ValueError if it is not empty."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder}: is there and not empty; name a new folder")
+        raise ValueError(f"{folder}: not empty; name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
 
 

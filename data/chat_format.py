@@ -1,16 +1,16 @@
-"""Conversations: a JSONL file -> turns -> tokens, and which of these an answer is made of.
+"""The chat format: from a JSONL file to turns, tokens and the loss mask, and the prompt template.
 
     {"messages": [{"role": "system", "content": "Be brief."},      optional, first
-                  {"role": "user", "content": "Who wrote it?"},    user and assistant in turn,
-                  {"role": "assistant", "content": "Marlowe."}]}   the last word is the assistant's
+                  {"role": "user", "content": "Who wrote it?"},    user and assistant alternate,
+                  {"role": "assistant", "content": "Marlowe."}]}   the assistant's turn is last
 
-is written down as ChatML, in which two marks of the vocabulary's own frame each turn:
+is rendered as ChatML, in which two special tokens enclose each turn:
 
     <|im_start|>user\\nWho wrote it?<|im_end|>\\n<|im_start|>assistant\\nMarlowe.<|im_end|>\\n
 
-The marks are single tokens that no content can produce: who types `<|im_end|>` gets its ten characters. A model learns
-from the answers alone, each with the mark that ends it (`Marlowe.<|im_end|>`); all the rest it only reads. A tokenizer
-that has both marks has this template, so the template is kept wherever the tokenizer is.
+Content never produces a special token: a user who types `<|im_end|>` gets its ten characters. The loss is over the
+answers alone, each with the token that ends it (`Marlowe.<|im_end|>`). A tokenizer that has both special tokens uses
+this template, so the template is stored with the tokenizer.
 """
 
 import json
@@ -42,25 +42,25 @@ def chat_template() -> str:
 
 
 def read(file: Path) -> Iterator[Piece]:
-    """The conversations of a JSONL file, one a line, each a piece. Raises ValueError, "file:line: what is wrong"."""
+    """The conversations of a JSONL file, one piece per line. Raises ValueError, "file:line: what is wrong"."""
     with file.open("rb") as stream:
         for number, line in enumerate(stream, 1):
             if line.strip():
                 try:
                     turns = parse(json.loads(line.decode("utf-8-sig")))
-                except (ValueError, RecursionError) as error:  # the latter from brackets without end
-                    raise ValueError(f"{file}:{number}: {_plainly(error)}") from None
+                except (ValueError, RecursionError) as error:  # RecursionError: too many nested brackets
+                    raise ValueError(f"{file}:{number}: {_reason(error)}") from None
                 yield Piece("".join(f"{role}\n{content}\n" for role, content in turns), ends=True, turns=tuple(turns))
 
 
-def _plainly(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     if isinstance(error, UnicodeDecodeError):
         return f"is not UTF-8 (byte {error.start} of the line)"
     return f"is not JSON ({error})" if isinstance(error, json.JSONDecodeError) else str(error)
 
 
 def parse(row: Any) -> Turns:
-    """The turns of one line. Raises ValueError: what is wrong with it."""
+    """The turns of one line. Raises ValueError with what is wrong."""
     messages = row.get("messages") if isinstance(row, dict) else None
     if not isinstance(messages, list) or not messages:
         raise ValueError('has no "messages"; a line is {"messages": [{"role": "user", "content": "..."}, ...]}')
@@ -71,7 +71,7 @@ def parse(row: Any) -> Turns:
         if role not in ROLES:
             raise ValueError(f"messages[{at}].role = {role!r}: must be one of {', '.join(ROLES)}")
         if role not in expected:
-            raise ValueError(f"messages[{at}].role = {role!r}: {' or '.join(expected)} must come here, turn by turn")
+            raise ValueError(f"messages[{at}].role = {role!r}: {' or '.join(expected)} must come here, in alternation")
         if not isinstance(content, str) or not content.strip():
             raise ValueError(f"messages[{at}].content = {content!r}: must be text, and not empty")
         try:
@@ -89,8 +89,8 @@ def parse(row: Any) -> Turns:
 
 
 def add_special_tokens(tokenizer: Tokenizer) -> Tokenizer:
-    """The tokenizer with the two marks: itself if it has them, else a copy with new entries at the end."""
-    if all(tokenizer.inner.token_to_id(mark) is not None for mark in SPECIAL_TOKENS):
+    """The tokenizer with the two special tokens: itself if it has them, else a copy with new entries at the end."""
+    if all(tokenizer.inner.token_to_id(token) is not None for token in SPECIAL_TOKENS):
         return tokenizer
     copy = tokenizers.Tokenizer.from_str(tokenizer.inner.to_str())
     copy.add_special_tokens(list(SPECIAL_TOKENS))
@@ -98,9 +98,9 @@ def add_special_tokens(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def encode(tokenizer: Tokenizer, conversations: list[Turns]) -> list[tuple[list[int], list[int]]]:
-    """Of each conversation the ids, and of each id whether it is a TARGET, NO_TARGET or the FIRST of its conversation.
+    """Of each conversation the ids and the loss mask: of each id TARGET, NO_TARGET or FIRST.
 
-    A turn is encoded as other tools do it, its role and content as one text. Raises TokenizerError.
+    A turn is tokenized as other tools do, role and content as one text. Raises TokenizerError.
     """
     start, end = special_tokens(tokenizer)
     newline, header = tokenizer.encode("\n"), tokenizer.encode("assistant\n")
@@ -110,8 +110,8 @@ def encode(tokenizer: Tokenizer, conversations: list[Turns]) -> list[tuple[list[
         ids, loss_mask = list[int](), list[int]()
         for role, _ in turns:
             part = next(texts)
-            # The header's own tokens are given when the model answers; what follows them is the answer.
-            given = agreeing(header, part) if role == "assistant" else len(part)
+            # The header's tokens are part of the prompt when the model answers; the answer follows them.
+            given = common_prefix(header, part) if role == "assistant" else len(part)
             last = TARGET if role == "assistant" else NO_TARGET
             ids += [start, *part, end, *newline]
             loss_mask += (
@@ -122,32 +122,32 @@ def encode(tokenizer: Tokenizer, conversations: list[Turns]) -> list[tuple[list[
     return encoded
 
 
-def agreeing(a: list[int], b: list[int]) -> int:
-    """How many ids at the beginning are the same."""
+def common_prefix(a: list[int], b: list[int]) -> int:
+    """Length of the common prefix."""
     return next((at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def render_prompt(tokenizer: Tokenizer, turns: Turns, most: int) -> list[int]:
-    """The ids that an answer follows: the turns, then the beginning of the assistant's.
+def render_prompt(tokenizer: Tokenizer, turns: Turns, max_tokens: int) -> list[int]:
+    """The prompt of an answer: the turns, then the header of the assistant's turn.
 
-    Of a conversation of more than `most` tokens the oldest turns are left out, though never what the system said, nor
+    If a conversation has more than `max_tokens` tokens, the oldest turns are left out, except the system message and
     the last turn. Raises TokenizerError.
     """
     header = [special_tokens(tokenizer)[0], *tokenizer.encode("assistant\n")]
     first = int(turns[0][0] == "system")
     while True:
         ids = encode(tokenizer, [turns])[0][0] + header
-        if len(ids) <= most or len(turns) - first <= 1:
+        if len(ids) <= max_tokens or len(turns) - first <= 1:
             return ids
         turns = turns[:first] + turns[first + 2 :]  # a question and its answer
 
 
 def special_tokens(tokenizer: Tokenizer) -> tuple[int, int]:
-    """The ids of the two marks. Raises TokenizerError if they are not there."""
-    start, end = (tokenizer.inner.token_to_id(mark) for mark in SPECIAL_TOKENS)
+    """The ids of the two special tokens. Raises TokenizerError if the tokenizer does not have them."""
+    start, end = (tokenizer.inner.token_to_id(token) for token in SPECIAL_TOKENS)
     if start is None or end is None:
         raise TokenizerError(
             f"this tokenizer has no {' and '.join(SPECIAL_TOKENS)}: it was not trained to chat; "
-            "python train.py chat --init-from RUN --data.source chat.jsonl teaches it"
+            "train it with python train.py chat --init-from RUN --data.source chat.jsonl"
         )
     return start, end

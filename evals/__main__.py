@@ -1,12 +1,12 @@
-"""How good a run is, in numbers: on any text, and on tasks.
+"""Evaluate a run: perplexity and bits per byte on any text, and accuracy on tasks.
 
     python -m evals runs/shakespeare                           the run's own validation text
     python -m evals runs/shakespeare --text kjv my-notes/      any text that data.source takes
     python -m evals runs/shakespeare --tasks questions.jsonl   last words, cloze, multiple choice
 
-A text is read as in training's validation: document after document, an end of text between them, in windows of
-model.context tokens, every token predicted once. All is computed in fp32. Tasks: see evals/tasks.py. The same tasks and
-many more by lm-eval: evals/lm_eval_adapter.py.
+A text is evaluated like the validation text in training: documents are separated by an end-of-text token and cut into
+sequences of model.context tokens; every token is predicted once. Everything is computed in fp32. Tasks: evals/tasks.py.
+For lm-eval's tasks see evals/lm_eval_adapter.py.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from training.recipes import load as load_recipe
 
 
 class Whole(Sides):
-    """A corpus of which every piece is to be measured."""
+    """A corpus whose pieces are all evaluated."""
 
     def __init__(self, corpus: Corpus):
         self.corpus = corpus
@@ -46,11 +46,11 @@ class Whole(Sides):
 
 
 def tokens_of(source: str, text_column: str, limit: int, tokenizer: Tokenizer, folder: Path) -> Shards:
-    """All of a text as tokens, kept in `folder`. Raises CorpusError and TokenizerError."""
+    """Tokenize a whole text into `folder`. Raises CorpusError and TokenizerError."""
     try:
         corpus = open_corpus(source, text_column=text_column, limit=limit)
         manifest = write(folder, Whole(corpus), tokenizer, log=lambda _: None)
-    except CorpusError as error:  # in this command's words
+    except CorpusError as error:  # in terms of this command's options
         raise CorpusError(
             str(error).replace("data.source =", "--text").replace("data.text_column =", "--text-column")
         ) from None
@@ -59,11 +59,10 @@ def tokens_of(source: str, text_column: str, limit: int, tokenizer: Tokenizer, f
 
 
 def own_validation(run: Path, config: Config) -> Shards:
-    """The text that a run was validated on, found in the cache or prepared again. Raises CheckpointError if it has
-    changed since."""
+    """The validation text of a run, from the cache or tokenized again. Raises CheckpointError if it has changed."""
     folder = prepare(**dataclasses.asdict(config.data))
     if folder.name != read_state(find(run, "latest"))["identity"]["text"]:
-        raise CheckpointError(f"{run}: data.source = {config.data.source!r} is not what it was; name a --text")
+        raise CheckpointError(f"{run}: data.source = {config.data.source!r} has changed since; name a --text")
     return Shards(folder, "val")
 
 
@@ -79,7 +78,7 @@ def measure(model: GPT, text: Shards, config: Config, machine: device.Machine) -
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     p = argparse.ArgumentParser(
-        prog="python -m evals", description="How good a run is, on texts and on tasks.", allow_abbrev=False
+        prog="python -m evals", description="Evaluate a run on texts and tasks.", allow_abbrev=False
     )
     p.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
     p.add_argument("--checkpoint", default="best", help="best, latest or a step such as step-000500; default: best")
@@ -87,8 +86,8 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
         "--text", nargs="+", default=[], metavar="SOURCE", help="shakespeare | kjv | wiki, a file, a folder, a glob or "
         "hf:NAME; default: the run's own validation text, unless there are --tasks",
     )  # fmt: skip
-    p.add_argument("--text-column", default="text", help="column of tables that holds the text; default: text")
-    p.add_argument("--limit", type=int, default=0, help="documents to read of each text at most; default: 0, all")
+    p.add_argument("--text-column", default="text", help="column with the text in tables; default: text")
+    p.add_argument("--limit", type=int, default=0, help="maximum number of documents per text; default: 0, all")
     p.add_argument(
         "--tasks",
         nargs="+",
@@ -101,10 +100,10 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
 
 
 def run(a: argparse.Namespace) -> None:
-    """Measure what was asked for and print it as tables."""
+    """Evaluate and print the results as tables."""
     if a.limit < 0:
         raise ValueError(f"--limit {a.limit}: must be at least 0")
-    items = {path: tasks.read(path) for path in a.tasks}  # a bad line is found before anything takes long
+    items = {path: tasks.read(path) for path in a.tasks}  # a malformed line fails before anything slow
     model, tokenizer = load(a.run, a.checkpoint)
     config = load_recipe(str(a.run / "config.toml"))
     machine = device.choose(TrainConfig(steps=1, dtype="float32", compile="off"))
@@ -129,7 +128,7 @@ def run(a: argparse.Namespace) -> None:
 
 
 def main(words: list[str] | None = None) -> int:
-    """Read the command line; a user's mistake is one line and exit status 2, never a traceback."""
+    """Run the command. A user's mistake is one line on stderr and exit status 2, never a traceback."""
     a = arguments(words)
     try:
         run(a)

@@ -1,6 +1,6 @@
-"""How likely a model finds a continuation after a context: many at a time.
+"""Log-likelihoods of continuations after contexts, in batches.
 
-Shapes: B rows, T tokens of the longest, N tokens that are scored, C width, V vocabulary.
+Shapes: B sequences, T tokens of the longest, N scored tokens, C width, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -16,17 +16,17 @@ BATCH = 8192  # tokens at once, padding included
 
 
 class Score(NamedTuple):
-    """The log-probability of a continuation in nats, and whether each of its tokens is the model's likeliest."""
+    """The log-probability of a continuation in nats, and whether each of its tokens is the model's most likely."""
 
     logprob: float
     greedy: bool
 
 
 def split(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """The ids of a context and of what continues it, cut as lm-eval cuts.
+    """Tokenize a context and its continuation, as lm-eval does.
 
-    White space at the end of the context belongs to the continuation, as in the model's own tokens (" word"). Both are
-    encoded as one text, and the context's own number of tokens is cut off in front. An empty context is a new document.
+    Trailing white space of the context moves to the continuation, as in tokens such as " word". Both are tokenized as
+    one text, of which the context's number of tokens is removed at the front. An empty context is a new document.
     """
     end = len(context.rstrip())
     context, continuation = context[:end], context[end:] + continuation
@@ -37,7 +37,7 @@ def split(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[i
 
 
 def check(model: GPT, continuation: list[int]) -> None:
-    """Raises ValueError for a continuation that cannot be scored."""
+    """Raise ValueError for a continuation that cannot be scored."""
     if not 1 <= len(continuation) <= model.config.context:
         raise ValueError(
             f"{len(continuation)} tokens to score: must be 1 to model.context = {model.config.context}; a continuation "
@@ -47,7 +47,7 @@ def check(model: GPT, continuation: list[int]) -> None:
 
 @torch.inference_mode()
 def score(model: GPT, requests: Sequence[tuple[list[int], list[int]]]) -> list[Score]:
-    """The score of each (context, continuation), in order. A context that is too long loses its beginning.
+    """The score of each (context, continuation), in order. A context that is too long is truncated at its beginning.
 
     Raises ValueError: see `check`.
     """
@@ -58,7 +58,8 @@ def score(model: GPT, requests: Sequence[tuple[list[int], list[int]]]) -> list[S
     scores: dict[int, Score] = {}
     for numbers in batches([len(text) - 1 for text in texts]):
         T = len(texts[numbers[0]]) - 1
-        tokens = torch.zeros(len(numbers), T, dtype=torch.long)  # (B, T); what pads the end is seen by nobody
+        # causal attention never sees the padding at the end
+        tokens = torch.zeros(len(numbers), T, dtype=torch.long)  # (B, T)
         at = []  # (row, first, last + 1) of the positions that are scored
         for row, number in enumerate(numbers):
             inputs, scored = texts[number][:-1], len(requests[number][1])

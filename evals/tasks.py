@@ -1,13 +1,13 @@
-"""Tasks from a JSONL file: one item a line, and what a model makes of them.
+"""Evaluation tasks from a JSONL file, one item per line.
 
     {"task": "lambada", "text": "She opened the door and saw the dog"}
     {"task": "cloze", "text": "The ____ sat on the mat.", "choices": ["cat", "idea"], "answer": 0}
     {"task": "choice", "prompt": "Grass is", "choices": ["green", "blue", "loud"], "answer": 0}
 
-lambada: the last word, given what stands before it. Right is the word whose every token is the model's likeliest.
-cloze: the choice is put in place of the ____; scored is all from there to the end, given what stands before.
-choice: the choice after the prompt, a space between them unless one of them has white space there.
-`answer` counts from 0. Further fields are passed over.
+lambada: the last word, given the text before it; correct if every token of the word is the model's most likely.
+cloze: a choice replaces ____; the text from there to the end is scored, given the text before.
+choice: a choice follows the prompt, with a space between them unless one of them has white space there.
+`answer` counts from 0. Other fields are ignored.
 """
 
 import json
@@ -50,8 +50,11 @@ class Mean(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What a model made of a task's items. `accuracy`: the right option is the likeliest; `per_byte`: it is when the
-    log-probabilities are divided by the length of the option in bytes; `perplexity`: of the last word as a whole."""
+    """Results of a task.
+
+    accuracy: the correct option is the most likely. per_byte: the same, with log-probabilities divided by the length of
+    the option in bytes. perplexity: of the last word as a whole.
+    """
 
     task: str
     items: int
@@ -111,7 +114,7 @@ def parse(row: Any, where: str) -> Item:
 
 
 def join(prompt: str, choice: str) -> str:
-    """The choice with the space that parts it from the prompt."""
+    """The choice, with the space that separates it from the prompt."""
     return choice if not prompt or prompt[-1].isspace() or choice[0].isspace() else f" {choice}"
 
 
@@ -145,7 +148,7 @@ def evaluate(model: GPT, tokenizer: Tokenizer, items: Sequence[Item]) -> list[Re
 
 
 def size(option: tuple[str, str]) -> int:
-    """The bytes of an option, without the space that parts it from its context."""
+    """The bytes of an option, without the space that separates it from its context."""
     return len(option[1].strip().encode())
 
 

@@ -145,7 +145,7 @@ def test_a_hub_name_is_found_in_the_hubs_cache(tmp_path):
     saved("Qwen3", folder / "snapshots/abc")
     (folder / "refs").mkdir()
     (folder / "refs/main").write_text("abc")
-    words = ("import", "somebody/small", str(tmp_path / "run"), "--context", "128")
+    words = ("from-hf", "somebody/small", str(tmp_path / "run"), "--context", "128")
     done = command("convert", *words, where=tmp_path, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "home"))
     assert done.returncode == 0, done.stderr
     assert "of somebody/small, context 128, end of text '<|im_end|>'" in done.stdout
@@ -170,7 +170,7 @@ def test_broken_folders_are_refused_in_a_line_and_leave_nothing(tmp_path):
         for file, content in files.items():
             (folder / file).write_bytes(content)
 
-    refused("run: is there and not empty; name a new folder", name="run")
+    refused("run: not empty; name a new folder", name="run")
     refused("name = 'a b': must be a folder name", name="a b")
     refused("--context 33: must be from 1 to 32", context=33)
     (folder / "config.json").unlink()

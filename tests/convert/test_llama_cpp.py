@@ -7,6 +7,7 @@ import torch
 from tokenizers import pre_tokenizers
 
 from convert import to_gguf
+from convert.__main__ import main as convert
 from data.tokenizer import EOT, Tokenizer
 from sample import SamplingParams, generate, load
 from tests.conftest import ROOT, SMALL, command
@@ -114,7 +115,6 @@ def run(tmp_path_factory, text):
 
 
 def test_llama_cpp_says_the_same_in_f32(run, tmp_path):
-    # as a command, from a folder in which this file would be taken for the package gguf
     done = command("convert", "to-gguf", str(run), str(tmp_path / "x.gguf"), "--type", "f32", where=run.parent)
     assert done.returncode == 0, done.stderr
     model, tokenizer = load(run)
@@ -128,7 +128,7 @@ def test_llama_cpp_says_the_same_in_f32(run, tmp_path):
 
 @pytest.mark.parametrize("dtype", to_gguf.TYPES)
 def test_llama_cpp_finds_the_same_perplexity(dtype, run, text, tmp_path):
-    assert to_gguf.main([str(run), str(tmp_path / "x.gguf"), "--dtype", dtype]) == 0
+    assert convert(["to-gguf", str(run), str(tmp_path / "x.gguf"), "--type", dtype]) == 0
     model, tokenizer = load(run)
     ids = torch.tensor(tokenizer.encode(text.read_text())[:257])
     with torch.inference_mode():

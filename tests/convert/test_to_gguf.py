@@ -9,6 +9,7 @@ import torch
 from tokenizers import pre_tokenizers
 
 from convert import to_gguf
+from convert.__main__ import main as convert
 from data.tokenizer import EOT, Tokenizer
 from model import GPT, ModelConfig
 from tests.conftest import TINY, randomized
@@ -175,7 +176,7 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
 
 def test_the_command_names_the_run_and_its_text_but_no_folder(runs, tmp_path, capsys):
     path = tmp_path / "x.gguf"
-    assert to_gguf.main([str(runs / "songs"), str(path), "--dtype", "q8_0"]) == 0
+    assert convert(["to-gguf", str(runs / "songs"), str(path), "--type", "q8_0"]) == 0
     said = f"{path}: q8_0, {path.stat().st_size:,} bytes, bpe tokenizer of 300\n"
     assert capsys.readouterr().out == said
     fields = {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
@@ -187,15 +188,15 @@ def test_the_command_names_the_run_and_its_text_but_no_folder(runs, tmp_path, ca
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["nothing", "x.gguf"], "gguf.py: nothing: no such run"),
-        (["RUN", "no/x.gguf"], "gguf.py: no/x.gguf: name a file in a folder that is there, such as songs.gguf"),
+        (["nothing", "x.gguf"], "convert: nothing: no such run"),
+        (["RUN", "no/x.gguf"], "convert: no/x.gguf: must be a file in an existing folder, such as songs.gguf"),
         (["RUN", "x.gguf", "--checkpoint", "step-9"], "no checkpoint 'step-9'"),
-        (["RUN", "x.gguf", "--dtype", "q4_0"], "invalid choice: 'q4_0'"),
+        (["RUN", "x.gguf", "--type", "q4_0"], "invalid choice: 'q4_0'"),
     ],
 )
 def test_mistakes_are_one_line(words, says, runs, capsys):
     try:
-        status = to_gguf.main([word.replace("RUN", str(runs / "songs")) for word in words])
+        status = convert(["to-gguf", *(word.replace("RUN", str(runs / "songs")) for word in words)])
     except SystemExit as left:
         status = left.code
     printed = capsys.readouterr()
@@ -203,7 +204,13 @@ def test_mistakes_are_one_line(words, says, runs, capsys):
     assert says in printed.err.strip().splitlines()[-1]
 
 
+def test_the_command_has_every_type(capsys):
+    with pytest.raises(SystemExit):
+        convert(["to-gguf", "--help"])
+    assert f"{{{','.join(to_gguf.TYPES)}}}" in capsys.readouterr().out
+
+
 def test_without_the_package_there_is_a_hint(runs, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gguf", None)
-    assert to_gguf.main([str(runs / "songs"), str(tmp_path / "x.gguf")]) == 2
+    assert convert(["to-gguf", str(runs / "songs"), str(tmp_path / "x.gguf")]) == 2
     assert capsys.readouterr().err.endswith(": pip install -e .[gguf]\n")

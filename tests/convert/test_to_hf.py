@@ -150,7 +150,7 @@ def test_a_conversation_is_written_down_alike_and_ends_alike(tmp_path):
     assert set(theirs(tmp_path / "out").generation_config.eos_token_id) == tokenizer.end_tokens
     import_checkpoint(str(tmp_path / "out"), tmp_path / "back")
     _, again = load_run(tmp_path / "back")
-    assert (again.ends, again.eot, again.sha256) == (tokenizer.end_tokens, tokenizer.eot, tokenizer.sha256)
+    assert (again.end_tokens, again.eot, again.sha256) == (tokenizer.end_tokens, tokenizer.eot, tokenizer.sha256)
 
 
 def test_the_card_and_the_settings_say_what_the_run_was(runs, tmp_path):
@@ -164,7 +164,7 @@ def test_the_card_and_the_settings_say_what_the_run_was(runs, tmp_path):
         for r in map(json.loads, (runs / "songs/metrics.jsonl").read_text().splitlines())
         if r["step"] == state["step"] and "val_bpb" in r
     )
-    assert f"{record['bits_per_byte']:.4f} bits a byte, {record['val_loss']:.4f} nats" in card
+    assert f"{record['val_bpb']:.4f} bits per byte, {record['val_loss']:.4f} nats/token" in card
     assert f"{state['step']} steps of 256 tokens: {state['step'] * 256:,} tokens" in card
     assert "| licence of that text | see the source |" in card
     assert (runs / "songs/config.toml").read_text().strip() in card
@@ -200,15 +200,15 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
     before = sorted(run.iterdir())
     done = command("convert", "to-hf", str(run), str(run), where=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"hf.py: {run}: is there and not empty; name a new folder\n"
+    assert done.stderr == f"convert: {run}: not empty; name a new folder\n"
     assert sorted(run.iterdir()) == before
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="is there and not empty"):
+    with pytest.raises(ValueError, match="not empty"):
         export(run, tmp_path / "file")
 
 
 def test_a_source_that_is_nowhere_is_one_line(tmp_path):
-    with pytest.raises(ValueError, match=r"^./nowhere: neither a folder here, nor to be had from the hub") as error:
+    with pytest.raises(ValueError, match=r"^./nowhere: no such folder here, nor on the hub") as error:
         import_checkpoint("./nowhere", tmp_path / "run")
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="no such run"):

@@ -113,7 +113,9 @@ def test_marks_are_added_once_and_stay(bpe, tmp_path):
     assert chat_format.add_special_tokens(grown) is grown
     grown.save(tmp_path / "tokenizer.json")
     assert Tokenizer.load(tmp_path).sha256 == grown.sha256
-    with pytest.raises(TokenizerError, match=r"it was not trained to chat; python train.py chat --init-from RUN"):
+    with pytest.raises(
+        TokenizerError, match=r"it was not trained to chat; train it with python train.py chat --init-from RUN"
+    ):
         chat_format.special_tokens(plain)
 
 

@@ -74,9 +74,9 @@ def test_every_answer_is_a_target_once_an_epoch_and_once_in_validation(prepared,
         assert part.bytes == sum(len(text.encode()) for text in said)
         texts += said
         loader = Conversations(part, context=context, seed=3)
-        if loader.windows > 1:
+        if loader.num_sequences > 1:
             for epoch in range(2):  # one window a step
-                steps = [loader.batch(epoch * loader.windows + n, 1) for n in range(loader.windows)]
+                steps = [loader.batch(epoch * loader.num_sequences + n, 1) for n in range(loader.num_sequences)]
                 rows = sorted((*a[0].tolist(), *b[0].tolist()) for a, b in steps)
                 assert rows == sorted((*a.tolist(), *b.tolist()) for a, b in zip(x, y, strict=True))
         if context >= 1200:  # longer than any conversation

@@ -31,7 +31,7 @@ def test_targets_are_the_next_tokens(counting: Shards) -> None:
 def test_every_token_is_a_target_once_an_epoch(counting: Shards, context: int, sequences: int) -> None:
     loader = Loader(counting, context=context, seed=3)
     windows = 1000 // context
-    assert loader.windows == windows
+    assert loader.num_sequences == windows
     rows = torch.cat([loader.batch(step, sequences)[1] for step in range(5 * windows // sequences + 1)])
     epochs = [rows[e * windows : (e + 1) * windows] for e in range(5)]
     for epoch in epochs:

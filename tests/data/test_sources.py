@@ -88,7 +88,7 @@ BAD = {
     "r.jsonl": (b'{"body": "x", "id": 1}', "data.text_column = 'text': .*r.jsonl' has body, id"),
     "n.jsonl": (b'{"text": 1}', "data.text_column = 'text': row 0 holds int"),
     "bad.jsonl": (b'{"text": "x"}\nnot json\n', "cannot be read as a table"),
-    "empty.jsonl": (b"", "cannot be read as a table|has no rows"),
+    "empty.jsonl": (b"", "cannot be read as a table|no rows"),
     "bad.parquet": (b"no parquet", "cannot be read as a table"),
 }
 
@@ -106,9 +106,9 @@ def test_bad_input_is_named_in_one_line(name: str, tmp_path: Path) -> None:
 
 def test_bad_names(tmp_path: Path) -> None:
     for source, message in {
-        "": "names nothing",
+        "": "empty",
         "shakespear": "did you mean shakespeare",
-        str(tmp_path): "holds no text",
+        str(tmp_path): "no text in this folder",
     }.items():
         with pytest.raises(CorpusError, match=message) as error:
             open_corpus(source, field="val_source")

@@ -73,7 +73,10 @@ def test_the_assistant_answers_and_keeps_the_conversation(own, sample_py):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--chat"], "has no <|im_start|> and <|im_end|>: it was not trained to chat; python train.py chat"),
+        (
+            ["--chat"],
+            "has no <|im_start|> and <|im_end|>: it was not trained to chat; train it with python train.py chat",
+        ),
         (["--system", "Be brief."], "system = 'Be brief.': needs --chat"),
     ],
 )

@@ -229,7 +229,7 @@ def test_as_a_command_it_prints_tasks_and_not_the_validation(runs, items):
         (["RUN", "--tasks", "no.jsonl"], "no.jsonl: cannot be read"),
         (["RUN", "--tasks", "LONG"], "long.jsonl, line 1: 81 tokens to score: must be 1 to model.context = 32"),
         (["RUN", "--tasks", "EMPTY"], "empty.jsonl: has no items"),
-        (["CHANGED"], "changed: data.source = 'kjv.txt' is not what it was; name a --text"),
+        (["CHANGED"], "changed: data.source = 'kjv.txt' has changed since; name a --text"),
     ],
 )
 def test_mistakes_are_one_line(words, says, runs, text, tmp_path, capsys, monkeypatch):
