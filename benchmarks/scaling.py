@@ -37,7 +37,7 @@ LAYERS, STEPS = 4, 3
 PATIENCE = 20.0  # seconds, after which one step that is counted has to do
 
 
-def step(context: int, width: int, batch: int, vocabulary: int, recompute: bool) -> dict[str, float]:
+def step(context: int, width: int, batch: int, vocabulary: int, checkpointing: bool) -> dict[str, float]:
     """Median seconds of some steps, after one that is not counted, and the peak of memory in bytes."""
     machine = device.choose(TrainConfig(steps=1))
     config = ModelConfig(
@@ -46,7 +46,7 @@ def step(context: int, width: int, batch: int, vocabulary: int, recompute: bool)
     )  # fmt: skip
     on_gpu, before = machine.device.type == "cuda", peak_memory()
     model = GPT(config).to(machine.device)
-    model.model.activation_checkpointing = recompute
+    model.model.activation_checkpointing = checkpointing
     optimize_layers(model, machine)
     optimizers = build_optimizers(model, OptimConfig(), machine.dtype)
     took = list[float]()
@@ -83,13 +83,13 @@ def run(quick: bool, out: Path | None) -> int:
     """Measure all, print the table and the exponents, write grow.csv and grow.png into `out`."""
     rows: list[dict[str, Any]] = []
     for axis, sizes in (QUICK if quick else AXES).items():
-        for recompute in (False, True) if axis == "context" else (False,):
+        for checkpointing in (False, True) if axis == "context" else (False,):
             for size in sizes:
                 # one sequence alone where the sequence grows
                 whole = {**(dict.fromkeys(BASE, 64) if quick else BASE), axis: size}
                 whole |= {"batch": 1} if axis == "context" else {}
-                found = (step if quick else measure)(**whole, recompute=recompute)
-                series = f"{axis}, recomputed" if recompute else axis
+                found = (step if quick else measure)(**whole, checkpointing=checkpointing)
+                series = f"{axis}, activation checkpointing" if checkpointing else axis
                 rows.append({"series": series, "size": size, "tokens": whole["batch"] * whole["context"], **found})
                 print(f"{series} {size:,}: {found['seconds']:.3f} s", file=sys.stderr)
     powers = []

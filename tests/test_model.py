@@ -251,12 +251,12 @@ def test_costs_are_those_of_the_real_thing(flags):
     with counter, torch.no_grad():
         model(torch.zeros(1, config.context, dtype=torch.long))
     counted = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
-    products = sum(n for op, n in counted.items() if "attention" not in op and "bmm" not in op)
+    matmuls = sum(n for op, n in counted.items() if "attention" not in op and "bmm" not in op)
     seen = 0  # query-key pairs, counted one by one
     for layer in range(config.n_layer):
         window = config.mask_spec(layer).window or config.context
         seen += sum(1 for t in range(config.context) for s in range(t + 1) if t - s < window)
-    expected = 3 * (products + 2 * 2 * seen * config.n_head * config.head_dim) / config.context
+    expected = 3 * (matmuls + 2 * 2 * seen * config.n_head * config.head_dim) / config.context
     assert flops_per_token(config) == pytest.approx(expected)
 
 
@@ -267,7 +267,7 @@ def test_costs_are_those_of_the_real_thing(flags):
         ({"context": 0}, "model.context = 0: must be at least 1"),
         ({"head_dim": 15}, "model.head_dim = 15: must be even"),
         ({"dropout": 1.0}, "model.dropout = 1.0: must be at least 0 and below 1"),
-        ({"layer_pattern": "SXL"}, "model.layer_pattern = 'SXL': only letters L and S"),
+        ({"layer_pattern": "SXL"}, "model.layer_pattern = 'SXL': must consist of L and S"),
         ({"layer_pattern": "SL"}, "model.window = 0: must be at least 1"),
         ({"window": 4}, "model.window = 4: has no effect"),
         ({"yarn_factor": 2.0}, "model.yarn_original_context = 0: goes with yarn_factor"),

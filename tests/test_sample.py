@@ -1,4 +1,4 @@
-"""Speaking: probabilities against transformers' processors, tokens against a model without a cache, text by eye."""
+"""Generation: probabilities against transformers' processors, tokens against a model without a cache, text by eye."""
 
 import pytest
 import torch
@@ -125,7 +125,7 @@ def test_the_prompt_is_read_once_for_all_samples(monkeypatch):
     write = KVCache.update
     monkeypatch.setattr("sample.make_engine", EagerEngine)
     monkeypatch.setattr(KVCache, "update", lambda self, n, k, v: (read.append(k.shape[:2]), write(self, n, k, v))[1])
-    list(generate(randomized(TINY), list(range(20)), tokens=3, samples=5))
+    list(generate(randomized(TINY), list(range(20)), max_new_tokens=3, num_samples=5))
     assert read == [(1, 20)] * 2 + [(5, 1)] * 4  # two layers; the last token is never read
 
 

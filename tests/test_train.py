@@ -24,7 +24,7 @@ from training import checkpoint, metrics
 from training.flops import count_parameters
 
 
-def test_a_run_learns_and_leaves_everything_in_its_folder(runs):
+def test_a_run_trains_and_leaves_everything_in_its_folder(runs):
     run = runs / "songs"
     names = {p.name for p in run.iterdir()}
     assert {"config.toml", "tokenizer.json", "metrics.jsonl", "loss.png", "latest", "best"} <= names
@@ -236,20 +236,20 @@ def test_epochs_and_batches_come_from_the_loader(learn, monkeypatch):
     assert asked == [(0, 8, 0, 1), (1, 8, 0, 1), (2, 8, 0, 1)]
 
 
-def test_recomputing_changes_nothing_but_memory():
+def test_activation_checkpointing_changes_nothing_but_memory():
     """The same gradients, dropout's masks included."""
     gradients = []
     tokens = torch.randint(97, (2, 32), generator=torch.Generator().manual_seed(0))
-    for recompute in (False, True):
+    for checkpointing in (False, True):
         model = randomized(dataclasses.replace(TINY, dropout=0.3)).train()
-        model.model.activation_checkpointing = recompute
+        model.model.activation_checkpointing = checkpointing
         torch.manual_seed(1)
         model.loss(tokens, tokens).backward()
         gradients.append([p.grad for p in model.parameters()])
     assert all(a.equal(b) for a, b in zip(*gradients, strict=True))
 
 
-def test_recomputing_is_a_field_of_the_run(learn, monkeypatch):
+def test_activation_checkpointing_is_a_field_of_the_run(learn, monkeypatch):
     layers, real = [], torch.utils.checkpoint.checkpoint
     monkeypatch.setattr("model.checkpoint", lambda layer, *a, **how: (layers.append(layer), real(layer, *a, **how))[1])
     learn("recomputed", "--train.steps=1", "--train.num_evals=1", "--train.activation_checkpointing=true")

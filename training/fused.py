@@ -45,7 +45,7 @@ def apply_fused_layers(model: GPT) -> None:
     _replace_forward(decoder.norm, fused_rms_norm)
     if old := getattr(decoder, "fused_check", None):
         old.remove()
-    modules = [(module, type(module)) for module in decoder.modules()]
+    modules = [(module, type(module), dict(module._modules)) for module in decoder.modules()]
     check = decoder.register_forward_pre_hook(functools.partial(_check_unchanged, modules))
     object.__setattr__(decoder, "fused_check", check)
 
@@ -123,15 +123,19 @@ def _check_layers(decoder: Decoder) -> None:
 
 def _check_parameters(decoder: nn.Module) -> None:
     for name, parameter in decoder.named_parameters():
-        if parameter.device.type != "cpu" or parameter.dtype != torch.float32:
+        if not (parameter.is_cpu and parameter.dtype is torch.float32):
             where = f"{str(parameter.dtype).removeprefix('torch.')} on {parameter.device}"
             raise FusedLayersError(f"model.{name} is {where}, fused layers need float32 on a CPU")
 
 
-def _check_unchanged(modules: list[tuple[nn.Module, type]], decoder: nn.Module, inputs: Any) -> None:
+def _check_unchanged(modules: list[tuple[nn.Module, type, dict[str, Any]]], decoder: nn.Module, inputs: Any) -> None:
     """Before every forward pass. Raise FusedLayersError if the model is not as it was when its layers were fused."""
-    now = list(decoder.modules())
-    if len(now) != len(modules) or any(a is not b or type(a) is not kind for a, (b, kind) in zip(now, modules)):  # noqa: B905
-        changed = "modules were replaced, added or removed"
-        raise FusedLayersError(f"{changed} after apply_fused_layers(model): call it again, as the last change")
-    _check_parameters(decoder)
+    for module, kind, children in modules:
+        if type(module) is not kind or module._modules != children:
+            raise FusedLayersError(
+                f"{kind.__name__} was changed, or modules in it were replaced, after apply_fused_layers(model): "
+                "call it again, as the last change"
+            )
+        for parameter in module._parameters.values():
+            if parameter is not None and not (parameter.is_cpu and parameter.dtype is torch.float32):
+                _check_parameters(decoder)  # raises, with the name

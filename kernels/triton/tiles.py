@@ -62,7 +62,7 @@ TABLE: dict[str, dict[str, dict[int, Tile]]] = {
     },
 }
 
-# Flash in fp32, on every GPU: exact products take registers, not the matrix unit, and larger tiles would spill.
+# Flash in fp32, on every GPU: exact matmuls use registers, not tensor cores, and larger tiles would spill.
 FLASH_FP32 = {128: Tile(32, 32, 8, 1), 256: Tile(16, 16, 8, 1)}
 
 # Where no GPU is: small, so that Triton's interpreter crosses block borders on small inputs.

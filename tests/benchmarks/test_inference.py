@@ -26,7 +26,7 @@ def test_the_sizes_are_what_they_are_called():
     assert {name: round(count / 1e6) for name, count in counts.items()} == {"10M": 11, "50M": 55, "124M": 124}
 
 
-def test_everyone_speaks_in_turns_and_the_same(tmp_path):
+def test_all_engines_generate_the_same(tmp_path):
     others = [name for name in ("transformers", "llama.cpp F32") if not engines.missing(name)]
     done = command(
         "benchmarks", "inference", "--quick", f"--out={tmp_path}", "--only", "heed fp32", "heed int8", "nanoGPT",
@@ -49,8 +49,8 @@ def test_mistakes_are_one_line(tmp_path):
         (["--nanogpt", str(tmp_path)], "no model.py"),
         (["--max-new-tokens", "1"], "at least 1"),
         (["--prompts", "1000"], "at most 1,024"),
-        (["--sizes", "1T"], "--sizes 1T: there are 10M, 50M, 124M"),
-        (["--only", "me"], "--only me: there are heed fp32, "),
+        (["--sizes", "1T"], "--sizes 1T: must be one of 10M, 50M, 124M"),
+        (["--only", "me"], "--only me: must be one of heed fp32, "),
     ):
         with pytest.raises(ValueError, match=says):
             bench.main(bench.arguments(["inference", *words]))

@@ -276,7 +276,7 @@ def test_without_a_gpu_one_line_says_what_to_do(tmp_path):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["kernels", "--dry-run", "--only", "sideways"], "--only sideways: there are forward, backward, decode"),
+        (["kernels", "--dry-run", "--only", "sideways"], "--only sideways: must be one of forward, backward, decode"),
         (["tiles", "sideways", "--dry-run"], "tiles sideways: the kernels are "),
     ],
 )

@@ -15,16 +15,18 @@ def test_exponents():
     assert scaling.exponent([64, 128], [1.0, 8.0]) == pytest.approx(3)
 
 
-def test_recomputing_takes_less_memory(monkeypatch):
+def test_activation_checkpointing_takes_less_memory(monkeypatch):
     monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
     size = {"context": 2048, "width": 128, "batch": 1, "vocabulary": 256}
-    kept, recomputed = (scaling.measure(**size, recompute=recompute)["bytes"] for recompute in (False, True))
-    assert recomputed < 0.8 * kept
+    kept, checkpointed = (
+        scaling.measure(**size, checkpointing=checkpointing)["bytes"] for checkpointing in (False, True)
+    )
+    assert checkpointed < 0.8 * kept
 
 
 def test_what_does_not_fit_is_named():
     with pytest.raises(ValueError, match="'width': 65"):
-        scaling.measure(context=64, width=65, batch=0, vocabulary=64, recompute=False)
+        scaling.measure(context=64, width=65, batch=0, vocabulary=64, checkpointing=False)
 
 
 def test_the_whole_path(tmp_path, capsys):
@@ -32,6 +34,12 @@ def test_the_whole_path(tmp_path, capsys):
     assert "grows with the power of" in capsys.readouterr().out
     rows = list(csv.DictReader((tmp_path / "grow.csv").open()))
     assert len(rows) == 10
-    assert {row["series"] for row in rows} == {"context", "context, recomputed", "width", "batch", "vocabulary"}
+    assert {row["series"] for row in rows} == {
+        "context",
+        "context, activation checkpointing",
+        "width",
+        "batch",
+        "vocabulary",
+    }
     assert all(float(row["seconds"]) > 0 for row in rows)
     assert (tmp_path / "grow.png").stat().st_size > 1000

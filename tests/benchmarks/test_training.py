@@ -79,7 +79,17 @@ def test_both_get_the_same_text(tmp_path):
 def test_the_whole_benchmark(peer, tmp_path, capsys):
     words = [*SMALL, "--train.steps=6", "--train.num_evals=2", "--data.tokenizer=char"]
     out = tmp_path / "out"
-    asked = ["train", "--nanogpt", str(peer), "--text", str(tmp_path / "input.txt"), "--seeds", "1", "--out", str(out)]
+    asked = [
+        "training",
+        "--nanogpt",
+        str(peer),
+        "--text",
+        str(tmp_path / "input.txt"),
+        "--seeds",
+        "1",
+        "--out",
+        str(out),
+    ]
     assert bench.main(bench.arguments([*asked, "--", *words])) == 0
     printed = capsys.readouterr().out
     uniform = f"{math.log(len(set(TEXT))):.4f}"

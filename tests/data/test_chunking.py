@@ -1,4 +1,4 @@
-"""Cutting: pieces are the document exactly, in constant memory, at places that inserted text does not move."""
+"""Chunking: pieces are the document exactly, in constant memory, at places that inserted text does not move."""
 
 import re
 from collections import Counter

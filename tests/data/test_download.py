@@ -1,4 +1,4 @@
-"""The texts inside wheels: complete, read and never imported; and a download that is checked before it is believed."""
+"""The public texts inside Python packages: complete, read and never imported; and a download that is checked before it is believed."""
 
 import re
 import subprocess

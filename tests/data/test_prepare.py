@@ -158,7 +158,7 @@ def test_an_existing_tokenizer_is_used_as_it_is(stories: Path, tmp_path: Path) -
         make(stories, tokenizer="missing.json")
 
 
-@pytest.mark.parametrize("step", ["learn", "write", "publish", "sync"])
+@pytest.mark.parametrize("step", ["train_tokenizer", "write", "publish", "sync"])
 @pytest.mark.parametrize("after", [False, True])
 def test_stopped_before_and_after_every_step(
     stories: Path, monkeypatch: pytest.MonkeyPatch, step: str, after: bool

@@ -84,8 +84,8 @@ def test_commands_run(line, place, text, chats, tmp_path):
         small = [word for word in SMALL if word.partition("=")[0] not in line]
         source = "" if "--data.source" in line else f"--data.source={text} "
         kept = re.sub(r"--train\.(steps|minutes)[ =]\S+", "", line)
-        learnt = "" if "--init-from" in line else "--data.tokenizer=bpe "  # else the tokenizer is the other run's
-        line = f"{kept} {source}{' '.join(small)} {learnt}--train.steps=4 --train.num_evals=1"
+        tokenizer = "" if "--init-from" in line else "--data.tokenizer=bpe "  # else the tokenizer is the other run's
+        line = f"{kept} {source}{' '.join(small)} {tokenizer}--train.steps=4 --train.num_evals=1"
         line += "" if "--resume" in line else " --overwrite"
         line += "" if "--name" in line else " --name=page"
     line = re.sub(r"\bruns/", f"{place}/", line)

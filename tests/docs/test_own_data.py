@@ -1,4 +1,4 @@
-"""Chapter 9 as a user walks it: a folder of texts speaks, then learns to answer, and `sample.py --chat` holds up."""
+"""Chapter 9 as a user walks it: training on a folder of texts, then fine-tuning to chat, and `sample.py --chat` holds up."""
 
 import itertools
 import json
@@ -19,7 +19,7 @@ WORDS = ["red", "blue", "green", "tall", "small", "happy", "old", "new", "cat", 
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory) -> Path:
-    """A runs/ folder with `notes`, learnt from a folder of text files, and `assistant`, which that became."""
+    """A runs/ folder with `notes`, trained on a folder of text files, and `assistant`, which that became."""
     where = tmp_path_factory.mktemp("own")
     notes = where / "my-notes"
     (notes / "2024").mkdir(parents=True)
@@ -46,7 +46,7 @@ def own(tmp_path_factory) -> Path:
     return where
 
 
-def test_a_folder_of_texts_becomes_a_model_that_speaks_of_them(own, sample_py):
+def test_a_folder_of_texts_becomes_a_model_that_generates_such_text(own, sample_py):
     done = sample_py("--run", str(own / "notes"), "--prompt", "Today", "--greedy", "--max-new-tokens", "40", where=own)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Today I saw the")

@@ -1,4 +1,4 @@
-"""Reading on: the C++ file against the model in fp64 without a cache, for every flag; and no compiler, and int8."""
+"""Inference engines: the C++ engine against the model in fp64 without a cache, for every flag; and no compiler, and int8."""
 
 import dataclasses
 import re
@@ -95,7 +95,7 @@ def test_what_torch_would_refuse_is_refused():
             read(torch.tensor([tokens], dtype=torch.long), cache)
 
 
-def test_the_reader_of_a_cpu_is_the_fast_one_and_generate_asks_it(monkeypatch):
+def test_the_engine_of_a_cpu_is_the_fast_one_and_generate_uses_it(monkeypatch):
     model = randomized(TINY)
     assert isinstance(make_engine(model), CppEngine)
     asked, real = [], decode_step.decode
@@ -107,7 +107,7 @@ def test_the_reader_of_a_cpu_is_the_fast_one_and_generate_asks_it(monkeypatch):
 # Where it cannot be --------------------------------------------------------------------------------------------------
 
 
-def test_without_a_compiler_torch_serves_and_says_so(monkeypatch, capfd, tmp_path, compilers):
+def test_without_a_compiler_the_eager_engine_generates_and_says_so(monkeypatch, capfd, tmp_path, compilers):
     engine._warn_once.cache_clear()
     monkeypatch.setattr(build, "FOLDER", tmp_path)
     model = randomized(TINY)
@@ -202,7 +202,7 @@ def test_int8_costs_less_than_half_a_percent_in_bits_per_byte(runs):
         assert after != before
 
 
-def test_the_command_speaks_in_int8_with_and_without_a_compiler(runs, sample_py, monkeypatch, compilers):
+def test_the_command_generates_in_int8_with_and_without_a_compiler(runs, sample_py, monkeypatch, compilers):
     said = {}
     for words in ((), ("--quantize=int8",), ("--quantize=bf16",)):
         for compiler in ("g++", "false"):

@@ -9,7 +9,7 @@ and numbers are multiples of 16, constants), compiles it, and nothing runs. So n
 
 The figures of one kernel: registers a thread; spills, in bytes; shared memory of a program, in bytes; how many
 programs fit on one processor by these; as disassembled, the weakest matrix unit and the best loads that it uses, and
-how many of these fetch 16 bytes, the most there is; and whether ptxas gave up overlapping products ("serialized").
+how many of these fetch 16 bytes, the most there is; and whether ptxas gave up overlapping matmuls ("serialized").
 """
 
 import contextlib
@@ -214,7 +214,8 @@ def rows(job: tuple[Any, ...]) -> dict[str, dict[str, Any]]:
     found = {}
     for kernel, args, kwargs in launches(target, launch, *arguments, extras):
         size = " ".join(f"{name} {n}" for name, n in zip(launch.__annotations__, arguments, strict=False))
-        words = kernel.__module__.removeprefix("kernels.") + kernel.__name__, size, extras, "on", target
+        name = kernel.__module__.rpartition(".")[2].removesuffix("_attention").replace("flash_decoding", "decode")
+        words = name + kernel.__name__, size, extras, "on", target
         found[" ".join(word for word in words if word != "plain")] = figures(target, kernel, args, kwargs)
     return found
 

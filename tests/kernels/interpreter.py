@@ -3,7 +3,7 @@
 `install()` puts bfloat16 right. The interpreter of Triton 3.7.1 keeps it as its 16 bits in numpy's uint16 and computes
 with those as if they were integers; its casts truncate. Here operands are widened to fp32, and results are rounded to
 nearest, ties to even. A reduction rounds once at its end, which is kinder than a GPU. Atomics in bfloat16 still raise.
-Products of fp32 at less than full precision, which only a GPU would make, are refused.
+Matmuls of fp32 at less than full precision, which only a GPU would make, are refused.
 
 `checked()` is what a sanitizer is elsewhere. Inside, a launch fails with an `AccessError` if a load, store or atomic
 
@@ -216,7 +216,7 @@ def _rows_to_their_ends(x: torch.Tensor) -> tuple[list[int], list[int]]:
 
 
 class Launch:
-    """The memory of one launch, and the names by which errors speak of it."""
+    """The memory of one launch, and the names for it in errors."""
 
     def __init__(self, kernel: str, arguments: dict[str, Any]) -> None:
         self.kernel = kernel

@@ -154,8 +154,8 @@ def test_a_cache_in_pages_is_a_cache(backend):
 
 def test_a_document_is_a_run_of_one_number():
     q, k, v = draw(1, 6, 6, 2, 1, 4)
-    again, apart = torch.tensor([[4, 4, 7, 7, 4, 4]]), torch.tensor([[0, 0, 1, 1, 2, 2]])
-    torch.testing.assert_close(attention(q, k, v, document_ids=again), attention(q, k, v, document_ids=apart))
+    again, separate = torch.tensor([[4, 4, 7, 7, 4, 4]]), torch.tensor([[0, 0, 1, 1, 2, 2]])
+    torch.testing.assert_close(attention(q, k, v, document_ids=again), attention(q, k, v, document_ids=separate))
 
 
 @pytest.mark.parametrize("learning", [True, False])

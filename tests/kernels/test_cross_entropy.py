@@ -136,7 +136,7 @@ def test_half_precision_is_as_good_as_torchs(backend, dtype):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast_is_that_of_linear(backend):
-    """The products are bf16's, the weight's gradient is fp32 and was never rounded."""
+    """The matmuls are bf16's, the weight's gradient is fp32 and was never rounded."""
     x, weight, targets = draw(40, 32, 65)
     with torch.autocast("cpu", torch.bfloat16):
         got = results(linear_cross_entropy, x, weight, targets, backend=backend)
@@ -211,15 +211,15 @@ def test_a_target_outside_the_vocabulary():
 
 
 class Watch(TorchDispatchMode):
-    """The sizes of all that is computed, and how many products."""
+    """The sizes of all that is computed, and how many matmuls."""
 
     def __init__(self):
         super().__init__()
-        self.largest, self.products = 0, 0
+        self.largest, self.matmuls = 0, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        self.products += "mm" in function.name()
+        self.matmuls += "mm" in function.name()
         sizes = [a.numel() for a in torch.utils._pytree.tree_leaves(out) if isinstance(a, torch.Tensor)]
         self.largest = max([self.largest, *sizes])
         return out
@@ -230,11 +230,11 @@ def test_no_tensor_is_nearly_as_large_as_the_logits(dtype):
     N, V = 4096, 2048
     x, weight, targets = draw(N, 4, V, dtype)
     rows = chunk_rows(N, V, dtype.itemsize, "cpu")
-    for wanted, products in (((True, True), 3), ((True, False), 2), ((False, True), 2), ((False, False), 1)):
+    for wanted, matmuls in (((True, True), 3), ((True, False), 2), ((False, True), 2), ((False, False), 1)):
         with Watch() as watch:
             cross_entropy.loss_and_gradients(x, weight, targets, 0.1, 3.0, None, *wanted)
         assert watch.largest <= rows * V <= N * V // 4
-        assert watch.products == N // rows * products
+        assert watch.matmuls == N // rows * matmuls
 
 
 def test_gradients_are_made_only_for_who_wants_them():

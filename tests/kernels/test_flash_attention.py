@@ -196,8 +196,8 @@ def test_views_that_are_not_contiguous():
     documents = (torch.arange(20)[:, None] // torch.tensor([5, 7])).T  # (B, S), S has the smaller stride
     slopes, sinks = torch.rand(4), torch.randn(4)
     expected = flash_attention(q, k, v, CAUSAL, SCALE, documents.contiguous(), slopes, sinks)
-    apart = slopes.repeat_interleave(2)[::2]
-    assert flash_attention(q, k, v, CAUSAL, SCALE, documents, apart, sinks.double())[0].equal(expected[0])
+    separate = slopes.repeat_interleave(2)[::2]
+    assert flash_attention(q, k, v, CAUSAL, SCALE, documents, separate, sinks.double())[0].equal(expected[0])
 
 
 def test_gradients_are_the_same_bits_every_time():

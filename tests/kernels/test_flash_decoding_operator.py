@@ -94,14 +94,14 @@ def test_the_operator_keeps_torchs_rules():
         torch.library.opcheck(torch.ops.heed.decode, arguments)
 
 
-def test_the_door_leads_here():
+def test_attention_dispatches_here():
     q, k, v = draw(2, 1, 20, 4, 2, 16)
     lengths = torch.tensor([7, 20])
     expected = attention(q, k, v, cache_seqlens=lengths, backend="reference")
     torch.testing.assert_close(
         attention(q, k, v, cache_seqlens=lengths, backend="decode"), expected, atol=2e-6, rtol=1e-5
     )
-    with pytest.raises(ValueError, match="it needs lengths"):
+    with pytest.raises(ValueError, match="needs a cache: pass cache_seqlens"):
         attention(q, k, v, backend="decode")
 
 

@@ -1,4 +1,4 @@
-"""The whole model through heed's Triton kernels, interpreted: it learns, caches and speaks as it does through torch."""
+"""The whole model through heed's Triton kernels, interpreted: training, caching and generation are as with torch."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def losses(steps: int) -> list[float]:
     model = GPT(TINY).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     g = torch.Generator().manual_seed(1)
-    text = torch.randint(97, (1, 19), generator=g)  # to be learnt by heart
+    text = torch.randint(97, (1, 19), generator=g)  # to overfit
     seen = []
     for _ in range(steps):
         loss = model.loss(text[:, :-1], text[:, 1:]) / 18

@@ -1,4 +1,4 @@
-"""How layers learn on a CPU: heed's C++ against model.py in fp64, value and every gradient, for every flag."""
+"""Fused layers: heed's C++ against model.py in fp64, values and all gradients, for every flag."""
 
 import copy
 import dataclasses
@@ -64,7 +64,7 @@ def test_value_and_gradients_are_the_models_for_every_flag(flags, dtype):
             assert error <= 2 * max(torchs[name], 0.5 * worst) + 1e-6, (T, name, error, torchs[name])
 
 
-def test_every_part_is_in_cpp(monkeypatch):
+def test_every_operation_is_in_cpp(monkeypatch):
     """The test above would also pass if nothing had been put in the model's place."""
     called = []
     for name in ("RMSNorm", "Heads", "Attend", "SwiGLU"):
@@ -104,7 +104,7 @@ def test_the_same_bits_each_time_and_nearly_the_same_with_other_threads():
         torch.set_num_threads(before)
 
 
-def test_dropout_and_recomputing_and_the_loss_stay_as_they_are():
+def test_dropout_and_checkpointing_and_the_loss_stay_as_they_are():
     tokens = torch.randint(0, 97, (2, 32))
     found = []
     for change, recompute in ((in_cpp, False), (in_cpp, True), (lambda model: model, False)):
@@ -119,7 +119,7 @@ def test_dropout_and_recomputing_and_the_loss_stay_as_they_are():
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
 @torch.inference_mode()
-def test_a_model_that_learns_in_cpp_still_reads_from_a_cache(dtype, bound):
+def test_a_fused_model_still_decodes_from_a_cache(dtype, bound):
     model, tokens = randomized(TINY), torch.randint(0, 97, (2, 20))
     expected = model(tokens)
     in_cpp(model)

@@ -47,7 +47,7 @@ def test_the_first_step_sees_the_other_runs_weights_and_its_tokenizer(tune, runs
     state = checkpoint.read_state(checkpoint.find(run, "latest"))
     assert state["step"] == 2 and state["config"]["init_from"] == str(runs / "songs")
     assert f'init_from = "{runs / "songs"}"' in (run / "config.toml").read_text()
-    assert losses(run)[1] < losses(runs / "songs")[1] - 1  # it begins with what was learnt
+    assert losses(run)[1] < losses(runs / "songs")[1] - 1  # it starts from trained weights
     assert load(run)[0].config.n_embd == 32  # not the recipe's 128
 
 
