@@ -29,9 +29,9 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     kernels.add_argument("--out", type=Path, metavar="DIR", help="write a CSV and a plot there")
     kernels.add_argument("--bound", action="store_true", help="print the roofline and time nothing")
     parser.set_defaults(bound=False)
-    grow = commands.add_parser("scaling", help="time and memory against context, width, batch, vocabulary")
-    grow.add_argument("--quick", action="store_true", help="tiny sizes: tests the code, not the speed")
-    grow.add_argument("--out", type=Path, metavar="DIR", help="write a CSV and a plot there")
+    scaling = commands.add_parser("scaling", help="time and memory against context, width, batch, vocabulary")
+    scaling.add_argument("--quick", action="store_true", help="tiny sizes: tests the code, not the speed")
+    scaling.add_argument("--out", type=Path, metavar="DIR", help="write a CSV and a plot there")
     train = commands.add_parser("training", help="time to a validation loss, against nanoGPT")
     train.add_argument("--nanogpt", type=Path, required=True, metavar="DIR", help="a clone of nanoGPT")
     train.add_argument("--text", type=Path, required=True, metavar="FILE", help="tiny Shakespeare, nanoGPT's input.txt")
@@ -59,7 +59,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     sample.add_argument(
         "--nanogpt", type=Path, metavar="DIR", help="folder of a clone of nanoGPT, to measure it as well"
     )
-    sample.add_argument("--out", type=Path, metavar="DIR", help="write sample.csv there")
+    sample.add_argument("--out", type=Path, metavar="DIR", help="write inference.csv there")
     sample.add_argument("--quick", action="store_true", help="a tiny model, once: tests the code, not the speed")
     return parser.parse_args(words)
 

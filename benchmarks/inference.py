@@ -91,7 +91,7 @@ def bytes_a_step(config: ModelConfig, precision: str, batch: int, positions: flo
 
 def run(names: list[str], sizes: list[str], batches: list[int], prompts: list[int], tokens: int, repetitions: int,
         nanogpt: Path | None, out: Path | None, threads: int) -> int:  # fmt: skip
-    """Print a table, a row for each engine in each setting; write sample.csv into `out`. Returns the exit status."""
+    """Print a table, a row for each engine in each setting; write inference.csv into `out`. Returns the exit status."""
     here = []
     for name in names:
         lacks = engines.missing(name) or ("--nanogpt DIR" if name == "nanoGPT" and not nanogpt else "")
@@ -136,8 +136,8 @@ def run(names: list[str], sizes: list[str], batches: list[int], prompts: list[in
         print(line)
     if out:
         out.mkdir(parents=True, exist_ok=True)
-        write_csv(out / "sample.csv", rows)
-        print(f"wrote {out / 'sample.csv'}")
+        write_csv(out / "inference.csv", rows)
+        print(f"wrote {out / 'inference.csv'}")
     return int(any("heed" in line for line in faults))
 
 

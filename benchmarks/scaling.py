@@ -80,7 +80,7 @@ def exponent(sizes: list[int], values: list[float]) -> float:
 
 
 def run(quick: bool, out: Path | None) -> int:
-    """Measure all, print the table and the exponents, write grow.csv and grow.png into `out`."""
+    """Measure all, print the table and the exponents, write scaling.csv and scaling.png into `out`."""
     rows: list[dict[str, Any]] = []
     for axis, sizes in (QUICK if quick else AXES).items():
         for checkpointing in (False, True) if axis == "context" else (False,):
@@ -103,9 +103,9 @@ def run(quick: bool, out: Path | None) -> int:
     print(table(["grows with the power of", "time", "memory"], powers))
     if out:
         out.mkdir(parents=True, exist_ok=True)
-        write_csv(out / "grow.csv", rows)
-        picture(out / "grow.png", rows)
-        print(f"wrote {out / 'grow.csv'} and {out / 'grow.png'}")
+        write_csv(out / "scaling.csv", rows)
+        picture(out / "scaling.png", rows)
+        print(f"wrote {out / 'scaling.csv'} and {out / 'scaling.png'}")
     return 0
 
 

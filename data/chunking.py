@@ -1,4 +1,4 @@
-"""A stream of text of any length -> documents -> pieces, in constant memory.
+"""Chunking: from a stream of text of any length to documents and pieces, in constant memory.
 
 A *piece* is what the rest of heed handles: it goes to training or to validation as a whole. A document that its source
 declares (a row, a file of a folder, what stands between two `<|endoftext|>` lines) is one piece, unless it is longer

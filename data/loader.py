@@ -59,7 +59,7 @@ class Loader:
 
     def _sequence(self, offset: int, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Inputs and targets (T,) of one sequence of an epoch."""
-        tokens = self.shards.window(offset + number * self.context, self.context + 1)
+        tokens = self.shards.read(offset + number * self.context, self.context + 1)
         return tokens[:-1], tokens[1:]
 
 
@@ -83,9 +83,9 @@ class Conversations(Loader):
 
     def _sequence(self, offset: int, number: int) -> tuple[np.ndarray, np.ndarray]:
         start, beyond = self.starts[number], self.starts[number + 1]
-        tokens = self.shards.window(start, self.context + 1)
+        tokens = self.shards.read(start, self.context + 1)
         targets = np.arange(start + 1, start + 1 + self.context)
-        counted = (self.shards.window_mask(start + 1, self.context) == TARGET) & (targets <= beyond)
+        counted = (self.shards.read_mask(start + 1, self.context) == TARGET) & (targets <= beyond)
         return tokens[:-1], np.where(counted, tokens[1:], IGNORE_INDEX)
 
     def in_order(self, sequences: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -112,8 +112,8 @@ def validation(shards: Shards, context: int, sequences: int, eot: int) -> Iterat
         real = min(count * context, shards.tokens - start)
         y = np.full(count * context, IGNORE_INDEX, dtype=np.int64)
         x = np.full(count * context, eot, dtype=np.int64)
-        y[:real] = shards.window(start, real)
+        y[:real] = shards.read(start, real)
         x[1:real] = y[: real - 1]
         if start:
-            x[0] = shards.window(start - 1, 1)[0]
+            x[0] = shards.read(start - 1, 1)[0]
         yield torch.from_numpy(x.reshape(count, context)), torch.from_numpy(y.reshape(count, context))

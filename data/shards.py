@@ -1,12 +1,12 @@
-"""Token ids on disk: the one file format of the data pipeline, how it is written and how it is read.
+"""Shards: the file format of token ids on disk, its writer and its reader.
 
-    manifest.json     what is here and where it came from, with a sha256 for every shard
+    manifest.json     what the folder holds and its source, with a SHA-256 of every shard
     tokenizer.json    the tokenizer that made it
     train-00000.bin   token ids, one after the other: uint16 (uint32 if the vocabulary is larger), little endian
     train-00000.mask  only of conversations: the loss mask, one byte a token: NO_TARGET, TARGET or FIRST
     val-00000.bin     the same for validation; a split of more than SHARD tokens goes on in -00001.bin
 
-Shards are never loaded but memory-mapped: reading touches only the pages that it needs.
+Shards are memory-mapped, not loaded: reading touches only the pages that it needs.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ AGAIN = "delete the folder and prepare again"
 
 
 class ShardError(ValueError):
-    """Prepared tokens that are not what their manifest says, or too few. One line, for the user."""
+    """Prepared tokens that differ from their manifest, or are too few. The message is one line."""
 
 
 @dataclass(frozen=True)
@@ -167,20 +167,20 @@ class Shards:
                 self._masks.append(_map(beside, loss_mask, shard["tokens"], shard["mask_sha256"]))
         self._starts = np.cumsum([0, *(len(part) for part in self._ids)])
 
-    def window(self, start: int, length: int) -> np.ndarray:
+    def read(self, start: int, length: int) -> np.ndarray:
         """Tokens start .. start + length - 1 as int64 (length,), counted round the circle of the whole split."""
-        return self._read(self._ids, start, length)
+        return self._gather(self._ids, start, length)
 
-    def window_mask(self, start: int, length: int) -> np.ndarray:
+    def read_mask(self, start: int, length: int) -> np.ndarray:
         """What these tokens are, NO_TARGET, TARGET or FIRST each, as int64 (length,); of conversations only."""
-        return self._read(self._masks, start, length)
+        return self._gather(self._masks, start, length)
 
     def conversations(self) -> np.ndarray:
         """Where each conversation begins, and as the last number the end of the split, int64 (conversations + 1,)."""
         found = (np.flatnonzero(part == FIRST) + at for part, at in zip(self._masks, self._starts, strict=False))
         return np.concatenate([*found, [self.tokens]])
 
-    def _read(self, maps: list[np.ndarray], start: int, length: int) -> np.ndarray:
+    def _gather(self, maps: list[np.ndarray], start: int, length: int) -> np.ndarray:
         out = np.empty(length, dtype=np.int64)
         filled = 0
         while filled < length:

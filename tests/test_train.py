@@ -45,7 +45,7 @@ def test_validation_is_over_every_token_and_in_bits_per_byte(runs, monkeypatch, 
     tokenizer = Tokenizer.load(run / "tokenizer.json")
     prepared = train.prepare(**dataclasses.asdict(train.load(str(run / "config.toml")).data))
     val = Shards(prepared, "val")
-    stream = [tokenizer.eot, *val.window(0, val.tokens).tolist()]
+    stream = [tokenizer.eot, *val.read(0, val.tokens).tolist()]
     nats, context = 0.0, model.config.context
     for start in range(0, val.tokens, context):
         piece = torch.tensor(stream[start : start + context + 1])

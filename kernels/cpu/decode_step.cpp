@@ -1,4 +1,4 @@
-// What model.py computes when it speaks, as one call: some tokens in, the logits of the next ones out.
+// A decode step of model.py as one call: some tokens in, the logits of the next ones out.
 //
 // A step of a small model is some 200 small operations. Called one by one from Python they take longer than the work;
 // here they are one parallel region: the threads share the rows of each matrix and meet at a barrier where the next
@@ -184,7 +184,7 @@ extern "C" int heed_decode(const Model& m, int64_t B, int64_t T, const int64_t* 
             norm(l->norm_mid);
             product<W>(l->gate, {y.data(), g.data(), R, m.F, m.C, false});
             product<W>(l->up, {y.data(), f.data(), R, m.F, m.C, false});
-            Part mine(m.F, 3);  // the same rows as in the two products
+            Part mine(m.F, 3);  // the same rows as in the two matmuls
             for (int64_t r = 0; r < R; r++) {
                 float *silu = &g[r * m.F], *up = &f[r * m.F];
                 each(silu + mine.from, mine.to - mine.from, [](auto v) { return v / (1 + exp(-v)); });

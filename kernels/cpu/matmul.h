@@ -1,7 +1,7 @@
-// Products for decode_step.cpp: weights in fp32, bf16 or int8 times activations in fp32.
+// Matmuls for decode_step.cpp: weights in fp32, bf16 or int8 times activations in fp32.
 //
-// fp32 weights are multiplied in fp32. With int8 weights x is rounded to 16 bits, a row at a time: two such products are
-// one instruction, added up in 32 bits. bf16 weights are multiplied in fp32, too, unless the processor multiplies bf16:
+// fp32 weights are multiplied in fp32. With int8 weights x is rounded to 16 bits, a row at a time: two multiplications
+// are one instruction, added up in 32 bits. bf16 weights are multiplied in fp32, too, unless the processor multiplies bf16:
 // then x is rounded to bf16, as torch does.
 #pragma once
 #include "simd.h"
@@ -55,7 +55,7 @@ template <class X> using Sums = std::conditional_t<std::is_same_v<X, int16_t>, I
 template <class W> constexpr int AHEAD = sizeof(W) == 1 ? 4096 : sizeof(W) == 2 && !PAIRS ? 1024 : 0;  // bytes, by trial
 template <class W> constexpr int LINE = std::max(4, 64 / (LANES * int(sizeof(W))));  // vectors in a line of the cache
 
-// out[n][m] = row n of w (N, columns) times row m of x (M, columns): each load serves several products. U sums of each
+// out[n][m] = row n of w (N, columns) times row m of x (M, columns): each load serves several multiplications. U sums of each
 // take turns, so that no addition waits for the last one.
 template <int N, int M, int U, class W, class X>
 [[gnu::always_inline]] static inline void tile(const W* w, const X* x, int64_t columns, float (&out)[N][M]) {

@@ -34,7 +34,7 @@ def test_all_engines_generate_the_same(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "nanoGPT is left out: there is no --nanogpt DIR" in done.stdout
-    rows = list(csv.DictReader((tmp_path / "sample.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "inference.csv").open()))
     assert [(row["batch"], row["who"]) for row in rows] == [
         (batch, who) for batch in ("1", "3") for who in ("heed fp32", "heed int8", *others)
     ]

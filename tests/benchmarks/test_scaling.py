@@ -32,7 +32,7 @@ def test_what_does_not_fit_is_named():
 def test_the_whole_path(tmp_path, capsys):
     assert bench.main(bench.arguments(["scaling", "--quick", "--out", str(tmp_path)])) == 0
     assert "grows with the power of" in capsys.readouterr().out
-    rows = list(csv.DictReader((tmp_path / "grow.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "scaling.csv").open()))
     assert len(rows) == 10
     assert {row["series"] for row in rows} == {
         "context",
@@ -42,4 +42,4 @@ def test_the_whole_path(tmp_path, capsys):
         "vocabulary",
     }
     assert all(float(row["seconds"]) > 0 for row in rows)
-    assert (tmp_path / "grow.png").stat().st_size > 1000
+    assert (tmp_path / "scaling.png").stat().st_size > 1000

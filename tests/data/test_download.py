@@ -1,4 +1,4 @@
-"""The public texts inside Python packages: complete, read and never imported; and a download that is checked before it is believed."""
+"""Public texts: complete, read and never imported; and a download that is verified before it is used."""
 
 import re
 import subprocess

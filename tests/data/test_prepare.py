@@ -1,4 +1,4 @@
-"""Prepared tokens: nothing lost, nothing leaked from one side to the other, nothing half-made ever taken as whole."""
+"""Prepared tokens: nothing lost, nothing leaked between training and validation, nothing incomplete ever used."""
 
 import errno
 import hashlib

@@ -37,12 +37,12 @@ def counting(tmp_path: Path) -> Shards:
 def test_windows_go_round_the_split_and_over_shards(counting: Shards) -> None:
     assert (counting.tokens, counting.bytes) == (1000, 3000)
     for start, length in ((0, 1000), (299, 3), (990, 25), (1234, 2500), (999, 1)):
-        window = counting.window(start, length)
+        tokens = counting.read(start, length)
         assert window.dtype == np.int64 and window.tolist() == [(start + i) % 1000 for i in range(length)]
 
 
 def test_wide_ids(tmp_path: Path) -> None:
-    assert store(tmp_path, [[1, 65_536, 69_999]], dtype="uint32").window(0, 3).tolist() == [1, 65_536, 69_999]
+    assert store(tmp_path, [[1, 65_536, 69_999]], dtype="uint32").read(0, 3).tolist() == [1, 65_536, 69_999]
 
 
 def test_damage_is_found_and_named(tmp_path: Path) -> None:
@@ -103,4 +103,4 @@ def test_a_split_goes_on_in_further_shards(tmp_path: Path, monkeypatch: pytest.M
     ]
     manifest = Manifest(FORMAT_VERSION, "t", 70_000, 0, "uint32", "s", "l", "f", {"train": about})
     (tmp_path / "manifest.json").write_text(json.dumps(dataclasses.asdict(manifest)))
-    assert Shards(tmp_path, "train").window(0, 100).tolist() == [*range(1, 100), 0]
+    assert Shards(tmp_path, "train").read(0, 100).tolist() == [*range(1, 100), 0]

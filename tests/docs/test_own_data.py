@@ -1,4 +1,4 @@
-"""Chapter 9 as a user walks it: training on a folder of texts, then fine-tuning to chat, and `sample.py --chat` holds up."""
+"""Chapter 9 as a user follows it: training on a folder of texts, fine-tuning to chat, and `sample.py --chat`."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""Inference engines: the C++ engine against the model in fp64 without a cache, for every flag; and no compiler, and int8."""
+"""Engines: the C++ engine against the model in fp64 without a cache, for every flag; and no compiler, and int8."""
 
 import dataclasses
 import re
