@@ -46,7 +46,8 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--system", default="", help="with --chat: the system message")
     for word in sys.argv[1:]:
         if (old := word.partition("=")[0]) in RENAMED:
-            p.error(f"{old}: renamed to {RENAMED[old]}")
+            print(f"sample.py: {old}: renamed to {RENAMED[old]}", file=sys.stderr)
+            sys.exit(2)
     return p.parse_args()
 
 

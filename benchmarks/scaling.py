@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # torch's optimizers import it lazily: it is not the memory of a step
 
 from benchmarks import isolated
 from benchmarks.report import table, write_csv

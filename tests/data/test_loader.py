@@ -77,7 +77,7 @@ def test_ranks_share_one_global_order(counting: Shards, ranks: int) -> None:
         parts = [Loader(counting, context=10, seed=2).batch(step, 12, rank, ranks) for rank in range(ranks)]
         assert torch.equal(torch.cat([x for x, _ in parts]), whole[0])
         assert torch.equal(torch.cat([y for _, y in parts]), whole[1])
-    with pytest.raises(ValueError, match="12 sequences a step cannot be shared by 5 ranks"):
+    with pytest.raises(ValueError, match="12 sequences per step are not divisible by 5 ranks"):
         loader.batch(0, 12, 0, 5)
 
 

@@ -34,11 +34,11 @@ def counting(tmp_path: Path) -> Shards:
     return store(tmp_path, [list(range(300)), list(range(300, 301)), list(range(301, 1000))])
 
 
-def test_windows_go_round_the_split_and_over_shards(counting: Shards) -> None:
+def test_reading_goes_round_the_split_and_over_shards(counting: Shards) -> None:
     assert (counting.tokens, counting.bytes) == (1000, 3000)
     for start, length in ((0, 1000), (299, 3), (990, 25), (1234, 2500), (999, 1)):
         tokens = counting.read(start, length)
-        assert window.dtype == np.int64 and window.tolist() == [(start + i) % 1000 for i in range(length)]
+        assert tokens.dtype == np.int64 and tokens.tolist() == [(start + i) % 1000 for i in range(length)]
 
 
 def test_wide_ids(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def test_corpora_can_be_read_again_and_fingerprints_follow_content(tmp_path: Pat
 BAD = {
     "nosuch.txt": (None, "no such file; give a path"),
     "boook.txt": (None, "no such file; did you mean .*book.txt"),
-    "empty.txt": (b" \n\r\n", "is empty"),
+    "empty.txt": (b" \n\r\n", "empty; training needs some text"),
     "latin.txt": (b"one\ntwo caf\xe9 three", r"latin.txt is not UTF-8 at byte 11 \(line 2\)"),
     "split.txt": (b"x" * ((1 << 20) - 1) + "é".encode()[:1] + b"\n", r"is not UTF-8 at byte 1048575 \(line 1\)"),
     "cut.txt": (b"one \xe2\x82", r"ends inside a UTF-8 character at byte 4 \(line 1\)"),

@@ -260,7 +260,7 @@ def test_wrong_shapes_are_named():
     q, k, v = draw(2, 4, 4, 4, 2, 6)
     with pytest.raises(ValueError, match="3 query heads are not divisible by 2 key/value heads"):
         attention(q[:, :, :3], k, v)
-    with pytest.raises(ValueError, match=r"wants q \(B, T, H, D\)"):
+    with pytest.raises(ValueError, match=r"needs q \(B, T, H, D\)"):
         attention(q, k, v[:, :3])
     with pytest.raises(ValueError, match="at least 1"):
         MaskSpec(window=0)
