@@ -1,4 +1,4 @@
-"""Draws docs/6-block-maps.png: which blocks of the score matrix are skipped, seen in part, or seen whole.
+"""Draw docs/6-block-maps.png: which blocks of the score matrix are skipped, partly visible, or fully visible.
 
 Every square is computed from `kernels.reference.attention_mask`, the definition of which query attends to which key.
 python -m benchmarks.block_maps

@@ -39,7 +39,7 @@ def test_python_blocks_run_and_print_what_the_page_says(page, runs, monkeypatch)
                 assert out.getvalue().rstrip() == printed.rstrip(), code
 
 
-ELSEWHERE = {"python -m benchmarks scaling --quick"}  # test_bench_grow.py runs it, and looks at what it makes
+ELSEWHERE = {"python -m benchmarks scaling --quick"}  # tests/benchmarks/test_scaling.py runs it
 
 
 def commands() -> list[str]:
