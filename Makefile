@@ -1,8 +1,8 @@
-# make shakespeare   everything: set up, get the text, train for five minutes, speak
-# make test          set up, check the code, run all tests
-# make test-full     the same with larger grids for the kernels
-# make check         set up, check the code: lint, format, types
-# PYTHON=python3.12 after any of them chooses the Python that makes the virtual environment.
+# make shakespeare   set up, download the text, train for five minutes, generate samples
+# make test          set up, lint and type-check, run all tests
+# make test-full     the same, with larger grids for the kernels
+# make check         set up, lint, format check, type check
+# make ... PYTHON=python3.12 creates the virtual environment with that Python.
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,10 +11,10 @@ LOG := $(VENV)/install.log
 
 .PHONY: shakespeare test test-full check
 
-# A run that was interrupted goes on; one that is finished only speaks.
+# Continues an interrupted run; of a finished run it only generates samples.
 shakespeare: $(VENV)/ready
 	@resume=$$(test -f runs/shakespeare/latest && echo --resume); $(BIN)/python train.py shakespeare $$resume
-	@$(BIN)/python sample.py --run runs/shakespeare --prompt "ROMEO:" --num-samples 3 --tokens 150
+	@$(BIN)/python sample.py --run runs/shakespeare --prompt "ROMEO:" --num-samples 3 --max-new-tokens 150 --whole-lines
 
 test: check
 	@rm -f .coverage*

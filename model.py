@@ -2,7 +2,7 @@
 
     tokens -> embedding -> n_layer x [ x + attention(norm(x));  x + swiglu(norm(x)) ] -> norm -> logits
 
-Read from the bottom up or the top down; every class is one idea. Shapes in the comments:
+Every class is one idea. Shapes in the comments:
 B batch, T time (tokens in this call), C width (n_embd), H query heads, K key/value heads, D head size, V vocabulary.
 """
 
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels import CAUSAL, Pattern, attention
+from kernels import CAUSAL, MaskSpec, attention
 from kernels.cross_entropy import linear_cross_entropy
 
 # 1. Configuration ---------------------------------------------------------------------------------------------------
@@ -22,18 +22,18 @@ from kernels.cross_entropy import linear_cross_entropy
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything that decides what the model computes; saved beside its weights."""
+    """Hyperparameters of the model; saved next to its weights."""
 
     vocab_size: int = 0
     """tokens in the vocabulary; 0 takes the tokenizer's size"""
     context: int = 256
-    """tokens seen at once, in training and in sampling"""
+    """context length in tokens, in training and in generation"""
     n_layer: int = 6
     """transformer blocks"""
     n_head: int = 6
-    """query heads a layer"""
+    """query heads per layer"""
     n_kv_head: int = 6
-    """key/value heads a layer; fewer than n_head is grouped-query attention, 1 is multi-query"""
+    """key/value heads per layer; fewer than n_head is grouped-query attention (GQA), 1 is multi-query"""
     n_embd: int = 384
     """width of the residual stream"""
     head_dim: int = 64
@@ -41,23 +41,23 @@ class ModelConfig:
     n_ffn: int = 1024
     """hidden width of the feed-forward (SwiGLU) layer"""
     tie_embeddings: bool = True
-    """use the token embedding as the output head, too"""
+    """use the token embedding as the output head"""
     dropout: float = 0.0
     """probability of zeroing an activation after the embedding, each attention and each feed-forward, in training"""
     window: int = 0
-    """keys that a sliding-window layer sees, the query's own included; needed when layer_pattern has an S"""
+    """keys that a sliding-window layer attends to, the query's own included; needed if layer_pattern has an S"""
     layer_pattern: str = "L"
-    """repeated over the layers: L sees the whole context, S a sliding window ("SSSL": three short, one long)"""
+    """repeated over the layers: L attends to the whole context, S to a sliding window ("SSSL": three S, one L)"""
     qk_norm: bool = True
-    """normalize queries and keys; false is Llama's attention"""
+    """normalize queries and keys (QK-norm); false is Llama's attention"""
     gate: bool = False
     """multiply attention's output by a learned sigmoid gate of its input"""
     rope_theta: float = 10000.0
     """base of the rotary wavelengths"""
     yarn_factor: float = 1.0
-    """stretch RoPE by this factor with YaRN, to read further than yarn_original_context; 1 is off"""
+    """extend the context beyond yarn_original_context by this factor, with YaRN; 1 is off"""
     yarn_original_context: int = 0
-    """the context that the weights were trained at, when yarn_factor is not 1"""
+    """context length that the weights were trained with, if yarn_factor is not 1"""
     norm_eps: float = 1e-6
     """added to the mean square in RMSNorm"""
 
@@ -70,9 +70,13 @@ class ModelConfig:
             must(getattr(self, field) >= 1, field, "must be at least 1")
         must(self.vocab_size >= 0, "vocab_size", "must be at least 1, or 0 for the tokenizer's size")
         must(self.n_head % self.n_kv_head == 0, "n_kv_head", f"must divide model.n_head = {self.n_head}")
-        must(self.head_dim % 2 == 0, "head_dim", "must be even: RoPE turns pairs of dimensions")
+        must(self.head_dim % 2 == 0, "head_dim", "must be even: RoPE rotates pairs of dimensions")
         must(0.0 <= self.dropout < 1.0, "dropout", "must be at least 0 and below 1")
-        must(bool(self.layer_pattern) and set(self.layer_pattern) <= set("LS"), "layer_pattern", "only letters L and S")
+        must(
+            bool(self.layer_pattern) and set(self.layer_pattern) <= set("LS"),
+            "layer_pattern",
+            "must consist of L and S",
+        )
         must(self.window >= 1 or "S" not in self.layer_pattern, "window", "must be at least 1: layer_pattern has an S")
         must(self.window == 0 or "S" in self.layer_pattern, "window", "has no effect: layer_pattern has no S")
         must(self.rope_theta > 1.0, "rope_theta", "must be above 1")
@@ -81,10 +85,10 @@ class ModelConfig:
         stretched = self.yarn_factor > 1.0
         must(stretched == (self.yarn_original_context > 0), "yarn_original_context", "goes with yarn_factor above 1")
 
-    def pattern(self, layer: int) -> Pattern:
-        """What layer number `layer` may see."""
+    def mask_spec(self, layer: int) -> MaskSpec:
+        """The attention mask of layer number `layer`."""
         letter = self.layer_pattern[layer % len(self.layer_pattern)]
-        return Pattern(causal=True, window=self.window) if letter == "S" else CAUSAL
+        return MaskSpec(causal=True, window=self.window) if letter == "S" else CAUSAL
 
 
 # 2. Positions: rotary embeddings ------------------------------------------------------------------------------------
@@ -94,35 +98,35 @@ def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
     """Angle per position of each pair of dimensions, (D/2,) fp32 in radians, and the factor on cos and sin.
 
     Plain RoPE (Su et al. 2021, eq. 15): theta ** (-2i / D). YaRN (Peng et al. 2023, section 3.2 and eq. 22): pairs
-    that turn more than 32 times within the original context keep their angle, pairs that turn less than once are
-    slowed by the factor, those between are blended along a line; attention's temperature is a factor on cos and sin.
+    that rotate more than 32 times within the original context keep their angle, pairs that rotate less than once are
+    slowed by the factor, those between are interpolated; attention's temperature is a factor on cos and sin.
     """
     D, theta = config.head_dim, config.rope_theta
     frequencies = theta ** (-torch.arange(0, D, 2, dtype=torch.float32) / D)  # (D/2,), fastest first
     if config.yarn_factor == 1.0:
         return frequencies, 1.0
 
-    def pair_that_turns(times: float) -> float:
+    def pair_that_rotates(times: float) -> float:
         return D * math.log(config.yarn_original_context / (times * 2 * math.pi)) / (2 * math.log(theta))
 
-    low, high = max(math.floor(pair_that_turns(32)), 0), min(math.ceil(pair_that_turns(1)), D - 1)
+    low, high = max(math.floor(pair_that_rotates(32)), 0), min(math.ceil(pair_that_rotates(1)), D - 1)
     slowed = ((torch.arange(D // 2) - low) / max(high - low, 1e-3)).clamp(0, 1)  # (D/2,) 0 keeps, 1 slows
     return frequencies * (1 - slowed + slowed / config.yarn_factor), 0.1 * math.log(config.yarn_factor) + 1.0
 
 
-def rope_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin for every position of the context, (context, D) fp32 each, as `rotate` wants them: the second half
-    of D repeats the first, and in the first half sin has the minus of the rotation."""
+def precompute_rope(config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """cos and sin of every position, (context, D) fp32 each, in the layout of `apply_rotary_emb`: the second half of D
+    repeats the first, and the first half of sin is negated."""
     frequencies, factor = rope_frequencies(config)
     angles = torch.outer(torch.arange(config.context, dtype=torch.float32), frequencies)  # (context, D/2)
     cos, sin = angles.cos() * factor, angles.sin() * factor
     return torch.cat((cos, cos), 1), torch.cat((-sin, sin), 1)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn dimension i together with i + D/2 by its position's angle. x (B, T, H, D); cos, sin (B or 1, T, 1, D).
+def apply_rotary_emb(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate dimensions i and i + D/2 by the angle of their position. x (B, T, H, D); cos, sin (B or 1, T, 1, D).
 
-    By rolling, not by joining halves: a compiler fuses that with what stands around it.
+    A roll, not a concatenation of halves: a compiler fuses it with the operations around it.
     """
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
@@ -131,24 +135,24 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, preallocated: no shape ever changes, nothing waits for the device.
+    """The KV cache: keys and values of all tokens so far, preallocated. Shapes are static, and the host never syncs.
 
-    Layers only write; the caller calls `advance` once a step. A layer with a window keeps a ring: slot = position
-    modulo its size, just large enough that `CHUNK` tokens can be written at once without overwriting what they see.
+    Layers call `update`; the caller calls `advance` once per step. The cache of a sliding-window layer is a ring
+    buffer: slot = position modulo its size, large enough that `CHUNK` new tokens overwrite nothing they attend to.
     """
 
-    CHUNK = 256  # tokens at most in one call of the model
+    CHUNK = 256  # maximum number of tokens in one call of the model
 
     def __init__(
-        self, config: ModelConfig, batch: int, *, most: int | None = None, device: torch.device | str = "cpu",
+        self, config: ModelConfig, batch: int, *, max_seq_len: int | None = None, device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:  # fmt: skip
-        """`most`: the tokens that will come, if they may be fewer than the context."""
-        context = min(config.context, most or config.context)
+        """max_seq_len: tokens to make room for; default: the context."""
+        context = min(config.context, max_seq_len or config.context)
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)  # (B,) tokens written
         self.layers: list[tuple[Tensor, Tensor]] = []
         for layer in range(config.n_layer):
-            window = config.pattern(layer).window
+            window = config.mask_spec(layer).window
             size = context if window is None else min(context, window + self.CHUNK - 1)
             shape = (batch, size, config.n_kv_head, config.head_dim)  # (B, S, K, D)
             self.layers.append(
@@ -159,8 +163,8 @@ class KVCache:
         """Positions of the next T tokens, (B, T)."""
         return self.lengths[:, None] + torch.arange(T, device=self.lengths.device)
 
-    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Put k and v (B, T, K, D) at the next T positions of a layer; returns its whole buffers (B, S, K, D)."""
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k and v (B, T, K, D) at the next T positions of a layer. Returns its buffers, (B, S, K, D)."""
         keys, values = self.layers[layer]
         B, T = k.shape[:2]
         slots = self.positions(T) % keys.shape[1]  # (B, T)
@@ -170,11 +174,11 @@ class KVCache:
         return keys, values
 
     def advance(self, T: int) -> None:
-        """Count T more tokens as written, in every layer."""
+        """Move on by T tokens, after all layers were updated."""
         self.lengths += T
 
-    def clear(self) -> None:
-        """Forget everything; the memory stays."""
+    def reset(self) -> None:
+        """Empty the cache; its memory stays allocated."""
         self.lengths.zero_()
 
     def repeat(self, times: int) -> "KVCache":
@@ -191,14 +195,14 @@ class KVCache:
 class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023) with RMS-normed queries and keys (Henry et al. 2020), then RoPE.
 
-    With `gate`, q_proj also makes a gate for each head's output (Qiu et al. 2025, arXiv 2505.06708, "G1"), laid out
-    as in Qwen3-Next: a head's D query rows, then its D gate rows.
+    With `gate`, q_proj also computes a gate for each head's output (Qiu et al. 2025, arXiv 2505.06708, "G1"), laid
+    out as in Qwen3-Next: a head's D query rows, then its D gate rows.
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         C, H, K, D = config.n_embd, config.n_head, config.n_kv_head, config.head_dim
-        self.layer, self.head_dim, self.gate, self.pattern = layer, D, config.gate, config.pattern(layer)
+        self.layer, self.head_dim, self.gate, self.mask_spec = layer, D, config.gate, config.mask_spec(layer)
         self.q_proj = nn.Linear(C, H * D * (2 if config.gate else 1), bias=False)
         self.k_proj = nn.Linear(C, K * D, bias=False)
         self.v_proj = nn.Linear(C, K * D, bias=False)
@@ -213,12 +217,12 @@ class Attention(nn.Module):
             q, gate = q.chunk(2, dim=-1)  # (B, T, H, D) each
         k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K*D) -> (B, T, K, D)
         v = self.v_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K*D) -> (B, T, K, D)
-        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        q, k = apply_rotary_emb(self.q_norm(q), cos, sin), apply_rotary_emb(self.k_norm(k), cos, sin)
         if cache is None:
-            out = attention(q, k, v, self.pattern)  # (B, T, H, D)
+            out = attention(q, k, v, self.mask_spec)  # (B, T, H, D)
         else:
-            keys, values = cache.write(self.layer, k, v)  # (B, S, K, D)
-            out = attention(q, keys, values, self.pattern, lengths=cache.lengths + T)
+            keys, values = cache.update(self.layer, k, v)  # (B, S, K, D)
+            out = attention(q, keys, values, self.mask_spec, cache_seqlens=cache.lengths + T)
         if self.gate:
             out = out * gate.sigmoid()
         return self.o_proj(out.reshape(B, T, -1))  # (B, T, H, D) -> (B, T, H*D) -> (B, T, C)
@@ -238,7 +242,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: what the tokens tell each other, then what each makes of it."""
+    """One layer: attention, then the feed-forward network, each with a pre-norm and a residual connection."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -255,7 +259,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks and the last norm; under the name `model`, as in Hugging Face's checkpoints."""
+    """Embedding, blocks and the final norm; called `model`, as in Hugging Face's checkpoints."""
 
     cos: Tensor
     sin: Tensor
@@ -263,16 +267,16 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.dropout = config.dropout
-        self.recompute = False  # in training, forget what happened inside a layer and compute it again backward
+        self.activation_checkpointing = False  # in training, recompute a layer's activations in the backward pass
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
-        cos, sin = rope_tables(config)
+        cos, sin = precompute_rope(config)
         self.register_buffer("cos", cos, persistent=False)  # (context, D)
         self.register_buffer("sin", sin, persistent=False)
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """tokens (B, T) -> what the head reads, (B, T, C). Raises ValueError: more tokens than may be given at once."""
+        """tokens (B, T) -> hidden states, the input of the head, (B, T, C). Raises ValueError: too many tokens."""
         T, context = tokens.shape[1], self.cos.shape[0]
         most = context if cache is None else min(context, KVCache.CHUNK)
         if most < T:
@@ -285,7 +289,7 @@ class Decoder(nn.Module):
             cos, sin = self.cos[positions], self.sin[positions]  # (B, T, D)
         cos, sin = cos[:, :, None].to(x.dtype), sin[:, :, None].to(x.dtype)  # (B or 1, T, 1, D): the same for all heads
         for layer in self.layers:
-            if self.recompute and self.training:
+            if self.activation_checkpointing and self.training:
                 x = checkpoint(layer, x, cos, sin, use_reentrant=False)  # Chen et al. 2016, arXiv 1604.06174
             else:
                 x = layer(x, cos, sin, cache)
@@ -293,24 +297,24 @@ class Decoder(nn.Module):
 
 
 class GPT(nn.Module):
-    """The whole model: `logits = model(tokens)`, `loss = model.loss(tokens, targets)`."""
+    """The language model: `logits = model(tokens)`, `loss = model.loss(tokens, targets)`."""
 
     def __init__(self, config: ModelConfig) -> None:
-        """Raises ValueError when vocab_size is still 0: a model needs to know its tokenizer's size."""
+        """Raises ValueError if vocab_size is still 0."""
         super().__init__()
         if config.vocab_size == 0:
-            raise ValueError("model.vocab_size = 0: a model needs its tokenizer's size")
+            raise ValueError("model.vocab_size = 0: must be the tokenizer's size")
         self.config = config
         self.model = Decoder(config)
-        # Tied, there is no second matrix and so none in the checkpoint.
+        # With tied embeddings there is no second matrix, and none in the checkpoint.
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Every weight's first value, in one place.
+        """Initialize all weights.
 
-        Matrices are normal with standard deviation 1/sqrt(fan-in), so that a unit input gives a unit output; the two
-        that write to the residual stream are divided by sqrt(2 n_layer), so that the sum of all layers stays near one
+        Matrices are normal with standard deviation 1/sqrt(fan-in), so that unit inputs give unit outputs; the two that
+        write to the residual stream are divided by sqrt(2 n_layer), so that the sum of all layers stays near one
         (Radford et al. 2019, section 2.3). Embedding and head are small, so that the logits start near 0.
         """
         for name, p in self.named_parameters():
@@ -324,7 +328,7 @@ class GPT(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """(V, C): the embedding's, when tied."""
+        """(V, C): the embedding's weight if tied."""
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def head(self, x: Tensor) -> Tensor:
@@ -332,45 +336,20 @@ class GPT(nn.Module):
         return F.linear(x, self.head_weight)
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Logits for the token after each one.
+        """Logits of the next token at every position.
 
         Args:
             tokens: (B, T) integers; T at most the context, and with a cache at most KVCache.CHUNK.
-            cache: read and written, not advanced; the tokens follow those that it holds. The caller sees to it that
-                they fit into the context: to check here would mean to wait for the device.
+            cache: updated, not advanced; the tokens follow those in the cache. They must fit into the context, which
+                is not checked here: a check would synchronize with the device.
         Returns:
             (B, T, V).
         Raises:
-            ValueError: more tokens than may be given at once.
+            ValueError: too many tokens.
         """
         return self.head(self.model(tokens, cache))
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Sum of the cross-entropies of targets (B, T), in nats, fp32; a target of -100 does not count."""
+        """Sum of the cross-entropies of targets (B, T), in nats, fp32; a target of IGNORE_INDEX (-100) is left out."""
         x = self.model(tokens).flatten(0, 1)  # (B, T, C) -> (B * T, C)
         return linear_cross_entropy(x, self.head_weight, targets.flatten())
-
-
-# 5. What it costs ---------------------------------------------------------------------------------------------------
-
-
-def count_parameters(config: ModelConfig) -> int:
-    """Learned numbers, without building the model."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in GPT(config).parameters())
-
-
-def flops_per_token(config: ModelConfig) -> float:
-    """Floating-point operations to train on one token at full context: forward, and twice that backward.
-
-    Counts the matrix products alone, 2 a multiply-add (Kaplan et al. 2020, section 2.1): with attention's own two
-    over the keys that each query really sees and the output head, without the embedding, which is a look-up.
-    """
-    C, H, K, D, T = config.n_embd, config.n_head, config.n_kv_head, config.head_dim, config.context
-    matrices = C * D * (H * (3 if config.gate else 2) + 2 * K) + 3 * C * config.n_ffn
-    products = float(config.n_layer * matrices + C * config.vocab_size)
-    for layer in range(config.n_layer):
-        W = min(config.pattern(layer).window or T, T)
-        keys = (W * (W + 1) / 2 + (T - W) * W) / T  # the average over the context of min(position, W)
-        products += 2 * H * D * keys
-    return 3 * 2 * products

@@ -1,9 +1,9 @@
-"""Token shards -> batches, where batch = f(seed, step, rank) and nothing else.
+"""From token shards to batches: a batch is a function of (seed, step, rank) alone.
 
-An epoch lays windows of `context` tokens end to end round the text, from an offset drawn for that epoch, and visits
-them in an order drawn for that epoch: sampling without replacement, so that every token is predicted once before any
-is predicted twice. Because the order is a function of (seed, epoch), a run resumes from its step number alone, and the
-same samples come in the same order on any number of machines.
+An epoch divides the text into sequences of `context` tokens, from a random offset, and visits them in a random order:
+sampling without replacement, so every token is predicted once before any is predicted twice. Offset and order depend
+on (seed, epoch) alone, so a run resumes from its step number, and any number of processes gets the same samples in the
+same order.
 
 Shapes: B sequences, T = context.
 """
@@ -16,9 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.shards import ANSWER, ShardError, Shards
-
-IGNORE = -100  # a target that counts for nothing: cross-entropy's own mark for it
+from data.shards import TARGET, ShardError, Shards
+from kernels.reference import IGNORE_INDEX
 
 
 class Loader:
@@ -31,68 +30,68 @@ class Loader:
                 f"needed; bring more text, or a context below {shards.tokens}"
             )
         self.shards, self.context, self.seed = shards, context, seed
-        self.windows = shards.tokens // context  # in an epoch
-        self._epoch = lru_cache(maxsize=2)(self._draw)  # a batch may straddle two
+        self.num_sequences = shards.tokens // context  # in an epoch
+        self._epoch = lru_cache(maxsize=2)(self._shuffle)  # a batch may span two epochs
 
-    def _draw(self, epoch: int) -> tuple[int, np.ndarray]:
-        """The offset and the order of the windows in one epoch.
+    def _shuffle(self, epoch: int) -> tuple[int, np.ndarray]:
+        """Offset and order of the sequences of an epoch.
 
-        Sorted raw bits, and not numpy's `permutation`: numpy promises that the bits of a seed never change, no more.
+        Sorted raw bits, not numpy's `permutation`: numpy guarantees only that the bits of a seed never change.
         """
         bits = np.random.PCG64(np.random.SeedSequence([self.seed, epoch]))
         offset = int(bits.random_raw()) % self.shards.tokens
-        return offset, np.argsort(bits.random_raw(self.windows), kind="stable")
+        return offset, np.argsort(bits.random_raw(self.num_sequences), kind="stable")
 
     def batch(self, step: int, sequences: int, rank: int = 0, ranks: int = 1) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of `step`, int64 (B, T) each, B = sequences / ranks: this rank's share of `sequences`.
+        """Inputs and targets of `step`, int64 (B, T) each, B = sequences / ranks.
 
         Sample i of step s is number s * sequences + i of the whole run; rank r has rows r * B up to (r + 1) * B.
         """
         if sequences % ranks:
-            raise ValueError(f"{sequences} sequences a step cannot be shared by {ranks} ranks; make it a multiple")
+            raise ValueError(f"{sequences} sequences per step are not divisible by {ranks} ranks")
         rows = sequences // ranks
         x, y = np.empty((2, rows, self.context), dtype=np.int64)
         for row in range(rows):
-            epoch, index = divmod(step * sequences + rank * rows + row, self.windows)
+            epoch, index = divmod(step * sequences + rank * rows + row, self.num_sequences)
             offset, order = self._epoch(epoch)
-            x[row], y[row] = self._window(offset, int(order[index]))
+            x[row], y[row] = self._sequence(offset, int(order[index]))
         return torch.from_numpy(x), torch.from_numpy(y)
 
-    def _window(self, offset: int, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and targets (T,) of one window of an epoch."""
-        tokens = self.shards.window(offset + number * self.context, self.context + 1)
+    def _sequence(self, offset: int, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and targets (T,) of one sequence of an epoch."""
+        tokens = self.shards.read(offset + number * self.context, self.context + 1)
         return tokens[:-1], tokens[1:]
 
 
 class Conversations(Loader):
-    """Training batches of conversations: the targets are the answers' tokens, all others are IGNORE.
+    """Training batches of conversations: the targets are the tokens of answers, all others are IGNORE_INDEX.
 
-    A window begins with a conversation and is filled up with those that follow. One that does not fit is cut off, and
-    begins the next window; only one that is longer than a window goes on in the next. A target is counted in the one
-    window that does not cut it off, so again every token is predicted once an epoch.
+    A sequence begins with a conversation and is filled with those that follow. A conversation that does not fit is cut
+    off and begins the next sequence; only one longer than a sequence continues in the next. A target counts in the one
+    sequence that does not cut it off, so every token is predicted once per epoch.
     """
 
     def __init__(self, shards: Shards, *, context: int, seed: int):
         self.shards, self.context, self.seed = shards, context, seed
         begins = shards.conversations()
-        self.starts = array("q", [0])  # where windows begin, and the end
+        self.starts = array("q", [0])  # where sequences begin, and the end
         while (start := self.starts[-1]) < shards.tokens:
             last = int(begins[np.searchsorted(begins, start + context + 1, side="right") - 1])  # it does not fit
             self.starts.append(last if last > start else start + context)
-        self.windows = len(self.starts) - 1
-        self._epoch = lru_cache(maxsize=2)(self._draw)
+        self.num_sequences = len(self.starts) - 1
+        self._epoch = lru_cache(maxsize=2)(self._shuffle)
 
-    def _window(self, offset: int, number: int) -> tuple[np.ndarray, np.ndarray]:
+    def _sequence(self, offset: int, number: int) -> tuple[np.ndarray, np.ndarray]:
         start, beyond = self.starts[number], self.starts[number + 1]
-        tokens = self.shards.window(start, self.context + 1)
+        tokens = self.shards.read(start, self.context + 1)
         targets = np.arange(start + 1, start + 1 + self.context)
-        learnt = (self.shards.window_kinds(start + 1, self.context) == ANSWER) & (targets <= beyond)
-        return tokens[:-1], np.where(learnt, tokens[1:], IGNORE)
+        counted = (self.shards.read_mask(start + 1, self.context) == TARGET) & (targets <= beyond)
+        return tokens[:-1], np.where(counted, tokens[1:], IGNORE_INDEX)
 
     def in_order(self, sequences: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """All windows once, inputs and targets (B, T), B <= sequences."""
-        for first in range(0, self.windows, sequences):
-            rows = [self._window(0, number) for number in range(first, min(first + sequences, self.windows))]
+        """All sequences once, inputs and targets (B, T), B <= sequences."""
+        for first in range(0, self.num_sequences, sequences):
+            rows = [self._sequence(0, number) for number in range(first, min(first + sequences, self.num_sequences))]
             x, y = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
             yield x, y
 
@@ -100,8 +99,8 @@ class Conversations(Loader):
 def validation(shards: Shards, context: int, sequences: int, eot: int) -> Iterator[tuple[Tensor, Tensor]]:
     """The whole split in order, every token a target exactly once: inputs and targets (B, T), B <= sequences.
 
-    The inputs are the split shifted by one, an end of text in front. What does not fill the last window is IGNORE. Of
-    conversations, every token of an answer is a target once, in the windows of `Conversations`.
+    The inputs are the split shifted by one, after an end-of-text token. The rest of the last sequence is IGNORE_INDEX.
+    Of conversations, every token of an answer is a target once, in the sequences of `Conversations`.
     """
     if shards.chat:
         yield from Conversations(shards, context=context, seed=0).in_order(sequences)
@@ -111,10 +110,10 @@ def validation(shards: Shards, context: int, sequences: int, eot: int) -> Iterat
         count = min(sequences, rows - first)
         start = first * context
         real = min(count * context, shards.tokens - start)
-        y = np.full(count * context, IGNORE, dtype=np.int64)
+        y = np.full(count * context, IGNORE_INDEX, dtype=np.int64)
         x = np.full(count * context, eot, dtype=np.int64)
-        y[:real] = shards.window(start, real)
+        y[:real] = shards.read(start, real)
         x[1:real] = y[: real - 1]
         if start:
-            x[0] = shards.window(start - 1, 1)[0]
+            x[0] = shards.read(start - 1, 1)[0]
         yield torch.from_numpy(x.reshape(count, context)), torch.from_numpy(y.reshape(count, context))

@@ -1,17 +1,17 @@
-"""Corpus -> tokenizer -> shards of token ids on disk: done once, found again by content, read by `loader.py`.
+"""From a corpus to shards of token ids on disk: prepared once, cached by content, read by `loader.py`.
 
-Three promises are kept here.
+Three guarantees:
 
-**An honest validation set.** Which side a piece of text belongs to is told by the sha256 of its own words. So adding
-text never moves a piece from one side to the other, and two copies of a text are always on the same side: the model is
-not examined on what it has read. Every document ends with the end-of-text token, and so does every place where a piece
-was taken out to the other side: no split joins text across a gap.
+**No leakage.** The SHA-256 of a piece decides whether it is training or validation text. So adding text never moves a
+piece between the splits, and two copies of a text are always in the same split: the model is not validated on text that
+it was trained on. Every document ends with an end-of-text token, and so does every place where a piece belongs to the
+other split: no split joins text across a gap.
 
-**Constant memory.** Text is tokenized a few MB at a time and written as it comes, whatever the size of the corpus.
+**Constant memory.** Text is tokenized a few MB at a time and written at once, whatever the size of the corpus.
 
 **All or nothing.** The result is a folder `<cache>/tokens/<key>/` (its files: see `shards.py`), where the key is a hash
-of everything that determines the content. It appears under that name by one rename, when it is whole and on the disk:
-a process that is killed at any moment leaves nothing that could be taken for finished.
+of everything that determines the content. It gets that name by one rename, when it is complete and on the disk: a
+process that is killed at any moment leaves nothing that looks finished.
 """
 
 import dataclasses
@@ -26,14 +26,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from data import chat
-from data.corpora import CACHE, Corpus, CorpusError, open_corpus
-from data.cutting import Piece
+from data import chat_format
+from data.chunking import Piece
 from data.shards import FORMAT_VERSION, Manifest, Writer, sync, whole
+from data.sources import CACHE, Corpus, CorpusError, open_corpus
 from data.tokenizer import KINDS, Tokenizer, get_tokenizer
 
-BATCH = 1 << 20  # characters that are tokenized at once (a token costs the library 100 bytes while it works)
-SAMPLE = 64 << 20  # characters of training text that a BPE is made from, at most
+BATCH = 1 << 20  # characters per call of the tokenizer (the library needs 100 bytes per token)
+SAMPLE = 64 << 20  # maximum number of characters that a BPE is trained on
 DAY = 86_400
 
 Log = Callable[[str], None]
@@ -53,22 +53,21 @@ def prepare(
     cache: Path = CACHE,
     log: Log = print,
 ) -> Path:
-    """Tokens of `source`, split in two; returns their folder, at once if it was made before.
+    """Tokenize `source` into a training and a validation split; returns their folder, cached if it exists.
 
-    `val_fraction`: the share of the pieces that goes to validation, chosen by hash. With a `val_source`, that is the
-    validation text instead, and training loses the pieces that also stand in it. `tokenizer`: see `get_tokenizer`; a
-    BPE is trained on a sample of the training side, `char` takes the characters of both sides; for conversations
-    (`format` chat) it gets the marks of a chat if it has none. The other arguments are those of `open_corpus`. Raises
-    CorpusError and TokenizerError, one line each.
+    val_fraction: fraction of the pieces for validation, chosen by hash. val_source: a separate validation text; pieces
+    that it shares with the source are left out of training. tokenizer: see `get_tokenizer`; a BPE is trained on a
+    sample of the training text, `char` takes the characters of both splits, and for conversations (`format` chat) the
+    special tokens are added. The other arguments are those of `open_corpus`. Raises CorpusError and TokenizerError.
     """
     if not val_source and not 0 < val_fraction <= 0.5:
         raise CorpusError(f"data.val_fraction = {val_fraction}: must be above 0 and at most 0.5, or name a val_source")
     how: dict[str, Any] = {"format": format, "split": split, "text_column": text_column, "cache": cache}
     corpus = open_corpus(source, limit=limit, **how)
     held = open_corpus(val_source, field="val_source", **how) if val_source else None
-    marks = chat.MARKS if format == "chat" else ()
+    special_tokens = chat_format.SPECIAL_TOKENS if format == "chat" else ()
     ready = None if tokenizer in KINDS else get_tokenizer(tokenizer)
-    ready = chat.with_marks(ready) if ready and marks else ready
+    ready = chat_format.add_special_tokens(ready) if ready and special_tokens else ready
     made_with = ready.sha256 if ready else (tokenizer, vocab_size if tokenizer == "bpe" else 0)
     val = held.fingerprint if held else val_fraction
     key = hashlib.sha256(repr((FORMAT_VERSION, corpus.fingerprint, val, made_with)).encode()).hexdigest()[:24]
@@ -77,12 +76,12 @@ def prepare(
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     for old in folder.parent.glob(".tmp-*"):
-        if time.time() - old.stat().st_mtime > DAY:  # left by a process that was killed
+        if time.time() - old.stat().st_mtime > DAY:  # left by a killed process
             shutil.rmtree(old, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".tmp-{key}-"))
     try:
         sides = Sides(corpus, held, val_fraction)
-        made = ready or learn(tokenizer, vocab_size, sides, log, marks)
+        made = ready or train_tokenizer(tokenizer, vocab_size, sides, log, special_tokens)
         made.save(temporary / "tokenizer.json")
         manifest = write(temporary, sides, made, log)
         (temporary / "manifest.json").write_text(json.dumps(dataclasses.asdict(manifest), indent=2) + "\n")
@@ -91,7 +90,7 @@ def prepare(
         if error.errno != errno.ENOSPC:
             raise
         raise CorpusError(
-            f"data.source = {source!r}: the disk of {cache} is full; free some, or set HEED_CACHE"
+            f"data.source = {source!r}: the disk of {cache} is full; free some space, or set HEED_CACHE"
         ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -141,7 +140,7 @@ def text_hash(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
 
 
-def learn(kind: str, vocab_size: int, sides: Sides, log: Log, marks: tuple[str, ...]) -> Tokenizer:
+def train_tokenizer(kind: str, vocab_size: int, sides: Sides, log: Log, special_tokens: tuple[str, ...]) -> Tokenizer:
     """Train a tokenizer and give it the marks. A BPE sees SAMPLE characters of training text: spread evenly where the
     size of the corpus is known, from its head where it is not (the hub)."""
     rate = min(1.0, SAMPLE / sides.corpus.size) if sides.corpus.size else 1.0
@@ -159,10 +158,10 @@ def learn(kind: str, vocab_size: int, sides: Sides, log: Log, marks: tuple[str, 
     def everything() -> Iterator[str]:
         return (piece.text for _, piece in sides)
 
-    log(f"tokenizer: learning {kind} from {sides.corpus.name}")
+    log(f"tokenizer: training {kind} on {sides.corpus.name}")
     started = time.perf_counter()
-    made = get_tokenizer(kind, everything if kind == "char" else sample, vocab_size - len(marks))
-    made = chat.with_marks(made) if marks else made
+    made = get_tokenizer(kind, everything if kind == "char" else sample, vocab_size - len(special_tokens))
+    made = chat_format.add_special_tokens(made) if special_tokens else made
     log(f"tokenizer: {made.kind}, {made.vocab_size} entries, {time.perf_counter() - started:.1f} s")
     if kind == "bpe" and made.vocab_size < vocab_size:
         log(f"tokenizer: the text holds no more than that to merge, so {vocab_size} was not reached")
@@ -176,13 +175,13 @@ def write(folder: Path, sides: Sides, tokenizer: Tokenizer, log: Log) -> Manifes
     started = told = time.perf_counter()
     done, total = 0, f" of {sides.corpus.size / 1e6:.0f}" if sides.corpus.size else ""
     for batch, encoded in encoded_ahead(sides, tokenizer):
-        for (side, piece), (ids, learnt, kinds) in zip(batch, encoded, strict=True):
+        for (side, piece), (ids, target_bytes, loss_mask) in zip(batch, encoded, strict=True):
             for split, writer in writers.items():
                 if split != side:
                     writer.end()  # here is a gap: the text goes on, elsewhere
             done += len(piece.text.encode())
             if side:
-                writers[side].add(ids, learnt, kinds)
+                writers[side].add(ids, target_bytes, loss_mask)
                 if piece.ends:
                     writers[side].end()
         now = time.perf_counter()
@@ -223,13 +222,13 @@ def encoded_ahead(sides: Sides, tokenizer: Tokenizer) -> Iterator[tuple[Batch, E
 
 
 def encode(tokenizer: Tokenizer, pieces: list[Piece]) -> Encoded:
-    """Of each piece the ids, the bytes of the text that is to be learnt, and in a conversation what each id is."""
+    """Of each piece the ids, the bytes of the text that the loss is over, and of a conversation the loss mask."""
     if not pieces[0].turns:
         ids = tokenizer.encode_batch([piece.text for piece in pieces])
         return [(part, len(piece.text.encode()), None) for part, piece in zip(ids, pieces, strict=True)]
     answers = [sum(len(text.encode()) for role, text in piece.turns if role == "assistant") for piece in pieces]
-    encoded = chat.encode(tokenizer, [list(piece.turns) for piece in pieces])
-    return [(part, size, kinds) for (part, kinds), size in zip(encoded, answers, strict=True)]
+    encoded = chat_format.encode(tokenizer, [list(piece.turns) for piece in pieces])
+    return [(part, size, loss_mask) for (part, loss_mask), size in zip(encoded, answers, strict=True)]
 
 
 def batches(sides: Sides) -> Iterator[Batch]:

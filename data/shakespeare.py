@@ -1,6 +1,6 @@
 """Shakespeare's plays: from a book's Markdown to plain play text, one document a scene.
 
-The source is a Markdown edition of 38 plays (see `wheels.py`). A reader of *our* text sees what an actor sees:
+The source is a Markdown edition of 38 plays (see `download.py`). A reader of *our* text sees what an actor sees:
 
     ACT I. SCENE I. Elsinore. A platform before the castle.
 

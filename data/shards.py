@@ -1,12 +1,12 @@
-"""Token ids on disk: the one file format of the data pipeline, how it is written and how it is read.
+"""Shards: the file format of token ids on disk, its writer and its reader.
 
-    manifest.json     what is here and where it came from, with a sha256 for every shard
+    manifest.json     what the folder holds and its source, with a SHA-256 of every shard
     tokenizer.json    the tokenizer that made it
     train-00000.bin   token ids, one after the other: uint16 (uint32 if the vocabulary is larger), little endian
-    train-00000.kinds only of conversations: one byte a token, READ, ANSWER or START
+    train-00000.mask  only of conversations: the loss mask, one byte a token: NO_TARGET, TARGET or FIRST
     val-00000.bin     the same for validation; a split of more than SHARD tokens goes on in -00001.bin
 
-Shards are never loaded but memory-mapped: reading touches only the pages that it needs.
+Shards are memory-mapped, not loaded: reading touches only the pages that it needs.
 """
 
 import hashlib
@@ -20,12 +20,16 @@ import numpy as np
 
 FORMAT_VERSION = 1
 SHARD = 100_000_000  # tokens in a file, at most
-READ, ANSWER, START = 0, 1, 2  # in a conversation: read only; to be learnt; its first token, read only, too
+NO_TARGET, TARGET, FIRST = (
+    0,
+    1,
+    2,
+)  # of a conversation: not a target; a target of the loss; its first token, not a target
 AGAIN = "delete the folder and prepare again"
 
 
 class ShardError(ValueError):
-    """Prepared tokens that are not what their manifest says, or too few. One line, for the user."""
+    """Prepared tokens that differ from their manifest, or are too few. The message is one line."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +45,13 @@ class Manifest:
     licence: str
     fingerprint: str
     # {"train" | "val": {tokens, bytes, documents, shards: [{file, tokens, sha256}]}}; of conversations with the number
-    # of tokens in `answers`, and in each shard the `kinds_sha256` of its second file
+    # of tokens in `answers`, and in each shard the `mask_sha256` of its second file
     splits: dict[str, dict[str, Any]]
 
 
 class Writer:
-    """One split's token ids, appended to shards as they come. `bytes` counts the UTF-8 text that is to be learnt, which
-    leaves out end-of-text marks; `answers` its tokens in conversations, else it is None: all count."""
+    """One split's token ids, appended to shards as they come. `bytes` counts the UTF-8 text of the targets, without
+    end-of-text tokens; `answers` its tokens in conversations, else it is None: all count."""
 
     def __init__(self, folder: Path, split: str, dtype: str, eot: int):
         self.folder, self.split, self.dtype, self.eot = folder, split, np.dtype(dtype).newbyteorder("<"), eot
@@ -56,18 +60,18 @@ class Writer:
         self.answers: int | None = None
         self.open = False  # the last document has not been ended yet
 
-    def add(self, ids: list[int], text_bytes: int, kinds: list[int] | None = None) -> None:
+    def add(self, ids: list[int], text_bytes: int, loss_mask: list[int] | None = None) -> None:
         """A further part of the document; in conversations with what each id is."""
-        if kinds is not None:
-            self.answers = (self.answers or 0) + kinds.count(ANSWER)
-        self._append(ids, kinds)
+        if loss_mask is not None:
+            self.answers = (self.answers or 0) + loss_mask.count(TARGET)
+        self._append(ids, loss_mask)
         self.bytes += text_bytes
         self.open = True
 
     def end(self) -> None:
         """The document ends here, if one was begun."""
         if self.open:
-            self._append([self.eot], None if self.answers is None else [READ])
+            self._append([self.eot], None if self.answers is None else [NO_TARGET])
             self.documents += 1
             self.open = False
 
@@ -77,14 +81,16 @@ class Writer:
         about = {"tokens": self.tokens, "bytes": self.bytes, "documents": self.documents, "shards": self.shards}
         return about if self.answers is None else about | {"answers": self.answers}
 
-    def _append(self, ids: list[int], kinds: list[int] | None) -> None:
-        columns = [np.array(ids, dtype=self.dtype)] + ([] if kinds is None else [np.array(kinds, dtype=np.uint8)])
+    def _append(self, ids: list[int], loss_mask: list[int] | None) -> None:
+        columns = [np.array(ids, dtype=self.dtype)] + (
+            [] if loss_mask is None else [np.array(loss_mask, dtype=np.uint8)]
+        )
         while len(columns[0]):
             if not self.shards or self.shards[-1]["tokens"] == SHARD:
                 self._close()
                 name = f"{self.split}-{len(self.shards):05}.bin"
                 self.shards.append({"file": name, "tokens": 0, "sha256": ""})
-                self._files = [(self.folder / file).open("wb") for file in (name, kinds_of(name))[: len(columns)]]
+                self._files = [(self.folder / file).open("wb") for file in (name, mask_file(name))[: len(columns)]]
                 self._hashes = [hashlib.sha256() for _ in columns]
             room = SHARD - self.shards[-1]["tokens"]
             for column, file, digest in zip(columns, self._files, self._hashes, strict=True):
@@ -96,14 +102,14 @@ class Writer:
 
     def _close(self) -> None:
         if self.shards:
-            for key, file, digest in zip(("sha256", "kinds_sha256"), self._files, self._hashes, strict=False):
+            for key, file, digest in zip(("sha256", "mask_sha256"), self._files, self._hashes, strict=False):
                 file.close()
                 self.shards[-1][key] = digest.hexdigest()
 
 
-def kinds_of(file: str) -> str:
+def mask_file(file: str) -> str:
     """The name of the file beside a shard's that says what each token is."""
-    return file.removesuffix(".bin") + ".kinds"
+    return file.removesuffix(".bin") + ".mask"
 
 
 def whole(folder: Path) -> bool:
@@ -115,7 +121,7 @@ def whole(folder: Path) -> bool:
             (folder / file).stat().st_size == shard["tokens"] * size
             for split in manifest["splits"].values()
             for shard in split["shards"]
-            for file, size in ((shard["file"], width), (kinds_of(shard["file"]), 1))[: 2 if "answers" in split else 1]
+            for file, size in ((shard["file"], width), (mask_file(shard["file"]), 1))[: 2 if "answers" in split else 1]
         ]
         return manifest["format_version"] == FORMAT_VERSION and all(sizes) and (folder / "tokenizer.json").exists()
     except (OSError, ValueError, KeyError):
@@ -133,8 +139,8 @@ def sync(path: Path) -> None:
 class Shards:
     """One split of a prepared folder.
 
-    `tokens`: how many; `counted`: how many of them are to be learnt, all or those of answers; `bytes`: of the text that
-    these stand for, in UTF-8 (bits per byte need it); `chat`: whether it holds conversations; `manifest`: all the rest.
+    `tokens`: how many; `num_targets`: how many are targets of the loss, all or those of answers; `bytes`: UTF-8 bytes
+    of the targets' text, for bits per byte; `chat`: whether it holds conversations; `manifest`: everything else.
     Raises ShardError if a file is missing, has another size, or differs in a single bit from what was written.
     """
 
@@ -151,30 +157,30 @@ class Shards:
             raise ShardError(f"{folder}: has no split {split!r}, only {', '.join(self.manifest.splits)}")
         about = self.manifest.splits[split]
         self.tokens, self.bytes = int(about["tokens"]), int(about["bytes"])
-        self.chat, self.counted = "answers" in about, int(about.get("answers", self.tokens))
-        dtype, kinds = np.dtype(self.manifest.dtype).newbyteorder("<"), np.dtype(np.uint8)
-        self._ids, self._kinds = list[np.ndarray](), list[np.ndarray]()
+        self.chat, self.num_targets = "answers" in about, int(about.get("answers", self.tokens))
+        dtype, loss_mask = np.dtype(self.manifest.dtype).newbyteorder("<"), np.dtype(np.uint8)
+        self._ids, self._masks = list[np.ndarray](), list[np.ndarray]()
         for shard in about["shards"]:
             self._ids.append(_map(folder / shard["file"], dtype, shard["tokens"], shard["sha256"]))
             if self.chat:
-                beside = folder / kinds_of(shard["file"])
-                self._kinds.append(_map(beside, kinds, shard["tokens"], shard["kinds_sha256"]))
+                beside = folder / mask_file(shard["file"])
+                self._masks.append(_map(beside, loss_mask, shard["tokens"], shard["mask_sha256"]))
         self._starts = np.cumsum([0, *(len(part) for part in self._ids)])
 
-    def window(self, start: int, length: int) -> np.ndarray:
+    def read(self, start: int, length: int) -> np.ndarray:
         """Tokens start .. start + length - 1 as int64 (length,), counted round the circle of the whole split."""
-        return self._read(self._ids, start, length)
+        return self._gather(self._ids, start, length)
 
-    def window_kinds(self, start: int, length: int) -> np.ndarray:
-        """What these tokens are, READ, ANSWER or START each, as int64 (length,); of conversations only."""
-        return self._read(self._kinds, start, length)
+    def read_mask(self, start: int, length: int) -> np.ndarray:
+        """What these tokens are, NO_TARGET, TARGET or FIRST each, as int64 (length,); of conversations only."""
+        return self._gather(self._masks, start, length)
 
     def conversations(self) -> np.ndarray:
         """Where each conversation begins, and as the last number the end of the split, int64 (conversations + 1,)."""
-        found = (np.flatnonzero(part == START) + at for part, at in zip(self._kinds, self._starts, strict=False))
+        found = (np.flatnonzero(part == FIRST) + at for part, at in zip(self._masks, self._starts, strict=False))
         return np.concatenate([*found, [self.tokens]])
 
-    def _read(self, maps: list[np.ndarray], start: int, length: int) -> np.ndarray:
+    def _gather(self, maps: list[np.ndarray], start: int, length: int) -> np.ndarray:
         out = np.empty(length, dtype=np.int64)
         filled = 0
         while filled < length:

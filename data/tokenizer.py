@@ -1,15 +1,15 @@
-"""Text <-> token ids, on the `tokenizers` library, saved as the one file every other tool reads: tokenizer.json.
+"""Tokenizers: text to token ids and back, with the `tokenizers` library, saved as tokenizer.json for every other tool.
 
 Three kinds can be trained here, and any existing tokenizer.json can be used instead.
 
-    char  one id a character that occurs in the corpus. The smallest vocabulary, the longest sequences. It cannot
-          encode a character that it has not seen, and says so: nothing is silently replaced.
-    byte  one id a byte of UTF-8: 256, and nothing is ever unseen.
+    char  one id per character of the corpus. The smallest vocabulary, the longest sequences. An unseen character is
+          an error: nothing is silently replaced.
+    byte  one id per byte of UTF-8: 256, and no character is ever unseen.
     bpe   starts from bytes and merges the pair of neighbours that is most frequent in the training sample, until the
           vocabulary is full. Text is first split into words, numbers and punctuation by GPT-2's pattern, which merges
-          never cross. About 3.2 bytes a token at 4,096 entries.
+          never cross. About 3.2 bytes per token at 4,096 entries.
 
-Every vocabulary has one more entry, `<|endoftext|>`: the mark between documents. It is never produced from text: if a
+Every vocabulary has one more entry, the special token `<|endoftext|>` between documents. Text never produces it: if a
 text contains those 13 characters, they are encoded as 13 characters.
 """
 
@@ -28,13 +28,16 @@ KINDS = ("char", "byte", "bpe")
 
 
 class TokenizerError(ValueError):
-    """A tokenizer that cannot be made, found or used, or a text that it cannot encode. One line, for the user."""
+    """A tokenizer that cannot be trained, found or used, or a text that it cannot encode. The message is one line."""
 
 
 class Tokenizer:
-    """One vocabulary. `vocab_size`: number of ids; `eot`: the id of end of text; `ends`: all ids after which a model
-    has no more to say, `eot` and in a chat `<|im_end|>`; `opening`: the ids before every text that a model reads, none
-    in heed's own vocabularies; `sha256`: of its canonical JSON, and of `eot` where named."""
+    """A tokenizer.
+
+    vocab_size: number of ids. eot: id of the end-of-text token. end_tokens: all ids that end generation, `eot` and in
+    a chat `<|im_end|>`. bos_tokens: ids before every text, none in heed's own vocabularies. sha256: of its canonical
+    JSON, and of `eot` where named.
+    """
 
     def __init__(self, inner: tokenizers.Tokenizer, where: str = "tokenizer", end: str | None = None):
         """end: the token that ends a text, where the vocabulary alone does not tell. Raises TokenizerError."""
@@ -46,11 +49,11 @@ class Tokenizer:
         self.vocab_size = max(vocab.values()) + 1
         self.end = None if end == EOT else end
         self.eot = vocab[self.end or end_of_text(vocab, where)]
-        self.ends = {self.eot, *(vocab[mark] for mark in (EOT, *END_MARKS) if mark in vocab)}
-        self.opening: list[int] = []
-        if inner.post_processor is not None:  # it puts marks round a text; those before it are wanted
+        self.end_tokens = {self.eot, *(vocab[mark] for mark in (EOT, *END_MARKS) if mark in vocab)}
+        self.bos_tokens: list[int] = []
+        if inner.post_processor is not None:  # it adds special tokens around a text; those before it are needed
             plain, marked = (inner.encode("a", add_special_tokens=marks).ids for marks in (False, True))
-            self.opening = marked[: marked.index(plain[0])]
+            self.bos_tokens = marked[: marked.index(plain[0])]
         content = json.loads(inner.to_str())
         # Ids whose text no next id can change; None where the library sees to that. An entry that is one byte can, and
         # one that is skipped may stand between two such.
@@ -80,31 +83,25 @@ class Tokenizer:
             return [done.ids for done in self.inner.encode_batch_fast(texts, add_special_tokens=False)]
         except (KeyError, TypeError, UnicodeEncodeError):
             for text in texts:
-                self._refuse(text)
+                self._raise_for(text)
             raise
 
-    def _refuse(self, text: str) -> None:
-        """Say what in `text` cannot be encoded, and where."""
+    def _raise_for(self, text: str) -> None:
+        """Raise TokenizerError: what in `text` cannot be encoded, and where."""
         for at, char in enumerate(text):
             if "\ud800" <= char <= "\udfff":
-                raise TokenizerError(
-                    f"character {at} is {char!a}, half of a surrogate pair: not text; remove or decode it"
-                )
+                raise TokenizerError(f"character {at} is {char!a}, half of a surrogate pair: remove or decode it")
             if self._chars is not None and char not in self._chars:
                 unseen = "".join(sorted({c for c in text if c not in self._chars}))
                 raise TokenizerError(
-                    f"character {at} is {char!r}, none of the {len(self._chars)} characters that this char tokenizer "
-                    f"knows (all such here: {unseen!r}); leave it out, or train with tokenizer byte or bpe"
+                    f"character {at} is {char!r}, not one of the {len(self._chars)} characters of this char tokenizer "
+                    f"(all such here: {unseen!r}); remove it, or train with tokenizer byte or bpe"
                 )
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`: the exact inverse of `encode`. End of text and other special tokens are left out; bytes
         that are not UTF-8 (a model can write them) become U+FFFD."""
         return self.inner.decode(list(ids), skip_special_tokens=True)
-
-    def stream(self, before: Sequence[int] = ()) -> "Stream":
-        """A decoder for ids that come one at a time, after those in `before`."""
-        return Stream(self, before)
 
     def save(self, path: Path) -> None:
         """Write tokenizer.json; transformers reads it as `PreTrainedTokenizerFast(tokenizer_file=...)`. A named end of
@@ -156,41 +153,6 @@ class Tokenizer:
         else:
             raise TokenizerError(f"data.tokenizer = {kind!r}: not a kind that can be trained; use one of {KINDS}")
         return cls(inner)
-
-
-class Stream:
-    """Token by token to text, holding back bytes until they make whole characters: an emoji is several tokens."""
-
-    def __init__(self, tokenizer: Tokenizer, before: Sequence[int]):
-        self._tokenizer = tokenizer
-        known = list(before)
-        while known and tokenizer.whole is not None and known[-1] not in tokenizer.whole:
-            known.pop()
-        self._decoder = decoders.DecodeStream(known, skip_special_tokens=True)
-        self._said = known  # ids whose text is out
-        self._held: list[int] = []  # ids without their text so far
-        self._new: list[int] = []  # those of them that the decoder has not seen
-
-    def push(self, token: int) -> str:
-        """The text that became complete with this id; often `""`."""
-        self._held.append(token)
-        self._new.append(token)
-        if self._tokenizer.whole is not None and token not in self._tokenizer.whole:
-            return ""
-        text, self._new = self._decoder.step(self._tokenizer.inner, self._new), []
-        if text is None:
-            return ""
-        self._said += self._held
-        self._held = []
-        return text
-
-    def flush(self) -> str:
-        """What is still held back when no more ids come, its broken bytes as U+FFFD."""
-        before = self._tokenizer.decode(self._said)  # by itself a text may lose a space at its beginning
-        text = self._tokenizer.decode(self._said + self._held)[len(before) :]
-        self._said, self._held, self._new = [], [], []
-        self._decoder = decoders.DecodeStream(skip_special_tokens=True)
-        return text
 
 
 def end_of_text(vocab: dict[str, int], where: str) -> str:

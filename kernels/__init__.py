@@ -1,8 +1,13 @@
-"""Attention's one door. Every layer of every model calls `attention`; only this file chooses who computes it.
+"""The attention dispatcher: every layer of every model calls `attention`, which chooses the backend.
 
-Backends: `reference` (kernels/reference.py, the definition), `sdpa` (torch's fused attention), to train on a CPU `cpp`
-(kernels/cpu_train.py) and, without a C++ compiler, `blocks` (kernels/blocks.py), and heed's own in Triton: `flash`
-(kernels/flash.py, whole sequences, with gradients) and `decode` (kernels/decode.py, over a cache).
+Backends:
+    reference   kernels/reference.py: the definition, in plain torch
+    sdpa        torch's scaled_dot_product_attention
+    cpp         kernels/cpu/train_ops.py: training on a CPU, in C++
+    blocks      kernels/cpu/blockwise_attention.py: training on a CPU without a C++ compiler
+    flash       kernels/triton/flash_attention.py: whole sequences on a GPU, with gradients
+    decode      kernels/triton/flash_decoding.py: over a KV cache on a GPU
+
 Shapes: B batch, T queries, S keys, H query heads, K key/value heads, D head size.
 """
 
@@ -12,11 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import cpu, cpu_train
-from kernels.blocks import blocks_attention
-from kernels.reference import CAUSAL, FULL, Pattern, distances, reference_attention, visible
+from kernels import cpu
+from kernels.cpu import train_ops
+from kernels.cpu.blockwise_attention import blocks_attention
+from kernels.reference import CAUSAL, FULL, MaskSpec, attention_mask, reference_attention, relative_positions
 
-__all__ = ["CAUSAL", "FULL", "Pattern", "attention", "preferred"]
+__all__ = ["CAUSAL", "FULL", "MaskSpec", "attention", "preferred"]
 
 BACKENDS = ("reference", "sdpa", "cpp", "blocks", "flash", "decode")
 
@@ -25,13 +31,13 @@ def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    pattern: Pattern = CAUSAL,
+    mask_spec: MaskSpec = CAUSAL,
     *,
-    scale: float | None = None,
-    lengths: Tensor | None = None,
-    pages: Tensor | None = None,
-    documents: Tensor | None = None,
-    slopes: Tensor | None = None,
+    softmax_scale: float | None = None,
+    cache_seqlens: Tensor | None = None,
+    block_table: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     backend: str | None = None,
     return_lse: bool = False,
@@ -39,31 +45,35 @@ def attention(
     """Grouped-query attention.
 
     Args:
-        q: (B, T, H, D). k, v: (B, S, K, D), H a multiple of K; query head h reads key/value head h // (H / K).
-        pattern: what may be seen, see `Pattern`. The queries stand at the last T positions: query T-1 at key S-1.
-        scale: multiplies the scores; D ** -0.5 if None.
-        lengths: (B,) integers: k and v are a cache that has seen so many tokens, the queries' last; see `distances`.
-        pages: (B, N) int32, with lengths: k and v are a pool of pages (P, page, K, D); position p of sequence b is in
-            page pages[b, p // page] (Kwon et al. 2023, section 4.1). Entries beyond a sequence's length are not read.
-        documents: (B, S) integers: packed documents, each a run of one number; a query sees only its own run.
-        slopes: (H,) fp32, ALiBi: |distance| times the slope is taken off the scores (Press et al. 2022, section 3).
-        sinks: (H,) fp32, a score in every row's softmax that has no value (gpt-oss, arXiv 2508.10925, section 2.3).
-        backend: None chooses; a name demands, and is an error where that backend cannot do what is asked.
-        return_lse: also return the log-sum-exp of every row's scores, sink included, (B, T, H), fp32 or wider.
+        q: (B, T, H, D). k, v: (B, S, K, D), H a multiple of K; query head h uses key/value head h // (H / K).
+        mask_spec: causal mask, sliding window and softcap. The queries are the last T positions of the keys.
+        softmax_scale: multiplies the scores; default: D ** -0.5.
+        cache_seqlens: (B,) integers: k and v are a KV cache that holds so many tokens, the queries' last; see
+            `relative_positions`.
+        block_table: (B, N) int32, with cache_seqlens: k and v are a pool of pages (P, page, K, D); position p of
+            sequence b is in page block_table[b, p // page] (PagedAttention: Kwon et al. 2023, section 4.1). Entries
+            beyond the length of a sequence are not read.
+        document_ids: (B, S) integers: packed documents, each a run of one number; a query attends to its own run only.
+        alibi_slopes: (H,) fp32: subtracts |distance| times the slope from the scores (ALiBi: Press et al. 2022,
+            section 3).
+        sinks: (H,) fp32: an additional score in every row's softmax, without a value (gpt-oss: arXiv 2508.10925,
+            section 2.3).
+        backend: None chooses; a name is used, or is an error if it cannot run this call.
+        return_lse: also return the log-sum-exp of each row's scores, sink included, (B, T, H), in at least fp32.
     Returns:
-        Tensor (B, T, H, D) in q's dtype, 0 in rows that see no key; with return_lse a pair, it and the log-sum-exp.
+        Tensor (B, T, H, D) in q's dtype, 0 in rows without a key; with return_lse the pair of it and the log-sum-exp.
     Raises:
-        ValueError: shapes that do not fit, or a backend that cannot run this call; the message says which and why.
+        ValueError: mismatched shapes, or a backend that cannot run this call, with the reason.
     """
-    _check(q, k, v, lengths, pages, documents, slopes, sinks)
-    extras = return_lse or pattern.softcap is not None or sinks is not None
-    plain = lengths is None and documents is None and slopes is None and not extras
-    whole = plain and pattern.causal and q.shape[1] == k.shape[1]
+    _check(q, k, v, cache_seqlens, block_table, document_ids, alibi_slopes, sinks)
+    extras = return_lse or mask_spec.softcap is not None or sinks is not None
+    plain = cache_seqlens is None and document_ids is None and alibi_slopes is None and not extras
+    whole = plain and mask_spec.causal and q.shape[1] == k.shape[1]
     if torch.is_autocast_enabled(q.device.type):  # as torch's own attention does
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     if backend is None:
         backend, _ = preferred(q.device)
-        if backend == "flash" and lengths is not None:
+        if backend == "flash" and cache_seqlens is not None:
             backend = "decode"
         if backend == "cpp" and not (whole and q.dtype in (torch.float32, torch.bfloat16)):
             backend = "blocks"
@@ -73,47 +83,52 @@ def attention(
             backend = "reference"
     if backend not in BACKENDS:
         raise ValueError(f"backend = {backend!r} is not one of {', '.join(BACKENDS)}")
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    softmax_scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
 
     if backend == "cpp":
         if not whole:
-            raise ValueError("backend = 'cpp' knows causal and window alone, and as many queries as keys")
+            raise ValueError("backend = 'cpp' supports causal masks and windows only, with as many queries as keys")
         cpu.require(q)
-        return cpu_train.Attend.apply(q, k, v, scale, pattern.window or 0)
+        return train_ops.Attend.apply(q, k, v, softmax_scale, mask_spec.window or 0)
     if backend == "blocks":
         if not plain or q.shape[1] > k.shape[1]:
-            raise ValueError("backend = 'blocks' knows causal and window alone, and has no more queries than keys")
-        return blocks_attention(q, k, v, pattern, scale)
+            raise ValueError(
+                "backend = 'blocks' supports causal masks and windows only, with at most as many queries as keys"
+            )
+        return blocks_attention(q, k, v, mask_spec, softmax_scale)
     if backend in ("flash", "decode") and not torch.compiler.is_compiling():
         _need_triton(backend, q.device)
     if backend == "flash":
-        if lengths is not None:
-            raise ValueError("backend = 'flash' reads whole sequences; over a cache with lengths it is 'decode'")
-        from kernels.flash import flash_attention
+        if cache_seqlens is not None:
+            raise ValueError("backend = 'flash' computes whole sequences; for a cache (cache_seqlens) use 'decode'")
+        from kernels.triton.flash_attention import flash_attention
 
-        out, lse = flash_attention(q, k, v, pattern, scale, documents, slopes, sinks)
+        out, lse = flash_attention(q, k, v, mask_spec, softmax_scale, document_ids, alibi_slopes, sinks)
     elif backend == "decode":
-        if lengths is None:
-            raise ValueError("backend = 'decode' reads a cache: it needs lengths")
-        from kernels.decode import decode_attention
+        if cache_seqlens is None:
+            raise ValueError("backend = 'decode' needs a cache: pass cache_seqlens")
+        from kernels.triton.flash_decoding import decode_attention
 
-        out, lse = decode_attention(q, k, v, pattern, scale, lengths, pages, slopes, sinks)
+        out, lse = decode_attention(q, k, v, mask_spec, softmax_scale, cache_seqlens, block_table, alibi_slopes, sinks)
     else:
-        if pages is not None:  # (P, page, K, D)[(B, N)] -> (B, N, page, K, D) -> (B, N * page, K, D): one cache each
-            read = pages.clamp(0, k.shape[0] - 1)  # what lies beyond a sequence's length may be anything
-            k, v = k[read].flatten(1, 2), v[read].flatten(1, 2)
+        if block_table is not None:
+            pages = block_table.clamp(0, k.shape[0] - 1)  # entries beyond the length of a sequence may be anything
+            # (P, page, K, D)[(B, N)] -> (B, N, page, K, D) -> (B, N * page, K, D): one cache per sequence
+            k, v = k[pages].flatten(1, 2), v[pages].flatten(1, 2)
         if backend == "sdpa":
             if return_lse:
-                raise ValueError("backend = 'sdpa' cannot return the log-sum-exp: torch keeps it")
-            if pattern.softcap is not None or sinks is not None:
-                raise ValueError("backend = 'sdpa' has neither softcap nor sinks")
-            return _sdpa(q, k, v, pattern, scale, lengths, documents, slopes)
-        out, lse, _ = reference_attention(q, k, v, pattern, scale, lengths, documents, slopes, sinks)
+                raise ValueError("backend = 'sdpa' cannot return the log-sum-exp")
+            if mask_spec.softcap is not None or sinks is not None:
+                raise ValueError("backend = 'sdpa' supports neither softcap nor sinks")
+            return _sdpa(q, k, v, mask_spec, softmax_scale, cache_seqlens, document_ids, alibi_slopes)
+        out, lse, _ = reference_attention(
+            q, k, v, mask_spec, softmax_scale, cache_seqlens, document_ids, alibi_slopes, sinks
+        )
     return (out, lse) if return_lse else out
 
 
 def _need_triton(backend: str, device: torch.device) -> None:
-    """Raises ValueError where Triton's kernels cannot run."""
+    """Raise ValueError where Triton's kernels cannot run."""
     try:
         import triton
     except ImportError:
@@ -123,13 +138,13 @@ def _need_triton(backend: str, device: torch.device) -> None:
 
 
 def preferred(device: torch.device) -> tuple[str, str]:
-    """The backend that is chosen to train on a device, and the reason, which a run prints."""
+    """The backend for training on a device, and the reason, which a run logs."""
     if device.type == "cpu":
-        why = "on a CPU batched products train faster than torch's sdpa, which serves the rest"
-        # A function that calls C++ is nothing that torch.compile can look into.
+        why = "on a CPU batched matmuls train faster than torch's sdpa"
+        # torch.compile cannot trace a function that calls C++.
         return "blocks" if torch.compiler.is_compiling() or not cpu.trains(torch.float32) else "cpp", why
     if device.type != "cuda":
-        return "sdpa", f"heed's kernels are not for a device of type {device.type}"
+        return "sdpa", f"heed has no kernels for a device of type {device.type}"
     try:
         import triton  # noqa: F401
     except ImportError:
@@ -145,26 +160,28 @@ def _sdpa(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    pattern: Pattern,
-    scale: float,
-    lengths: Tensor | None,
-    documents: Tensor | None,
-    slopes: Tensor | None,
+    mask_spec: MaskSpec,
+    softmax_scale: float,
+    cache_seqlens: Tensor | None,
+    document_ids: Tensor | None,
+    alibi_slopes: Tensor | None,
 ) -> Tensor:
-    """torch's scaled_dot_product_attention. It has fast paths for no mask and for the square causal one: use them."""
+    """torch's scaled_dot_product_attention. It has fast paths without a mask and with the square causal one."""
     T, S, gqa = q.shape[1], k.shape[1], q.shape[2] != k.shape[2]
-    plain = pattern.window is None and lengths is None and documents is None and slopes is None
-    square_causal = plain and pattern.causal and T == S
-    unmasked = plain and (not pattern.causal or T == 1)
+    plain = mask_spec.window is None and cache_seqlens is None and document_ids is None and alibi_slopes is None
+    square_causal = plain and mask_spec.causal and T == S
+    unmasked = plain and (not mask_spec.causal or T == 1)
     # (B or 1, T, S) -> (B or 1, 1, T, S): one mask for all heads
-    mask = None if square_causal or unmasked else visible(pattern, T, S, q.device, lengths, documents)[:, None]
-    if slopes is not None and mask is not None:
-        distance, _ = distances(T, S, q.device, lengths)  # (B or 1, T, S)
-        bias = -slopes[:, None, None] * distance.abs()[:, None]  # (B or 1, H, T, S)
+    mask = None
+    if not (square_causal or unmasked):
+        mask = attention_mask(mask_spec, T, S, q.device, cache_seqlens, document_ids)[:, None]
+    if alibi_slopes is not None and mask is not None:
+        distance, _ = relative_positions(T, S, q.device, cache_seqlens)  # (B or 1, T, S)
+        bias = -alibi_slopes[:, None, None] * distance.abs()[:, None]  # (B or 1, H, T, S)
         mask = bias.masked_fill(~mask, float("-inf")).to(q.dtype)
-    # (B, T, H, D) -> (B, H, T, D): the layout that SDPA wants, a view
+    # (B, T, H, D) -> (B, H, T, D): the layout of SDPA, a view
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=square_causal, scale=scale, enable_gqa=gqa)
+    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=square_causal, scale=softmax_scale, enable_gqa=gqa)
     return out.transpose(1, 2)  # (B, H, T, D) -> (B, T, H, D)
 
 
@@ -172,30 +189,37 @@ def _check(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    lengths: Tensor | None,
-    pages: Tensor | None,
-    documents: Tensor | None,
-    slopes: Tensor | None,
+    cache_seqlens: Tensor | None,
+    block_table: Tensor | None,
+    document_ids: Tensor | None,
+    alibi_slopes: Tensor | None,
     sinks: Tensor | None,
 ) -> None:
-    """A caller's mistakes with shapes, in the caller's terms; nothing here waits for the device."""
+    """Raise ValueError for mismatched shapes; nothing here synchronizes with the device."""
     fits = q.ndim == 4 == k.ndim and k.shape == v.shape and q.shape[3] == k.shape[3]
-    if not fits or (pages is None and q.shape[0] != k.shape[0]):
+    if not fits or (block_table is None and q.shape[0] != k.shape[0]):
         got = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
-        raise ValueError(f"attention wants q (B, T, H, D) and k, v (B, S, K, D); got {got}")
+        raise ValueError(f"attention needs q (B, T, H, D) and k, v (B, S, K, D); got {got}")
     if q.shape[2] % k.shape[2]:
-        raise ValueError(f"{k.shape[2]} key/value heads do not divide {q.shape[2]} query heads")
-    if lengths is not None and lengths.shape != q.shape[:1]:
-        raise ValueError(f"lengths has shape {tuple(lengths.shape)}; one number a sequence is ({q.shape[0]},)")
-    if pages is not None and (lengths is None or pages.ndim != 2 or pages.shape[0] != q.shape[0]):
-        raise ValueError(f"pages has shape {tuple(pages.shape)}; it is ({q.shape[0]}, pages a sequence), with lengths")
-    if documents is not None and (documents.shape != k.shape[:2] or q.shape[1] > k.shape[1]):
+        raise ValueError(f"{q.shape[2]} query heads are not divisible by {k.shape[2]} key/value heads")
+    if cache_seqlens is not None and cache_seqlens.shape != q.shape[:1]:
         raise ValueError(
-            f"documents has shape {tuple(documents.shape)}; it must number all keys, {tuple(k.shape[:2])}, "
+            f"cache_seqlens has shape {tuple(cache_seqlens.shape)}; must be one number per sequence, ({q.shape[0]},)"
+        )
+    if block_table is not None and (
+        cache_seqlens is None or block_table.ndim != 2 or block_table.shape[0] != q.shape[0]
+    ):
+        raise ValueError(
+            f"block_table has shape {tuple(block_table.shape)}; must be ({q.shape[0]}, pages per sequence), "
+            "with cache_seqlens"
+        )
+    if document_ids is not None and (document_ids.shape != k.shape[:2] or q.shape[1] > k.shape[1]):
+        raise ValueError(
+            f"document_ids has shape {tuple(document_ids.shape)}; must be {tuple(k.shape[:2])}, one number per key, "
             f"of which the {q.shape[1]} queries are the last"
         )
-    if lengths is not None and documents is not None:
-        raise ValueError("lengths (a cache) and documents (a packed batch) do not go together")
-    for name, x in (("slopes", slopes), ("sinks", sinks)):
+    if cache_seqlens is not None and document_ids is not None:
+        raise ValueError("cache_seqlens (a cache) and document_ids (a packed batch) exclude each other")
+    for name, x in (("alibi_slopes", alibi_slopes), ("sinks", sinks)):
         if x is not None and x.shape != q.shape[2:3]:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}; one number a query head is ({q.shape[2]},)")
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; must be one number per query head, ({q.shape[2]},)")

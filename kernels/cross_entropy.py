@@ -1,46 +1,40 @@
-"""The head and the loss in one: cross-entropy of x W^T against targets, without ever holding all logits.
+"""Fused linear cross-entropy: the output head and the loss in one, without ever storing all logits.
 
-A chunk of tokens at a time, three matrix products with one step between them:
+Chunk by chunk of tokens, three matmuls with one step between them:
 
     logits = x W^T  ->  the step: each row gives its loss and becomes the loss's gradient  ->  dx = g W,  dW += g^T x
 
-The gradients are ready before anybody asks for them, since all that is still to come is one factor: the gradient of
-the scalar that is returned (Liger Kernel: Hsu et al. 2024, arXiv 2410.10989). One chunk of logits, used again and
-again, takes the place of the (N, V) tensors, several of which autograd would keep.
+The forward pass computes the gradients, too: the backward pass only multiplies them by the gradient of the returned
+scalar (Liger Kernel: Hsu et al. 2024, arXiv 2410.10989). One reused chunk of logits replaces the (N, V) tensors, of
+which autograd would store several.
 
 The step, with s a row's scores (logits, softcapped or not), t its target and z the factor of the z-loss:
 
     lse = log sum_j exp(s_j)     loss = lse - s_t + z lse^2     dloss/ds_j = (1 + 2 z lse) exp(s_j - lse) - [j = t]
 
-On a GPU it is a Triton kernel. Grid (rows,): a program owns one row of the chunk, reads it twice and overwrites it.
-On a CPU it is a function of cpu_train.cpp, and elsewhere plain torch. The products are the vendor's library's, which
-runs them at full rate.
+On a GPU the step is a Triton kernel (kernels/triton/cross_entropy.py), on a CPU a function of train_ops.cpp, elsewhere
+plain torch. The matmuls are the vendor's library's.
 
 Shapes: N tokens, C width, V vocabulary; a chunk has `rows` tokens.
 """
 
+import importlib.util
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels import cpu, cpu_train, preferred
-from kernels.tiles import tile
+from kernels import cpu, preferred
+from kernels.cpu import train_ops
+from kernels.reference import IGNORE_INDEX
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # not every system has it, and plain torch computes the same
-    triton = None  # type: ignore[assignment]
+BACKENDS = ("torch", "cpp", "triton") if importlib.util.find_spec("triton") else ("torch", "cpp")
 
-BACKENDS = ("torch", "cpp") if triton is None else ("torch", "cpp", "triton")
-IGNORED = -100  # the target that does not count, as in torch
-
-# What a chunk of logits may take, in bytes, unless that is less than the fewest tokens worth a product.
-# On a GPU every chunk moves 12 bytes for every number of dW (bf16) to add 6 * rows operations: on an H100 that makes
-# the products 590 / rows longer (a bound), so rows are to be thousands. 1 GiB is 3,456 at a vocabulary of 151,936.
-# On a CPU the step is to find in the cache what the product left there.
+# Maximum size of a chunk of logits in bytes, and the fewest tokens that are worth a matmul.
+# On a GPU every chunk moves 12 bytes per number of dW (bf16) to add 6 * rows operations: on an H100 that makes the
+# matmuls longer by 590 / rows (a bound), so a chunk needs thousands of rows. 1 GiB is 3,456 at a vocabulary of 151,936.
+# On a CPU a chunk stays in the cache between the matmul and the step.
 GPU_BYTES, GPU_ROWS = 1 << 30, 128
 CPU_BYTES, CPU_ROWS = 4 << 20, 256
 
@@ -57,22 +51,22 @@ def linear_cross_entropy(
     """Sum over the tokens of -log softmax(x W^T)[target], in nats.
 
     Args:
-        x: (N, C), fp32, fp16 or bf16. weight: (V, C), in x's dtype or fp32: the products are computed in x's dtype.
-            Under autocast both may be fp32, and the products are computed in its dtype, as F.linear's.
-        targets: (N,) int64; a token whose target is -100 does not count.
-        z_loss: adds z_loss * lse^2 for every token, to keep the log-sum-exp of its logits near 0 (PaLM: Chowdhery et
+        x: (N, C), fp32, fp16 or bf16. weight: (V, C), in x's dtype or fp32: the matmuls are computed in x's dtype.
+            Under autocast both may be fp32; the matmuls are computed in its dtype, as in F.linear.
+        targets: (N,) int64; a token whose target is IGNORE_INDEX (-100) is left out.
+        z_loss: adds z_loss * lse^2 for every token, to keep the log-sum-exp of the logits near 0 (PaLM: Chowdhery et
             al. 2022, section 5).
         softcap: logits become softcap * tanh(logit / softcap) (Gemma 2: arXiv 2408.00118, section 2).
-        backend: who computes the step, "torch", "cpp" or "triton"; None chooses by the device.
+        backend: of the step, "torch", "cpp" or "triton"; None chooses by the device.
     Returns:
-        Scalar, fp32. It can be differentiated once, in x and weight.
+        Scalar, fp32, differentiable once with respect to x and weight.
     Raises:
-        ValueError: shapes, dtypes or a backend that do not fit; on a CPU, a target that is neither -100 nor in the
-            vocabulary. A GPU does not wait to look: there such a target makes the loss NaN.
+        ValueError: mismatched shapes or dtypes, an unknown backend; on a CPU, a target that is neither IGNORE_INDEX
+            nor in the vocabulary. On a GPU that is not checked, and such a target makes the loss NaN.
     """
     if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1] or targets.shape != x.shape[:1]:
         got = ", ".join(str(tuple(a.shape)) for a in (x, weight, targets))
-        raise ValueError(f"linear_cross_entropy wants x (N, C), weight (V, C) and targets (N,); got {got}")
+        raise ValueError(f"linear_cross_entropy needs x (N, C), weight (V, C) and targets (N,); got {got}")
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16) or weight.dtype not in (x.dtype, torch.float32):
@@ -80,7 +74,7 @@ def linear_cross_entropy(
     if targets.dtype != torch.int64:
         raise ValueError(f"targets are {targets.dtype}, not torch.int64")
     if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap = {softcap}: it bounds the logits, so it is above 0")
+        raise ValueError(f"softcap = {softcap}: must be above 0")
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend = {backend!r} is not one of {', '.join(BACKENDS)}")
     dx_wanted, dweight_wanted = (torch.is_grad_enabled() and a.requires_grad for a in (x, weight))
@@ -88,7 +82,7 @@ def linear_cross_entropy(
 
 
 def chunk_rows(N: int, V: int, itemsize: int, device: str) -> int:
-    """Tokens in a chunk, each of V logits of itemsize bytes: as few chunks as the bounds above allow, equally long."""
+    """Tokens per chunk, each of V logits of itemsize bytes: as few chunks as the limits above allow, equally long."""
     bound, fewest = (GPU_BYTES, GPU_ROWS) if device == "cuda" else (CPU_BYTES, CPU_ROWS)
     most = max(bound // (V * itemsize) // fewest, 1) * fewest
     chunks = max(math.ceil(N / most), 1)
@@ -105,11 +99,11 @@ def loss_and_gradients(
     dx_wanted: bool,
     dweight_wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, a scalar; dx (N, C) in x's dtype; dW (V, C) in fp32. A gradient that is not wanted is empty."""
+    """The loss, a scalar; dx (N, C) in x's dtype; dW (V, C) in fp32. A gradient that is not needed is empty."""
     N, V = len(x), len(weight)
-    if x.device.type == "cpu" and bool(((targets != IGNORED) & ((targets < 0) | (targets >= V))).any()):
+    if x.device.type == "cpu" and bool(((targets != IGNORE_INDEX) & ((targets < 0) | (targets >= V))).any()):
         low, high = int(targets.min()), int(targets.max())
-        raise ValueError(f"targets lie between {low} and {high}: they are 0 to {V - 1}, or {IGNORED}")
+        raise ValueError(f"targets are between {low} and {high}: must be 0 to {V - 1}, or {IGNORE_INDEX}")
     if backend is None:
         in_cpp = "cpp" if x.device.type == "cpu" and cpu.trains(x.dtype) else "torch"
         backend = "triton" if preferred(x.device)[0] == "flash" else in_cpp
@@ -117,12 +111,14 @@ def loss_and_gradients(
     dx = x.new_empty(x.shape) if dx_wanted else x.new_empty(0)
     dweight = weight.new_zeros(weight.shape, dtype=torch.float32) if dweight_wanted else x.new_empty(0)
     if backend == "cpp":
-        wanted = dx if dx_wanted else None, dweight if dweight_wanted else None
-        cpu_train.linear_cross_entropy(x, weight, targets, losses, *wanted, z_loss, softcap)
+        gradients = dx if dx_wanted else None, dweight if dweight_wanted else None
+        train_ops.linear_cross_entropy(x, weight, targets, losses, *gradients, z_loss, softcap)
         return losses.sum(), dx, dweight
-    step = {"torch": _step_in_torch, "triton": _step_in_triton}[backend]
+    step = _step_in_torch
+    if backend == "triton":  # imported here: not every system has Triton
+        from kernels.triton.cross_entropy import cross_entropy_step as step
     w = weight.to(x.dtype)
-    stride = math.ceil(V / 32) * 32  # rows start at whole vectors, also when V is odd: products and kernel want it
+    stride = math.ceil(V / 32) * 32  # rows are aligned for the matmuls and the kernel, also if V is odd
     rows = chunk_rows(N, stride, x.element_size(), x.device.type)
     chunk = torch.empty(min(rows, N), stride, dtype=x.dtype, device=x.device)
     # oneDNN's AMX matmul reads up to a multiple of 32 columns and multiplies the padding by 0, which keeps NaN.
@@ -138,20 +134,20 @@ def loss_and_gradients(
         if dweight_wanted and x.dtype == torch.float32:
             dweight.addmm_(logits.t(), x[part])  # (V, rows) (rows, C) -> (V, C)
         elif dweight_wanted:
-            dweight += logits.t() @ x[part]  # a chunk's product is rounded, the sum of the chunks is not
+            dweight += logits.t() @ x[part]  # the matmul of a chunk is rounded, the sum over chunks is not
     return losses.sum(), dx, dweight
 
 
 def _step_in_torch(
     logits: Tensor, targets: Tensor, losses: Tensor, z_loss: float, softcap: float | None, gradient: bool
 ) -> None:
-    """Write losses (rows,), and over the logits (rows, V) their gradient, or if none is wanted anything."""
-    scores = logits.float()  # fp32 logits are not copied: what follows happens in their place
+    """Write the losses (rows,), and overwrite the logits (rows, V) with their gradient, if `gradient`."""
+    scores = logits.float()  # fp32 logits are not copied: the following operations are in place
     if softcap is not None:
         scores.div_(softcap).tanh_()
         slope = 1 - scores.square()  # (rows, V), dscore/dlogit
         scores.mul_(softcap)
-    counts = (targets != IGNORED)[:, None]  # (rows, 1), as all below but the scores
+    counts = (targets != IGNORE_INDEX)[:, None]  # (rows, 1), as all below but the scores
     at = targets[:, None].clamp(min=0)
     at_target, top = scores.gather(1, at), scores.amax(1, keepdim=True)
     total = scores.sub_(top).exp_().sum(1, keepdim=True)
@@ -163,66 +159,6 @@ def _step_in_torch(
         if softcap is not None:
             scores.mul_(slope)
         logits.copy_(scores)
-
-
-def _step_in_triton(
-    logits: Tensor, targets: Tensor, losses: Tensor, z_loss: float, softcap: float | None, gradient: bool
-) -> None:
-    """As `_step_in_torch`."""
-    rows, V = logits.shape
-    t = tile("cross_entropy", V, logits.device)
-    _row[(rows,)](
-        logits, targets.contiguous(), losses, V, logits.stride(0), z_loss, 1.0 if softcap is None else softcap,
-        SOFTCAP=softcap is not None, GRADIENT=gradient, BLOCK_N=t.N, num_warps=t.warps, num_stages=t.stages,
-    )  # fmt: skip
-
-
-if triton is not None:
-    from kernels.flash import accurate_tanh
-
-    @triton.jit
-    def _row(  # type: ignore[no-untyped-def]
-        logits, targets, losses, V, stride, z_loss, softcap,
-        SOFTCAP: tl.constexpr, GRADIENT: tl.constexpr, BLOCK_N: tl.constexpr,
-    ):  # fmt: skip
-        """One row: its statistics in a first walk over blocks of the vocabulary, its gradient in a second."""
-        row = tl.program_id(0).to(tl.int64)  # row * stride may pass 2**31
-        logits += row * stride  # (V,), and padding up to the stride, which is read and written but never counts
-        target = tl.load(targets + row)
-        in_vocabulary = (target >= 0) & (target < V)
-        at_target = tl.load(logits + target, mask=in_vocabulary, other=float("nan")).to(tl.float32)
-        if SOFTCAP:
-            at_target = softcap * accurate_tanh(at_target / softcap)
-
-        # Online softmax (Milakov and Gimelshein 2018): `total` is always relative to the largest score so far.
-        top = float("-inf")
-        total = 0.0
-        for start in range(0, V, BLOCK_N):
-            column = start + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
-            score = tl.load(logits + column, mask=column < stride).to(tl.float32)
-            if SOFTCAP:
-                score = softcap * accurate_tanh(score / softcap)
-            score = tl.where(column < V, score, float("-inf"))
-            higher = tl.maximum(top, tl.max(score, 0))
-            total = total * tl.exp(top - higher) + tl.sum(tl.exp(score - higher), 0)
-            top = higher
-        lse = top + tl.log(total)
-        counts = target != -100
-        loss = tl.log(total) + (top - at_target) + z_loss * lse * lse  # small beside large scores: the difference first
-        tl.store(losses + row, tl.where(counts, loss, 0.0))
-
-        if GRADIENT:
-            factor = (1 + 2 * z_loss * lse) / total
-            for start in range(0, V, BLOCK_N):
-                column = start + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
-                score = tl.load(logits + column, mask=column < stride).to(tl.float32)
-                if SOFTCAP:
-                    score = softcap * accurate_tanh(score / softcap)
-                g = factor * tl.exp(score - top) - tl.where(column == target, 1.0, 0.0)
-                if SOFTCAP:
-                    g *= 1 - (score / softcap) * (score / softcap)  # dscore/dlogit
-                g = tl.where(counts & (column < V), g, 0.0)  # zeros in the padding, which a matmul may read
-                tl.store(logits + column, g.to(logits.dtype.element_ty), mask=column < stride)
 
 
 # One node for torch.compile, with three outputs: the loss, and the gradients that its backward only scales.

@@ -1,7 +1,7 @@
-"""Attention as its definition: a softmax-weighted sum, in plain torch. Slow, obvious, and what every kernel is held to.
+"""Reference attention: the definition in plain torch, slow and simple. Every kernel is tested against it.
 
-`Pattern` is the part of a mask that is fixed when a kernel is compiled. `visible` is the one statement of who may see
-whom: every other backend either calls it or is tested against it.
+`MaskSpec` is the part of a mask that is fixed when a kernel is compiled. `attention_mask` defines which query attends
+to which key; every other backend calls it or is tested against it.
 
 Shapes: B batch, T queries, S keys, H query heads, K key/value heads, G = H / K query heads a group, D head size.
 """
@@ -11,14 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+IGNORE_INDEX = -100  # a target that the cross-entropy leaves out, as in torch
+
 
 @dataclass(frozen=True)
-class Pattern:
-    """Which keys a query may see, by distance alone, and the bound on its scores: all that is fixed in a layer.
+class MaskSpec:
+    """Which keys a query attends to, by distance alone, and the softcap of its scores: what is fixed in a layer.
 
-    causal: a query sees no later key. window: it sees fewer than `window` positions away, itself included, so that a
-    causal window of W shows exactly W keys (both sides count when not causal); None is no limit. softcap: scaled
-    scores become softcap * tanh(score / softcap), as in Gemma 2 (arXiv 2408.00118, section 2); None leaves them.
+    causal: a query attends to no later key. window: it attends to keys less than `window` positions away, itself
+    included, so a causal window of W has exactly W keys (not causal, W on either side); None is no limit. softcap:
+    scaled scores become softcap * tanh(score / softcap), as in Gemma 2 (arXiv 2408.00118, section 2); None is off.
     """
 
     causal: bool = True
@@ -27,42 +29,50 @@ class Pattern:
 
     def __post_init__(self) -> None:
         if self.softcap is not None and not self.softcap > 0:
-            raise ValueError(f"softcap = {self.softcap}: it bounds the scores, so it is above 0")
+            raise ValueError(f"softcap = {self.softcap}: must be above 0")
         if self.window is not None and self.window < 1:
-            raise ValueError(f"window = {self.window}: a window counts the query's own key, so it is at least 1")
+            raise ValueError(f"window = {self.window}: must be at least 1, the query's own key")
 
 
-CAUSAL = Pattern()
-FULL = Pattern(causal=False)
+CAUSAL = MaskSpec()
+FULL = MaskSpec(causal=False)
 
 
-def distances(queries: int, keys: int, device: torch.device, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-    """How far back each key lies from each query, int (B or 1, T, S), and which slots hold a key, bool (B or 1, S).
+def relative_positions(
+    queries: int, keys: int, device: torch.device, cache_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Query position minus key position, int (B or 1, T, S), and which slots hold a key, bool (B or 1, S).
 
-    Without `lengths`, key j stands at position j and the queries are the last T of the S positions, so that the causal
-    diagonal ends in the lower right corner. With `lengths` (B,) the keys are a cache into which `lengths` tokens have
-    been written, the queries' own last: slot s holds the latest position that is congruent to s modulo S. While
-    fewer than S tokens are written that is simply position s; later the cache is a ring. One formula serves both.
+    Without `cache_seqlens`, key j is at position j and the queries are the last T of the S positions, so the causal
+    diagonal ends in the lower right corner. With `cache_seqlens` (B,) the keys are a cache of so many tokens, the
+    queries' own last: slot s holds the latest position that is congruent to s modulo S. Up to S tokens that is
+    position s; beyond, the cache is a ring buffer. One formula covers both.
     """
-    last = torch.full((1,), keys - 1, device=device) if lengths is None else lengths - 1  # (B or 1,)
+    last = torch.full((1,), keys - 1, device=device) if cache_seqlens is None else cache_seqlens - 1  # (B or 1,)
     last = last.view(-1, 1)
     key_at = last - (last - torch.arange(keys, device=device)) % keys  # (B, S) position in each slot; < 0: empty
     query_at = last + 1 - queries + torch.arange(queries, device=device)  # (B, T)
     return query_at[:, :, None] - key_at[:, None, :], key_at >= 0
 
 
-def visible(
-    pattern: Pattern, queries: int, keys: int, device: torch.device, lengths: Tensor | None, documents: Tensor | None
+def attention_mask(
+    mask_spec: MaskSpec,
+    queries: int,
+    keys: int,
+    device: torch.device,
+    cache_seqlens: Tensor | None,
+    document_ids: Tensor | None,
 ) -> Tensor:
-    """Which query may see which key, bool (B or 1, T, S). Positions: see `distances`."""
-    distance, written = distances(queries, keys, device, lengths)
+    """Which query attends to which key, bool (B or 1, T, S). Positions: see `relative_positions`."""
+    distance, written = relative_positions(queries, keys, device, cache_seqlens)
     mask = written[:, None, :].expand_as(distance)
-    if pattern.causal:
+    if mask_spec.causal:
         mask = mask & (distance >= 0)
-    if pattern.window is not None:
-        mask = mask & (distance.abs() < pattern.window)
-    if documents is not None:
-        run = (documents.diff(dim=1, prepend=documents[:, :1]) != 0).cumsum(1)  # (B, S) counts the changes of number
+    if mask_spec.window is not None:
+        mask = mask & (distance.abs() < mask_spec.window)
+    if document_ids is not None:
+        changes = document_ids.diff(dim=1, prepend=document_ids[:, :1]) != 0
+        run = changes.cumsum(1)  # (B, S) number of the document
         mask = mask & (run[:, keys - queries :, None] == run[:, None, :])
     return mask
 
@@ -71,39 +81,39 @@ def reference_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    pattern: Pattern,
-    scale: float,
-    lengths: Tensor | None = None,
-    documents: Tensor | None = None,
-    slopes: Tensor | None = None,
+    mask_spec: MaskSpec,
+    softmax_scale: float,
+    cache_seqlens: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """softmax(q k^T * scale) v, computed in at least fp32 (Vaswani et al. 2017, section 3.2.1).
 
     Args:
         q: (B, T, H, D); k, v: (B, S, K, D) with K dividing H (GQA: Ainslie et al. 2023).
-        pattern, lengths, documents: see `visible`.
-        slopes, sinks: (H,), see `kernels.attention`.
+        mask_spec, cache_seqlens, document_ids: see `attention_mask`.
+        alibi_slopes, sinks: (H,), see `kernels.attention`.
     Returns:
         out (B, T, H, D) in q's dtype, the log-sum-exp of each row's scores (B, T, H), and the weights (B, H, T, S).
-        A row that sees no key gives out 0, weights 0 and log-sum-exp -inf, or with sinks the sink.
+        A row without a key has out 0, weights 0 and log-sum-exp -inf, or with sinks the sink.
     """
     B, T, H, D = q.shape
     S, K = k.shape[1], k.shape[2]
     dtype = torch.promote_types(q.dtype, torch.float32)
     grouped = q.to(dtype).view(B, T, K, H // K, D)  # (B, T, H, D) -> (B, T, K, G, D): query head h reads kv head h // G
-    scores = torch.einsum("btkgd,bskd->bkgts", grouped, k.to(dtype)).reshape(B, H, T, S) * scale  # k, g -> h
-    if pattern.softcap is not None:
-        scores = pattern.softcap * torch.tanh(scores / pattern.softcap)
-    if slopes is not None:
-        distance, _ = distances(T, S, q.device, lengths)  # (B or 1, T, S)
-        scores = scores - slopes.to(dtype)[:, None, None] * distance.abs()[:, None]  # (B, H, T, S)
-    mask = visible(pattern, T, S, q.device, lengths, documents)[:, None]  # (B or 1, 1, T, S)
+    scores = torch.einsum("btkgd,bskd->bkgts", grouped, k.to(dtype)).reshape(B, H, T, S) * softmax_scale  # k, g -> h
+    if mask_spec.softcap is not None:
+        scores = mask_spec.softcap * torch.tanh(scores / mask_spec.softcap)
+    if alibi_slopes is not None:
+        distance, _ = relative_positions(T, S, q.device, cache_seqlens)  # (B or 1, T, S)
+        scores = scores - alibi_slopes.to(dtype)[:, None, None] * distance.abs()[:, None]  # (B, H, T, S)
+    mask = attention_mask(mask_spec, T, S, q.device, cache_seqlens, document_ids)[:, None]  # (B or 1, 1, T, S)
     scores = scores.masked_fill(~mask, float("-inf"))
     lse = scores.logsumexp(-1)  # (B, H, T)
     if sinks is not None:
         lse = torch.logaddexp(lse, sinks.to(dtype)[:, None])
-    weights = (scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None]).exp()  # no key: all weights are 0
+    weights = (scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None]).exp()  # without a key all weights are 0
     weighed = weights.view(B, K, H // K, T, S)  # h -> k, g
     out = torch.einsum("bkgts,bskd->btkgd", weighed, v.to(dtype)).reshape(B, T, H, D)  # k, g -> h
     return out.to(q.dtype), lse.transpose(1, 2), weights  # (B, H, T) -> (B, T, H)

@@ -10,12 +10,12 @@ import sys
 from pathlib import Path
 
 assert "triton" not in sys.modules, "triton reads TRITON_INTERPRET when it is imported"
-os.environ["TRITON_INTERPRET"] = "1"  # heed's kernels run on the CPU, see tests/interpreter.py
+os.environ["TRITON_INTERPRET"] = "1"  # heed's kernels run on the CPU, see tests/kernels/interpreter.py
 
 if importlib.util.find_spec("triton"):  # not every system has it
     from triton.runtime.interpreter import GridExecutor
 
-    from tests.interpreter import install
+    from tests.kernels.interpreter import install
 
     install()
     interpret = GridExecutor.__call__
@@ -38,7 +38,7 @@ import torch
 import train
 from kernels import cpu
 from model import GPT, ModelConfig
-from runtime import checkpoint, metrics
+from training import checkpoint, metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 AS_A_USER = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -58,21 +58,22 @@ def randomized(config: ModelConfig, seed: int = 0) -> GPT:
 
 
 def command(
-    script: str, *words: str, where: Path, stdin: str = "", measured: bool = True, **environment: str
+    program: str, *words: str, where: Path, stdin: str = "", measured: bool = True, **environment: str
 ) -> subprocess.CompletedProcess:
     """Run a front door as a user does, with its runs/ in the folder `where`.
 
     Not `measured`: without coverage, which takes a third more time, where other tests run the same lines.
     """
     env = (AS_A_USER if measured else UNMEASURED) | {"HEED_RUNS": str(where), "OMP_NUM_THREADS": "1"} | environment
+    started = [str(ROOT / program)] if program.endswith(".py") else ["-m", program]
     return subprocess.run(
-        [sys.executable, str(ROOT / script), *words], cwd=ROOT, env=env, input=stdin, capture_output=True, text=True
+        [sys.executable, *started, *words], cwd=ROOT, env=env, input=stdin, capture_output=True, text=True
     )
 
 
 SMALL = [
     "--model.n_layer=2", "--model.n_embd=32", "--model.n_head=2", "--model.n_kv_head=1", "--model.head_dim=16",
-    "--model.n_ffn=64", "--model.context=32", "--train.batch_tokens=256", "--train.micro_batch=4",
+    "--model.n_ffn=64", "--model.context=32", "--train.batch_tokens=256", "--train.micro_batch_size=4",
     "--train.compile=off", "--train.dtype=float32", "--data.val_fraction=0.2", "--data.vocab_size=300",
     "--train.prompt=", "--optim.warmup_steps=2",
 ]  # fmt: skip
@@ -94,7 +95,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
     """A runs/ folder with one small finished run, `songs`."""
     where = tmp_path_factory.mktemp("runs")
     train_here(
-        where, "shakespeare", "--name=songs", *SMALL, f"--data.source={text}", "--train.steps=30", "--train.evals=2"
+        where, "shakespeare", "--name=songs", *SMALL, f"--data.source={text}", "--train.steps=30", "--train.num_evals=2"
     )
     return where
 
@@ -103,7 +104,7 @@ def train_here(where: Path, *words: str) -> Path:
     """`python train.py` with these words, in this process and with runs/ in the folder `where`; returns the run's."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "RUNS", where)
-        asked = train.read_arguments(list(words))
+        asked = train.parse_args(list(words))
         assert asked
         train.train(*asked)
     return where / asked[0].name
@@ -158,7 +159,7 @@ def weights(run: Path, which: str = "latest") -> bytes:
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Say how many mutants were caught (tests/test_mutants.py), whichever processes tried them."""
+    """Say how many mutants were caught (tests/kernels/test_mutants.py), whichever processes tried them."""
     found = {
         outcome: [x for x in terminalreporter.getreports(outcome) if "::test_a_mutant_is_caught" in x.nodeid]
         for outcome in ("passed", "failed")

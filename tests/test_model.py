@@ -8,8 +8,9 @@ import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import GPT, KVCache, ModelConfig, count_parameters, flops_per_token, rope_frequencies, rope_tables, rotate
+from model import GPT, KVCache, ModelConfig, apply_rotary_emb, precompute_rope, rope_frequencies
 from tests.conftest import TINY, randomized
+from training.flops import count_parameters, flops_per_token
 
 
 def qwen3(config: ModelConfig) -> transformers.PreTrainedModel:
@@ -120,11 +121,11 @@ def test_yarn_keeps_the_fast_dimensions_and_slows_the_slow_ones():
 
 def test_rope_depends_on_distance_alone():
     config = change(head_dim=16, context=64)
-    cos, sin = (table[:, None] for table in rope_tables(config))  # (T, 1, D)
+    cos, sin = (table[:, None] for table in precompute_rope(config))  # (T, 1, D)
     q, k = torch.randn(2, 1, 1, 16)
 
     def score(i: int, j: int) -> float:
-        return (rotate(q, cos[i], sin[i]) * rotate(k, cos[j], sin[j])).sum().item()
+        return (apply_rotary_emb(q, cos[i], sin[i]) * apply_rotary_emb(k, cos[j], sin[j])).sum().item()
 
     assert score(5, 2) == pytest.approx(score(60, 57), abs=1e-5)
     assert score(5, 2) != pytest.approx(score(5, 3), abs=1e-3)
@@ -190,7 +191,7 @@ def test_a_repeated_cache_goes_on_like_the_original_and_a_cleared_one_like_a_new
             logits[1:2], model(torch.cat([tokens, following[1:2]], 1))[:, -1:], atol=1e-4, rtol=1e-4
         )
         torch.testing.assert_close(logits[0], logits[2])
-        cache.clear()
+        cache.reset()
         torch.testing.assert_close(model(tokens, cache), first)
 
 
@@ -250,12 +251,12 @@ def test_costs_are_those_of_the_real_thing(flags):
     with counter, torch.no_grad():
         model(torch.zeros(1, config.context, dtype=torch.long))
     counted = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
-    products = sum(n for op, n in counted.items() if "attention" not in op and "bmm" not in op)
+    matmuls = sum(n for op, n in counted.items() if "attention" not in op and "bmm" not in op)
     seen = 0  # query-key pairs, counted one by one
     for layer in range(config.n_layer):
-        window = config.pattern(layer).window or config.context
+        window = config.mask_spec(layer).window or config.context
         seen += sum(1 for t in range(config.context) for s in range(t + 1) if t - s < window)
-    expected = 3 * (products + 2 * 2 * seen * config.n_head * config.head_dim) / config.context
+    expected = 3 * (matmuls + 2 * 2 * seen * config.n_head * config.head_dim) / config.context
     assert flops_per_token(config) == pytest.approx(expected)
 
 
@@ -266,7 +267,7 @@ def test_costs_are_those_of_the_real_thing(flags):
         ({"context": 0}, "model.context = 0: must be at least 1"),
         ({"head_dim": 15}, "model.head_dim = 15: must be even"),
         ({"dropout": 1.0}, "model.dropout = 1.0: must be at least 0 and below 1"),
-        ({"layer_pattern": "SXL"}, "model.layer_pattern = 'SXL': only letters L and S"),
+        ({"layer_pattern": "SXL"}, "model.layer_pattern = 'SXL': must consist of L and S"),
         ({"layer_pattern": "SL"}, "model.window = 0: must be at least 1"),
         ({"window": 4}, "model.window = 4: has no effect"),
         ({"yarn_factor": 2.0}, "model.yarn_original_context = 0: goes with yarn_factor"),

@@ -1,6 +1,4 @@
-"""Speaking: probabilities against transformers' processors, tokens against a model without a cache, text by eye."""
-
-from functools import partial
+"""Generation: probabilities against transformers' processors, tokens against a model without a cache, text by eye."""
 
 import pytest
 import torch
@@ -8,9 +6,10 @@ from transformers import LogitsProcessorList
 from transformers.generation import logits_process as theirs
 
 from data.tokenizer import EOT, Tokenizer
+from inference.detokenizer import GeneratedText
+from inference.engine import EagerEngine
 from model import KVCache
-from runtime.reader import plainly
-from sample import Sampling, Voice, generate, load, speak
+from sample import SamplingParams, generate, load, stream_generate
 from tests.conftest import TINY, command, randomized
 
 # Probabilities ------------------------------------------------------------------------------------------------------
@@ -45,25 +44,30 @@ def test_probabilities_are_transformers(how):
     if "min_p" in how:
         processors.append(theirs.MinPLogitsWarper(how["min_p"]))
     seen = torch.zeros(4, 60, dtype=torch.bool).scatter_(1, text, True)
-    torch.testing.assert_close(Sampling(**how).probabilities(logits, seen), processors(text, logits.clone()).softmax(1))
+    torch.testing.assert_close(
+        SamplingParams(**how).probabilities(logits, seen), processors(text, logits.clone()).softmax(1)
+    )
 
 
 def test_greedy_is_certain_of_the_likeliest():
     logits = torch.tensor([[0.0, 3.0, 2.9], [5.0, -1.0, 4.0]])
     seen = torch.tensor([[False, True, False], [False, False, False]])
-    assert Sampling(greedy=True).probabilities(logits, seen).argmax(1).tolist() == [1, 0]
-    assert Sampling(greedy=True, repetition_penalty=2.0).probabilities(logits, seen).tolist() == [[0, 0, 1], [1, 0, 0]]
+    assert SamplingParams(greedy=True).probabilities(logits, seen).argmax(1).tolist() == [1, 0]
+    assert SamplingParams(greedy=True, repetition_penalty=2.0).probabilities(logits, seen).tolist() == [
+        [0, 0, 1],
+        [1, 0, 0],
+    ]
 
 
 @pytest.mark.parametrize("number", [0.0, 1 - 2**-24])  # the first and the last of torch.rand
 def test_a_token_without_probability_is_not_drawn_by_any_random_number(number, monkeypatch):
     logits = torch.randn(64, 5000, generator=torch.Generator().manual_seed(0))
     logits[:, :10] = logits[:, -10:] = float("-inf")
-    seen, sampling = torch.zeros(64, 5000, dtype=torch.bool), Sampling(temperature=1.0)
+    seen, sampling = torch.zeros(64, 5000, dtype=torch.bool), SamplingParams(temperature=1.0)
     sums = sampling.probabilities(logits, seen).cumsum(1)[:, -1]
     assert (sums < 1).any() and (sums > 1).any()  # rounded, they end beside 1
     monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, number))
-    drawn = sampling.draw(logits, seen, torch.Generator())
+    drawn = sampling.sample(logits, seen, torch.Generator())
     assert drawn.min() >= 10 and drawn.max() < 4990
 
 
@@ -72,7 +76,7 @@ def test_a_token_without_probability_is_not_drawn_by_any_random_number(number, m
 )
 def test_impossible_sampling_is_refused_by_name(how):
     with pytest.raises(ValueError, match=f"{next(iter(how))} = .*: must be"):
-        Sampling(**how)
+        SamplingParams(**how)
 
 
 # Tokens -------------------------------------------------------------------------------------------------------------
@@ -93,7 +97,7 @@ def greedy_without_cache(model, prompt, tokens):
 def test_tokens_are_those_of_a_model_without_a_cache_also_beyond_the_context(length):
     model = randomized(TINY, seed=3)
     prompt = torch.randint(0, 97, (length,), generator=torch.Generator().manual_seed(length)).tolist()
-    got = [int(t) for t in generate(model, prompt, tokens=70, sampling=Sampling(greedy=True))]
+    got = [int(t) for t in generate(model, prompt, max_new_tokens=70, sampling=SamplingParams(greedy=True))]
     assert got == greedy_without_cache(model, prompt, 70)
     assert len(set(got)) > 5  # not a text that any model would give
 
@@ -102,7 +106,7 @@ def test_same_seed_same_text_and_another_seed_another():
     model = randomized(TINY)
 
     def text(seed: int, samples: int = 1) -> list[list[int]]:
-        return torch.stack(list(generate(model, [1, 2], tokens=50, samples=samples, seed=seed))).T.tolist()
+        return torch.stack(list(generate(model, [1, 2], max_new_tokens=50, num_samples=samples, seed=seed))).T.tolist()
 
     assert text(0) == text(0)
     assert text(0) != text(1)
@@ -112,16 +116,16 @@ def test_same_seed_same_text_and_another_seed_another():
 
 
 def test_a_cache_is_as_long_as_what_will_come_and_no_longer_than_the_context():
-    sizes = [[len(keys[0]) for keys, _ in KVCache(TINY, 1, most=most).layers] for most in (5, 32, 1000, None)]
+    sizes = [[len(keys[0]) for keys, _ in KVCache(TINY, 1, max_seq_len=most).layers] for most in (5, 32, 1000, None)]
     assert sizes == [[5, 5], [32, 32], [32, 32], [32, 32]]
 
 
 def test_the_prompt_is_read_once_for_all_samples(monkeypatch):
     read = []
-    write = KVCache.write
-    monkeypatch.setattr("sample.reader", lambda model: partial(plainly, model))
-    monkeypatch.setattr(KVCache, "write", lambda self, n, k, v: (read.append(k.shape[:2]), write(self, n, k, v))[1])
-    list(generate(randomized(TINY), list(range(20)), tokens=3, samples=5))
+    write = KVCache.update
+    monkeypatch.setattr("sample.make_engine", EagerEngine)
+    monkeypatch.setattr(KVCache, "update", lambda self, n, k, v: (read.append(k.shape[:2]), write(self, n, k, v))[1])
+    list(generate(randomized(TINY), list(range(20)), max_new_tokens=3, num_samples=5))
     assert read == [(1, 20)] * 2 + [(5, 1)] * 4  # two layers; the last token is never read
 
 
@@ -129,7 +133,9 @@ def test_samples_of_a_batch_are_drawn_from_the_models_probabilities():
     model = randomized(TINY)
     with torch.no_grad():
         expected = (model(torch.tensor([[7, 8]]))[0, -1] / 2.0).softmax(0)
-    first = next(iter(generate(model, [7, 8], tokens=1, samples=20000, sampling=Sampling(temperature=2.0))))
+    first = next(
+        iter(generate(model, [7, 8], max_new_tokens=1, num_samples=20000, sampling=SamplingParams(temperature=2.0)))
+    )
     counted = torch.bincount(first, minlength=97) / 20000
     torch.testing.assert_close(counted, expected, atol=0.015, rtol=0)
 
@@ -143,11 +149,11 @@ def bytes_tokenizer() -> Tokenizer:
 
 
 def said(tokenizer: Tokenizer, text: str, stop: list[str]) -> list[str]:
-    voice, parts = Voice(tokenizer, stop), []
+    generated, parts = GeneratedText(tokenizer, stop), []
     ids = tokenizer.encode(text)
     for number, token in enumerate(ids, 1):
-        parts.append(voice.push(token, last=number == len(ids)))
-        if voice.ended:
+        parts.append(generated.add_token(token, last=number == len(ids)))
+        if generated.finished:
             break
     return parts
 
@@ -176,7 +182,7 @@ def test_text_ends_before_a_stop_text_and_shows_nothing_of_it(bytes_tokenizer, s
 
 
 def test_end_of_text_ends_a_sample_and_an_empty_prompt_begins_a_document(bytes_tokenizer, monkeypatch):
-    monkeypatch.setattr("sample.reader", lambda model: partial(plainly, model))
+    monkeypatch.setattr("sample.make_engine", EagerEngine)
     config = type(TINY)(**{**vars(TINY), "vocab_size": 257})
     model = randomized(config)
     asked = []
@@ -186,7 +192,7 @@ def test_end_of_text_ends_a_sample_and_an_empty_prompt_begins_a_document(bytes_t
     )
     embed = model.model.embed_tokens.forward
     model.model.embed_tokens.forward = lambda tokens: (asked.append(tokens.tolist()), embed(tokens))[1]
-    spoken = list(speak(model, bytes_tokenizer, "", tokens=50))
+    spoken = list(stream_generate(model, bytes_tokenizer, "", max_new_tokens=50))
     assert asked[0] == [[bytes_tokenizer.eot]]
     assert len(spoken) == 3
     assert EOT not in "".join(text for _, text in spoken)
@@ -196,27 +202,29 @@ def test_end_of_text_ends_a_sample_and_an_empty_prompt_begins_a_document(bytes_t
 
 
 def test_the_newest_run_speaks_and_says_how_fast(runs, sample_py):
-    done = command("sample.py", "--prompt", "Song", "--tokens", "20", where=runs)
+    done = command("sample.py", "--prompt", "Song", "--max-new-tokens", "20", where=runs)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Song")
     assert "20 tokens in" in done.stderr
-    again = sample_py("--prompt", "-", "--tokens", "20", where=runs, stdin="Song")
+    again = sample_py("--prompt", "-", "--max-new-tokens", "20", where=runs, stdin="Song")
     assert again.stdout == done.stdout
     model, tokenizer = load(runs / "songs")
-    text = "Song" + "".join(part for _, part in speak(model, tokenizer, "Song", tokens=20))
+    text = "Song" + "".join(part for _, part in stream_generate(model, tokenizer, "Song", max_new_tokens=20))
     assert done.stdout == text + "\n"
 
 
 def test_flags_reach_the_model(runs, sample_py):
-    plain = sample_py("--prompt", "Song", "--tokens", "30", "--greedy", where=runs).stdout
-    three = sample_py("--prompt", "Song", "--tokens", "30", "--greedy", "--num-samples", "3", where=runs).stdout
+    plain = sample_py("--prompt", "Song", "--max-new-tokens", "30", "--greedy", where=runs).stdout
+    three = sample_py("--prompt", "Song", "--max-new-tokens", "30", "--greedy", "--num-samples", "3", where=runs).stdout
     assert three == f"\n{'-' * 60}\n".join([plain.removesuffix("\n")] * 3) + "\n"
-    stopped = sample_py("--prompt", "Song", "--tokens", "30", "--greedy", "--stop", plain[8:10], where=runs).stdout
+    stopped = sample_py(
+        "--prompt", "Song", "--max-new-tokens", "30", "--greedy", "--stop", plain[8:10], where=runs
+    ).stdout
     assert stopped == plain[: plain.index(plain[8:10], 4)] + "\n"
 
 
 def test_a_conversation_goes_on_after_a_mistake_until_its_end(runs, sample_py):
-    done = sample_py("--interactive", "--tokens", "5", where=runs, stdin="Song\n\nthe bees\n")
+    done = sample_py("--interactive", "--max-new-tokens", "5", where=runs, stdin="Song\n\nthe bees\n")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("> ") == 4
     assert done.stderr.count("5 tokens in") == 3
@@ -226,10 +234,10 @@ def test_a_conversation_goes_on_after_a_mistake_until_its_end(runs, sample_py):
     ("words", "says"),
     [
         (["--temperature", "0"], "temperature = 0.0: must be above 0"),
-        (["--tokens", "0"], "tokens = 0, num_samples = 1: both must be at least 1"),
+        (["--max-new-tokens", "0"], "max_new_tokens = 0, num_samples = 1: both must be at least 1"),
         (["--run", "runs/nothing"], "runs/nothing: no such run"),
         (["--checkpoint", "step-9"], "no checkpoint 'step-9'; there are: step-0000"),
-        (["--tokens", "many"], "invalid int value: 'many'"),
+        (["--max-new-tokens", "many"], "invalid int value: 'many'"),
         (["--top_k", "3"], "unrecognized arguments: --top_k"),
     ],
 )
@@ -242,7 +250,7 @@ def test_mistakes_are_one_line(runs, words, says, sample_py):
 def test_without_a_run_there_is_a_hint(tmp_path, sample_py):
     done = sample_py(where=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert "python train.py shakespeare makes one" in done.stderr
+    assert "python train.py shakespeare trains one" in done.stderr
 
 
 def test_help_does_not_wait_for_torch(runs):
@@ -250,3 +258,37 @@ def test_help_does_not_wait_for_torch(runs):
     assert done.returncode == 0
     assert "--repetition-penalty" in done.stdout
     assert "import 'torch'" not in done.stderr
+
+
+# Whole lines ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "expected"),
+    [
+        ("one\ntwo\nthr", [], "one\ntwo"),
+        ("one\ntwo\n", [], "one\ntwo"),
+        ("one li", [], "one li"),  # the only line is kept
+        ("one\ntwo END", [" END"], "one\ntwo"),  # it ends by itself, and is not cut off
+        ("\n", [], ""),
+    ],
+)
+def test_a_line_that_is_cut_off_is_left_out(bytes_tokenizer, text, stop, expected):
+    generated = GeneratedText(bytes_tokenizer, stop, whole_lines=True)
+    ids = bytes_tokenizer.encode(text)
+    parts = [generated.add_token(token, last=number == len(ids)) for number, token in enumerate(ids, 1)]
+    assert "".join(parts) == expected
+
+
+def test_an_ended_document_keeps_its_last_line(bytes_tokenizer):
+    generated = GeneratedText(bytes_tokenizer, [], whole_lines=True)
+    parts = [generated.add_token(token) for token in [*bytes_tokenizer.encode("one\ntwo"), bytes_tokenizer.eot]]
+    assert "".join(parts) == "one\ntwo" and generated.finished
+
+
+def test_the_flag_prints_whole_lines_and_an_old_flag_names_the_new_one(runs, sample_py):
+    words = ("--prompt", "Song", "--greedy", "--max-new-tokens", "30")
+    plain, whole = (sample_py(*words, *more, where=runs).stdout for more in ((), ("--whole-lines",)))
+    assert plain.startswith(whole.rstrip("\n")) and len(whole) < len(plain)
+    done = sample_py("--tokens=5", where=runs)
+    assert (done.returncode, done.stderr) == (2, "sample.py: --tokens: renamed to --max-new-tokens\n")

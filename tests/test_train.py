@@ -18,11 +18,13 @@ from data.loader import Loader
 from data.shards import Shards
 from data.tokenizer import Tokenizer
 from model import GPT, ModelConfig
-from runtime import checkpoint, metrics
+from sample import load
 from tests.conftest import ROOT, SMALL, TINY, UNMEASURED, losses, randomized, weights
+from training import checkpoint, metrics
+from training.flops import count_parameters
 
 
-def test_a_run_learns_and_leaves_everything_in_its_folder(runs):
+def test_a_run_trains_and_leaves_everything_in_its_folder(runs):
     run = runs / "songs"
     names = {p.name for p in run.iterdir()}
     assert {"config.toml", "tokenizer.json", "metrics.jsonl", "loss.png", "latest", "best"} <= names
@@ -43,7 +45,7 @@ def test_validation_is_over_every_token_and_in_bits_per_byte(runs, monkeypatch, 
     tokenizer = Tokenizer.load(run / "tokenizer.json")
     prepared = train.prepare(**dataclasses.asdict(train.load(str(run / "config.toml")).data))
     val = Shards(prepared, "val")
-    stream = [tokenizer.eot, *val.window(0, val.tokens).tolist()]
+    stream = [tokenizer.eot, *val.read(0, val.tokens).tolist()]
     nats, context = 0.0, model.config.context
     for start in range(0, val.tokens, context):
         piece = torch.tensor(stream[start : start + context + 1])
@@ -53,11 +55,11 @@ def test_validation_is_over_every_token_and_in_bits_per_byte(runs, monkeypatch, 
     last = [r for r in metrics.read(run / "metrics.jsonl") if "val_loss" in r][-1]
     assert last["val_loss"] == pytest.approx(nats / val.tokens, rel=1e-5)
     size = len(tokenizer.decode(stream).encode())
-    assert last["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+    assert last["val_bpb"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
 
 
 def test_killed_and_resumed_equals_never_killed_bit_for_bit(learn, text, tmp_path):
-    words = ("--train.steps=24", "--train.evals=3", "--model.dropout=0.1")
+    words = ("--train.steps=24", "--train.num_evals=3", "--model.dropout=0.1")
     whole = learn("whole", *words)
     flags = [*SMALL, f"--data.source={text}", *words]
     started = [sys.executable, str(ROOT / "train.py"), "shakespeare", "--name=killed", *flags]
@@ -78,7 +80,7 @@ def test_killed_and_resumed_equals_never_killed_bit_for_bit(learn, text, tmp_pat
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_leaves_and_the_run_goes_on_exactly(learn, text, tmp_path, number):
-    words = ("--train.steps=300", "--train.evals=1")
+    words = ("--train.steps=300", "--train.num_evals=1")
     started = [
         sys.executable,
         "-u",
@@ -98,28 +100,28 @@ def test_a_signal_saves_and_leaves_and_the_run_goes_on_exactly(learn, text, tmp_
     run = tmp_path / "stopped"
     step = checkpoint.read_state(checkpoint.find(run, "latest"))["step"]
     assert 1 <= step < 300
-    assert f"stopped and saved at step {step}; go on with --resume" in said
+    assert f"stopped and saved at step {step}; --resume continues" in said
     assert "Traceback" not in said
     assert list(losses(run)) == list(range(1, step + 1))
 
 
 def test_micro_batches_change_memory_and_not_the_result(learn):
-    at_once = learn("at-once", "--train.steps=4", "--train.micro_batch=8")
-    one_by_one = learn("one-by-one", "--train.steps=4", "--train.micro_batch=1")
+    at_once = learn("at-once", "--train.steps=4", "--train.micro_batch_size=8")
+    one_by_one = learn("one-by-one", "--train.steps=4", "--train.micro_batch_size=1")
     for step, loss in losses(at_once).items():
         assert losses(one_by_one)[step] == pytest.approx(loss, rel=1e-4)
 
 
 def test_two_processes_train_what_one_does(learn, text, tmp_path):
-    alone = learn("alone", "--train.steps=6", "--train.evals=2", "--train.micro_batch=2")
-    words = [*SMALL, f"--data.source={text}", "--train.steps=6", "--train.evals=2", "--train.micro_batch=2"]
+    alone = learn("alone", "--train.steps=6", "--train.num_evals=2", "--train.micro_batch_size=2")
+    words = [*SMALL, f"--data.source={text}", "--train.steps=6", "--train.num_evals=2", "--train.micro_batch_size=2"]
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "train.py"),
          "shakespeare", "--name=both", *words],
         cwd=ROOT, env=os.environ | {"HEED_RUNS": str(tmp_path), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("step 6: validation") == 1
+    assert done.stdout.count("step 6 | val_loss") == 1
     assert "= 2 devices x 2 micro-batches x 2 sequences x 32 tokens" in done.stdout
     for key in ("loss", "val_loss"):
         assert losses(tmp_path / "both", key) == pytest.approx(losses(alone, key), rel=1e-4)
@@ -136,7 +138,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
 
     monkeypatch.setattr(GPT, "loss", poisoned)
     with pytest.raises(train.Diverged, match="step 7: the loss is nan"):
-        learn("bad", "--train.steps=12", "--train.evals=4")
+        learn("bad", "--train.steps=12", "--train.num_evals=4")
     run = tmp_path / "bad"
     folder = checkpoint.find(run, "latest")
     assert checkpoint.read_state(folder)["step"] == 6
@@ -150,7 +152,7 @@ def test_save_comes_before_validate(learn, monkeypatch, tmp_path):
 
     monkeypatch.setattr(train, "validate", fails)
     with pytest.raises(RuntimeError, match="out of memory"):
-        learn("kept", "--train.steps=4", "--train.evals=1")
+        learn("kept", "--train.steps=4", "--train.num_evals=1")
     assert checkpoint.read_state(checkpoint.find(tmp_path / "kept", "latest"))["step"] == 4
     monkeypatch.undo()
 
@@ -159,20 +161,20 @@ def test_a_validation_that_a_kill_prevented_is_made_up_for(learn, monkeypatch):
     real = train.validate
     monkeypatch.setattr(train, "validate", lambda *_: (_ for _ in ()).throw(RuntimeError("killed")))
     with pytest.raises(RuntimeError):
-        learn("owed", "--train.steps=4", "--train.evals=2")
+        learn("owed", "--train.steps=4", "--train.num_evals=2")
     monkeypatch.setattr(train, "validate", real)
-    assert list(losses(learn("owed", "--train.steps=4", "--train.evals=2", "--resume"), "val_loss")) == [2, 4]
+    assert list(losses(learn("owed", "--train.steps=4", "--train.num_evals=2", "--resume"), "val_loss")) == [2, 4]
 
 
 def test_a_run_is_not_overwritten_unless_asked(learn):
-    run = learn("mine", "--train.steps=2", "--train.evals=1")
+    run = learn("mine", "--train.steps=2", "--train.num_evals=1")
     before = weights(run)
-    with pytest.raises(checkpoint.CheckpointError, match="runs/mine is there: --resume goes on"):
-        learn("mine", "--train.steps=3", "--train.evals=1")
+    with pytest.raises(checkpoint.CheckpointError, match="runs/mine exists: --resume continues"):
+        learn("mine", "--train.steps=3", "--train.num_evals=1")
     assert weights(run) == before
-    learn("mine", "--train.steps=3", "--train.evals=1", "--overwrite")
+    learn("mine", "--train.steps=3", "--train.num_evals=1", "--overwrite")
     assert max(losses(run)) == 3
-    finished = learn("mine", "--train.steps=3", "--train.evals=1", "--resume")  # which changes nothing
+    finished = learn("mine", "--train.steps=3", "--train.num_evals=1", "--resume")  # which changes nothing
     assert max(losses(finished)) == 3
 
 
@@ -185,24 +187,24 @@ def test_a_run_is_not_overwritten_unless_asked(learn):
     ],
 )
 def test_resume_refuses_another_model_tokenizer_or_text(learn, change, says):
-    learn("mine", "--train.steps=2", "--train.evals=1")
+    learn("mine", "--train.steps=2", "--train.num_evals=1")
     with pytest.raises(checkpoint.CheckpointError, match=says):
-        learn("mine", "--train.steps=4", "--train.evals=1", change, "--resume")
+        learn("mine", "--train.steps=4", "--train.num_evals=1", change, "--resume")
 
 
 def test_best_is_the_best_and_old_checkpoints_go(learn, monkeypatch):
     scores = iter([3.0, 1.0, 2.0, 2.5, 2.2])
     monkeypatch.setattr(train, "validate", lambda *_: next(scores))
-    run = learn("five", "--train.steps=5", "--train.evals=5", "--train.keep=1")
+    run = learn("five", "--train.steps=5", "--train.num_evals=5", "--train.keep_checkpoints=1")
     assert sorted(p.name for p in run.glob("step-*")) == ["step-000002", "step-000005"]
     assert checkpoint.find(run, "best").name == "step-000002"
 
 
 def test_compiled_blocks_learn_the_same(learn):
-    eager = learn("eager", "--train.steps=3", "--train.evals=1")
+    eager = learn("eager", "--train.steps=3", "--train.num_evals=1")
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    compiled = learn("compiled", "--train.steps=3", "--train.evals=1", "--train.compile=on")
+    compiled = learn("compiled", "--train.steps=3", "--train.num_evals=1", "--train.compile=on")
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # a block in training, none to evaluate
     assert losses(compiled) == pytest.approx(losses(eager), rel=1e-3)
     assert set(load_file(checkpoint.find(compiled, "latest") / "model.safetensors")) == set(
@@ -211,8 +213,8 @@ def test_compiled_blocks_learn_the_same(learn):
 
 
 def test_bf16_learns_with_fp32_weights(learn):
-    exact = learn("fp32", "--train.steps=3", "--train.evals=1")
-    half = learn("bf16", "--train.steps=3", "--train.evals=1", "--train.dtype=bfloat16")
+    exact = learn("fp32", "--train.steps=3", "--train.num_evals=1")
+    half = learn("bf16", "--train.steps=3", "--train.num_evals=1", "--train.dtype=bfloat16")
     assert losses(half) == pytest.approx(losses(exact), rel=0.02)
     assert losses(half) != losses(exact)
     assert all(
@@ -221,7 +223,7 @@ def test_bf16_learns_with_fp32_weights(learn):
 
 
 def test_adamw_alone_learns_too(learn):
-    curve = losses(learn("adamw", "--train.steps=10", "--train.evals=1", "--optim.optimizer=adamw"))
+    curve = losses(learn("adamw", "--train.steps=10", "--train.num_evals=1", "--optim.optimizer=adamw"))
     assert curve[10] < curve[1] - 0.3
 
 
@@ -230,25 +232,38 @@ def test_epochs_and_batches_come_from_the_loader(learn, monkeypatch):
     asked = []
     batch = Loader.batch
     monkeypatch.setattr(Loader, "batch", lambda self, *a: (asked.append(a), batch(self, *a))[1])
-    learn("asks", "--train.steps=3", "--train.evals=1")
+    learn("asks", "--train.steps=3", "--train.num_evals=1")
     assert asked == [(0, 8, 0, 1), (1, 8, 0, 1), (2, 8, 0, 1)]
 
 
-def test_recomputing_changes_nothing_but_memory():
+def test_activation_checkpointing_changes_nothing_but_memory():
     """The same gradients, dropout's masks included."""
     gradients = []
     tokens = torch.randint(97, (2, 32), generator=torch.Generator().manual_seed(0))
-    for recompute in (False, True):
+    for checkpointing in (False, True):
         model = randomized(dataclasses.replace(TINY, dropout=0.3)).train()
-        model.model.recompute = recompute
+        model.model.activation_checkpointing = checkpointing
         torch.manual_seed(1)
         model.loss(tokens, tokens).backward()
         gradients.append([p.grad for p in model.parameters()])
     assert all(a.equal(b) for a, b in zip(*gradients, strict=True))
 
 
-def test_recomputing_is_a_field_of_the_run(learn, monkeypatch):
+def test_activation_checkpointing_is_a_field_of_the_run(learn, monkeypatch):
     layers, real = [], torch.utils.checkpoint.checkpoint
     monkeypatch.setattr("model.checkpoint", lambda layer, *a, **how: (layers.append(layer), real(layer, *a, **how))[1])
-    learn("recomputed", "--train.steps=1", "--train.evals=1", "--train.recompute=true")
+    learn("recomputed", "--train.steps=1", "--train.num_evals=1", "--train.activation_checkpointing=true")
     assert len(layers) == 2 * 2  # layers x micro-batches; not in validation
+
+
+def test_the_summary_is_one_key_and_value_a_line(learn, capsys):
+    run = learn("summed-up", "--train.steps=4", "--train.num_evals=2")
+    summary = dict(line.split(": ") for line in capsys.readouterr().out.splitlines()[-6:])
+    assert list(summary) == ["val_loss", "val_bpb", "training_seconds", "peak_memory_mb", "num_steps", "num_params"]
+    records = [r for r in metrics.read(run / "metrics.jsonl") if "val_loss" in r]
+    assert float(summary["val_loss"]) == pytest.approx(min(r["val_loss"] for r in records), abs=1e-4)
+    assert float(summary["val_bpb"]) == pytest.approx(min(r["val_bpb"] for r in records), abs=1e-4)
+    assert (summary["num_steps"], int(summary["num_params"])) == ("4", count_parameters(load(run)[0].config))
+    assert float(summary["training_seconds"]) > 0 and float(summary["peak_memory_mb"]) > 100
+    steps = [r for r in metrics.read(run / "metrics.jsonl") if "loss" in r]
+    assert all(r.keys() == {"step", "loss", "grad_norm", "lr", "tok_per_s"} for r in steps)

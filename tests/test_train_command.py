@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import train
-from runtime.recipes import load
+from training.recipes import load
 
 
 def test_without_words_the_recipes_are_listed(capsys):
-    assert train.read_arguments([]) is None
+    assert train.parse_args([]) is None
     said = capsys.readouterr().out
     for name in ("shakespeare", "shakespeare-char", "shakespeare-char-laptop", "tinystories", "gpt2-124m"):
         assert re.search(rf"^  {name} +\S.{{20}}", said, re.M)
@@ -19,16 +19,16 @@ def test_without_words_the_recipes_are_listed(capsys):
 
 def test_help_documents_every_field_with_its_default(capsys):
     with pytest.raises(SystemExit) as left:
-        train.read_arguments(["shakespeare", "--help"])
+        train.parse_args(["shakespeare", "--help"])
     assert left.value.code == 0
     said = " ".join(capsys.readouterr().out.split()).replace("grouped- query", "grouped-query")
-    assert "--model.n_kv_head INT key/value heads a layer; fewer than n_head is grouped-query attention" in said
+    assert "--model.n_kv_head INT key/value heads per layer; fewer than n_head is grouped-query attention" in said
     assert f"default: {load('shakespeare').model.n_embd}" in said
     assert said.count("default:") > 45
 
 
 def test_print_config_prints_what_would_run(capsys):
-    assert train.read_arguments(["shakespeare", "--model.n_layer", "8", "--print-config"]) is None
+    assert train.parse_args(["shakespeare", "--model.n_layer", "8", "--print-config"]) is None
     assert "n_layer = 8\n" in capsys.readouterr().out
 
 
@@ -39,14 +39,16 @@ def test_print_config_prints_what_would_run(capsys):
         (["shakespeare", "--model.n_layr", "3"], "--model.n_layr: no such option; did you mean --model.n_layer?"),
         (["shakespeare", "--model.n_layer", "six"], "model.n_layer = 'six': must be a whole number"),
         (["shakespeare", "--data.source", "no.txt"], "data.source = 'no.txt': no such file"),
-        (["shakespeare", "--resume", "--overwrite"], "--resume and --overwrite: one or the other"),
+        (["shakespeare", "--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
         (["shakespeare", "--name", "nothing", "--resume"], "nothing: no such run"),
-        (["shakespeare", "--model.vocab_size", "50"], "model.vocab_size = 50: smaller than the tokenizer's"),
+        (["shakespeare", "--model.vocab_size", "50"], "model.vocab_size = 50: must be at least the tokenizer's"),
         (
-            ["shakespeare", "--train.micro_batch", "3"],
-            "do not divide into 1 devices x micro-batches of train.micro_batch = 3",
+            ["shakespeare", "--train.micro_batch_size", "3"],
+            "are not divisible into 1 devices x micro-batches of 3 sequences",
         ),
-        (["shakespeare", "--train.device", "cuda"], "train.device = 'cuda': not on this machine"),
+        (["shakespeare", "--train.evals", "3"], "--train.evals: renamed to --train.num_evals"),
+        (["shakespeare", "--optim.decay=0.5"], "--optim.decay: renamed to --optim.lr_decay_frac"),
+        (["shakespeare", "--train.device", "cuda"], "train.device = 'cuda': not available on this machine"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(text, tmp_path, words, says, monkeypatch, capsys):

@@ -1,0 +1,160 @@
+"""Measure heed's speed next to other implementations and next to what the hardware allows.
+
+python -m benchmarks training --nanogpt DIR --text FILE [--setting cpu|gpu] [--out DIR]
+                                             anywhere: seconds of training to a validation loss, against nanoGPT
+python -m benchmarks inference [--out DIR]   on a CPU: tokens per second against transformers, llama.cpp and nanoGPT
+python -m benchmarks kernels [--out DIR]     on a GPU: check heed's kernels, then time them and others
+python -m benchmarks kernels --bound         anywhere: the roofline of each GPU, computed
+python -m benchmarks kernels --dry-run       anywhere: the same code on tiny shapes, interpreted, not timed
+python -m benchmarks tiles [KERNEL]          on a GPU: search tiles, print rows for kernels/triton/tiles.py
+python -m benchmarks data [--megabytes N]    anywhere: text to tokens to batches, against datasets.map and nanoGPT
+python -m benchmarks scaling [--out DIR]     anywhere: time and memory of a step against the model's sizes
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def arguments(words: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    kernels = commands.add_parser("kernels", help="heed's kernels against others and the roofline")
+    kernels.add_argument("--only", nargs="+", default=[], metavar="KERNEL", help="only these kernels")
+    kernels.add_argument("--out", type=Path, metavar="DIR", help="write a CSV and a plot there")
+    kernels.add_argument("--bound", action="store_true", help="print the roofline and time nothing")
+    parser.set_defaults(bound=False)
+    scaling = commands.add_parser("scaling", help="time and memory against context, width, batch, vocabulary")
+    scaling.add_argument("--quick", action="store_true", help="tiny sizes: tests the code, not the speed")
+    scaling.add_argument("--out", type=Path, metavar="DIR", help="write a CSV and a plot there")
+    train = commands.add_parser("training", help="time to a validation loss, against nanoGPT")
+    train.add_argument("--nanogpt", type=Path, required=True, metavar="DIR", help="a clone of nanoGPT")
+    train.add_argument("--text", type=Path, required=True, metavar="FILE", help="tiny Shakespeare, nanoGPT's input.txt")
+    train.add_argument("--setting", choices=["cpu", "gpu"], default="cpu", help="which of nanoGPT's two; default: cpu")
+    train.add_argument("--seeds", type=int, default=3, help="runs of each, in turns; default: 3")
+    train.add_argument("--out", type=Path, metavar="DIR", help="write a CSV and a plot there")
+    train.add_argument("options", nargs="*", help="after --: options for heed's train.py, beside the setting's recipe")
+    data = commands.add_parser("data", help="text to tokens to batches")
+    data.add_argument("--megabytes", type=int, default=1000, help="of text; default: 1000")
+    data.add_argument("--turns", type=int, default=1, help="default: 1")
+    data.add_argument(
+        "--quick", action="store_true", help="little text and a small model: tests the code, not the speed"
+    )
+    tiles = commands.add_parser("tiles", help="search the tiles of a kernel")
+    tiles.add_argument("kernel", nargs="?", help="a row of kernels/triton/tiles.py; all if none")
+    for command in (kernels, tiles):
+        command.add_argument("--dry-run", action="store_true", help="without a GPU: tiny shapes, no times")
+    sample = commands.add_parser("inference", help="tokens per second against others and the roofline")
+    sample.add_argument("--only", nargs="+", default=[], metavar="NAME", help="only these engines; default: all")
+    sample.add_argument("--sizes", nargs="+", default=[], metavar="SIZE", help="model sizes; default: all")
+    sample.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64], metavar="N", help="default: 1 8 64")
+    sample.add_argument("--prompts", nargs="+", type=int, default=[16, 512], metavar="N", help="default: 16 512 tokens")
+    sample.add_argument("--max-new-tokens", type=int, default=32, help="per engine and turn; default: 32")
+    sample.add_argument("--repetitions", type=int, default=5, help="turns; default: 5")
+    sample.add_argument(
+        "--nanogpt", type=Path, metavar="DIR", help="folder of a clone of nanoGPT, to measure it as well"
+    )
+    sample.add_argument("--out", type=Path, metavar="DIR", help="write inference.csv there")
+    sample.add_argument("--quick", action="store_true", help="a tiny model, once: tests the code, not the speed")
+    return parser.parse_args(words)
+
+
+def check_device() -> None:
+    """Raise ValueError without a GPU to time on."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ValueError(
+            "no GPU to time on. `python -m benchmarks kernels --bound` computes the roofline, "
+            "--dry-run runs the code without one"
+        )
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise ValueError("TRITON_INTERPRET=1 is set: the kernels would run on the CPU. Unset it, or pass --dry-run")
+
+
+def inference_benchmark(a: argparse.Namespace) -> int:
+    """python -m benchmarks inference. Raises ValueError for what cannot be measured."""
+    import torch
+
+    from benchmarks import inference
+    from benchmarks.engines import ENGINES
+    from benchmarks.inference import SIZES
+
+    check_names("--only", a.only, ENGINES)
+    check_names("--sizes", a.sizes, SIZES)
+    if a.nanogpt and not (a.nanogpt / "model.py").exists():
+        raise ValueError(f"--nanogpt {a.nanogpt}: there is no model.py; name the folder of a clone of nanoGPT")
+    if (
+        min([*a.batches, *a.prompts, a.max_new_tokens - 1, a.repetitions]) < 1
+        or max(a.prompts) + a.max_new_tokens > 1024
+    ):
+        raise ValueError("batches, prompts, repetitions: at least 1, tokens: 2, and a prompt with them at most 1,024")
+    if a.quick:
+        a.sizes, a.batches, a.prompts, a.max_new_tokens, a.repetitions = ["tiny"], [1, 3], [5], 4, 1
+    threads = torch.get_num_threads()
+    return inference.run(
+        a.only or list(ENGINES), a.sizes or list(SIZES), a.batches, a.prompts, a.max_new_tokens, a.repetitions,
+        a.nanogpt, a.out, threads,
+    )  # fmt: skip
+
+
+def check_names(option: str, asked: list[str], names: Iterable[str]) -> None:
+    """Raise ValueError for an unknown name."""
+    for name in asked:
+        if name not in names:
+            raise ValueError(f"{option} {name}: must be one of {', '.join(names)}")
+
+
+def main(a: argparse.Namespace) -> int:
+    """Run the command and return its exit status."""
+    if a.command == "scaling":
+        from benchmarks import scaling
+
+        return scaling.run(a.quick, a.out)
+    if a.command == "training":
+        from benchmarks import training
+
+        return training.run(a.nanogpt, a.text, a.setting, a.seeds, a.out, a.options)
+    if a.command == "inference":
+        return inference_benchmark(a)
+    if a.command == "data":
+        from benchmarks import data
+
+        return data.run(a.megabytes, a.turns, a.quick)
+    if a.dry_run:
+        os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+    elif not a.bound:
+        check_device()
+    if a.command == "tiles":
+        from benchmarks import tiles
+
+        return tiles.run(a.kernel, a.dry_run)
+    from benchmarks.shapes import KERNELS
+
+    check_names("--only", a.only, KERNELS)
+    if a.bound:
+        from benchmarks import roofline
+
+        print(roofline.report())
+        return 0
+    from benchmarks import kernels
+
+    return kernels.run(a.only, a.dry_run, a.out)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(arguments()))
+    except ValueError as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        sys.exit(2)
+    except ImportError as error:
+        print(f"benchmarks: {error}: what heed needs is in pyproject.toml, triton for Linux alone", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

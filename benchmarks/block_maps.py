@@ -1,0 +1,72 @@
+"""Draw docs/6-block-maps.png: which blocks of the score matrix are skipped, partly visible, or fully visible.
+
+Every square is computed from `kernels.reference.attention_mask`, the definition of which query attends to which key.
+python -m benchmarks.block_maps
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.reference import CAUSAL, MaskSpec, attention_mask
+
+ROOT = Path(__file__).resolve().parent.parent
+
+SKIPPED, PART, WHOLE = 0, 1, 2
+COLOURS = {"skipped": "#eceff1", "seen in part": "#f2a65a", "seen whole": "#3a7ca5"}
+
+T, BLOCK_M, BLOCK_N = 512, 32, 32
+LENGTHS = 150, 90, 200, 72  # of four documents in a row
+DOCUMENTS = torch.repeat_interleave(torch.arange(4), torch.tensor(LENGTHS))[None]  # (1, T)
+MAPS = {
+    "causal": (CAUSAL, None),
+    "causal, window 128": (MaskSpec(True, 128), None),
+    "causal, four documents": (CAUSAL, DOCUMENTS),
+    "full, window 64, documents": (MaskSpec(False, 64), DOCUMENTS),
+}
+
+
+def blocks(sees: Tensor, M: int, N: int) -> Tensor:
+    """(T, S) booleans -> (T / M, S / N) numbers: SKIPPED, PART or WHOLE. What lies beyond the edge does not count."""
+    T, S = sees.shape
+
+    def cut(beyond: bool) -> Tensor:  # -> (blocks of queries, blocks of keys, M * N)
+        padded = F.pad(sees, (0, -S % N, 0, -T % M), value=beyond)
+        return padded.unflatten(1, (-1, N)).unflatten(0, (-1, M)).transpose(1, 2).flatten(2)
+
+    return torch.where(cut(False).any(2), torch.where(cut(True).all(2), WHOLE, PART), SKIPPED)
+
+
+def main(path: Path) -> None:
+    """Draw all maps side by side."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Patch
+
+    figure, axes = plt.subplots(1, len(MAPS), figsize=(12, 3.9), layout="constrained")
+    for (title, (mask_spec, document_ids)), axis in zip(MAPS.items(), axes, strict=True):
+        sees = attention_mask(mask_spec, T, T, torch.device("cpu"), None, document_ids)[0]
+        found = blocks(sees, BLOCK_M, BLOCK_N)
+        axis.imshow(found, aspect="auto", cmap=ListedColormap(list(COLOURS.values())), vmin=0, vmax=2)
+        axis.set_xticks(torch.arange(found.shape[1] + 1) - 0.5, labels=[])
+        axis.set_yticks(torch.arange(found.shape[0] + 1) - 0.5, labels=[])
+        axis.grid(color="white", linewidth=0.8)
+        axis.tick_params(length=0)
+        axis.spines[:].set_visible(False)
+        share = (found != SKIPPED).float().mean()
+        axis.set_title(f"{title}\n{share:.0%} of the blocks computed", fontsize=10)
+        axis.set_xlabel("keys", fontsize=9)
+    axes[0].set_ylabel("queries", fontsize=9)
+    legend = [Patch(color=colour, label=label) for label, colour in COLOURS.items()]
+    figure.legend(handles=legend, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main(ROOT / "docs" / "6-block-maps.png")

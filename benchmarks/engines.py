@@ -1,0 +1,237 @@
+"""The engines of `python -m benchmarks inference`: heed, transformers, llama.cpp and nanoGPT, with the same weights.
+
+Each engine runs in a process of its own, with its own memory and threads; the processes take turns. An engine is built
+from the folder that `write` makes. It generates greedily and reports the time of each token.
+"""
+
+import ctypes
+import dataclasses
+import importlib.util
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from inference.huge_pages import use_huge_pages
+from inference.quantize import quantize
+from model import GPT, ModelConfig
+from sample import SamplingParams, generate
+from training.memory import peak_memory
+
+Generate = Callable[[list[int], int, int], Iterator[np.ndarray]]
+"""(prompt, batch, tokens) -> an array of the batch's next tokens, `tokens` times."""
+
+# name: (precision, what must be installed)
+ENGINES = {
+    "heed fp32": ("fp32", ""),
+    "heed bf16": ("bf16", ""),
+    "heed int8": ("int8", ""),
+    "heed in torch": ("fp32", ""),
+    "transformers": ("fp32", "transformers"),
+    "transformers compiled": ("fp32", "transformers"),
+    "transformers bf16": ("bf16", "transformers"),
+    "llama.cpp F32": ("fp32", "llama_cpp"),
+    "llama.cpp BF16": ("bf16", "llama_cpp"),
+    "llama.cpp Q8_0": ("int8", "llama_cpp"),
+    "nanoGPT": ("fp32", ""),
+}
+GGUF = {"llama.cpp F32": "f32", "llama.cpp BF16": "bf16", "llama.cpp Q8_0": "q8_0"}
+
+
+def missing(name: str) -> str:
+    """What is not installed that an engine needs, "" if nothing."""
+    needs = [ENGINES[name][1]] + ["gguf"] * (name in GGUF)
+    return ", ".join(need for need in needs if need and not importlib.util.find_spec(need))
+
+
+def write(folder: Path, config: ModelConfig, names: list[str]) -> None:
+    """A model with random weights, in the format of each engine."""
+    torch.manual_seed(0)
+    model = GPT(config).eval()
+    for name, weight in model.named_parameters():
+        if "embed" in name:  # larger than training would begin with: the likeliest token is then no near tie
+            weight.data *= 5
+    torch.save(model.state_dict(), folder / "model.pt")
+    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    if formats := [GGUF[name] for name in names if name in GGUF]:
+        from convert import to_gguf
+        from data.tokenizer import Tokenizer
+
+        tokenizer = Tokenizer.train("byte", [])
+        for dtype in formats:
+            to_gguf.write(folder / f"{dtype}.gguf", model, tokenizer, dtype, "random", "nothing")
+
+
+def heed(folder: Path, name: str, nanogpt: Path | None) -> Generate:
+    """sample.generate, with weights in fp32, bf16 or int8; or without the C++ file."""
+    model = GPT(ModelConfig(**json.loads((folder / "config.json").read_text()))).eval()
+    model.load_state_dict(torch.load(folder / "model.pt"))
+    if name.split()[1] in ("bf16", "int8"):
+        quantize(model, name.split()[1])
+    else:
+        use_huge_pages(model)
+    if name == "heed in torch":
+        os.environ["CXX"] = "false"  # a compiler that fails
+
+    def generate_tokens(prompt: list[int], batch: int, tokens: int) -> Iterator[np.ndarray]:
+        for step in generate(
+            model, prompt, max_new_tokens=tokens, num_samples=batch, sampling=SamplingParams(greedy=True)
+        ):
+            yield step.numpy()
+
+    return generate_tokens
+
+
+def transformers(folder: Path, name: str, nanogpt: Path | None) -> Generate:
+    """Qwen3ForCausalLM.generate; compiled, with its static cache."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    c = ModelConfig(**json.loads((folder / "config.json").read_text()))
+    theirs = Qwen3Config(
+        vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.n_ffn, num_hidden_layers=c.n_layer,
+        num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, head_dim=c.head_dim, rms_norm_eps=c.norm_eps,
+        max_position_embeddings=c.context, tie_word_embeddings=c.tie_embeddings,
+        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    model = Qwen3ForCausalLM(theirs).eval()
+    model.load_state_dict(torch.load(folder / "model.pt"), strict=False)  # a tied head is not in the file
+    model.tie_weights()
+    if name.endswith("bf16"):
+        model.to(torch.bfloat16)
+    how = {}
+    if name.endswith("compiled"):
+        model.forward = torch.compile(model.forward)
+        how = {"cache_implementation": "static"}
+
+    class Tell:
+        """Called after each token: it keeps what was made."""
+
+        def __init__(self) -> None:
+            self.steps: list[tuple[float, np.ndarray]] = []
+
+        def __call__(self, ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+            self.steps.append((time.perf_counter(), ids[:, -1].numpy().copy()))
+            return torch.zeros(len(ids), dtype=torch.bool)
+
+    def generate_tokens(prompt: list[int], batch: int, tokens: int) -> Iterator[Any]:
+        tell = Tell()
+        ids = torch.tensor([prompt] * batch)
+        asked = {"max_new_tokens": tokens, "do_sample": False, "pad_token_id": 0, "stopping_criteria": [tell]}
+        model.generate(ids, attention_mask=torch.ones_like(ids), **asked, **how)
+        yield from tell.steps
+
+    return generate_tokens
+
+
+def llama(folder: Path, name: str, nanogpt: Path | None) -> Generate:
+    """llama.cpp's llama_decode with one batch a step; the cache is fp32 with F32, else 16 bits, its own choice."""
+    import llama_cpp as lib
+
+    silent = lib.llama_log_callback(lambda *_: None)
+    vars(lib)["silent"] = silent  # kept as long as the library, which calls it
+    lib.llama_log_set(silent, ctypes.c_void_p(0))
+    lib.llama_backend_init()
+    path = folder / f"{GGUF[name]}.gguf"
+    model = lib.llama_model_load_from_file(str(path).encode(), lib.llama_model_default_params())
+    config = json.loads((folder / "config.json").read_text())
+    kept: dict[tuple[int, int], Any] = {}  # batch, positions: a context
+
+    def context(batch: int, size: int) -> Any:
+        if (batch, size) not in kept:
+            for old in kept.values():
+                lib.llama_free(old)
+            kept.clear()
+            how = lib.llama_context_default_params()
+            how.n_ctx, how.n_seq_max, how.n_batch, how.n_ubatch = batch * size, batch, 512, 512
+            how.n_threads = how.n_threads_batch = torch.get_num_threads()
+            how.kv_unified = False
+            if GGUF[name] == "f32":
+                how.type_k = how.type_v = lib.GGML_TYPE_F32
+            kept[batch, size] = lib.llama_init_from_model(model, how)
+        lib.llama_memory_clear(lib.llama_get_memory(kept[batch, size]), True)
+        return kept[batch, size]
+
+    def read(ctx: Any, tokens: list[int], places: list[int], sequences: list[int], wanted: int) -> np.ndarray:
+        """One llama_decode; the likeliest tokens after the last `wanted`."""
+        n = len(tokens)
+        batch = lib.llama_batch_init(n, 0, 1)
+        batch.n_tokens = n
+        for i in range(n):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i] = tokens[i], places[i], 1
+            batch.seq_id[i][0], batch.logits[i] = sequences[i], i >= n - wanted
+        failed = lib.llama_decode(ctx, batch)
+        lib.llama_batch_free(batch)
+        if failed:
+            raise RuntimeError(f"llama_decode gave {failed}")
+        V = config["vocab_size"]
+        return np.ctypeslib.as_array(lib.llama_get_logits(ctx), (wanted, V)).argmax(1)
+
+    def generate_tokens(prompt: list[int], batch: int, tokens: int) -> Iterator[np.ndarray]:
+        size = -(-(len(prompt) + tokens) // 256) * 256
+        ctx = context(batch, size)
+        for begin in range(0, len(prompt), 512):
+            piece = prompt[begin : begin + 512]
+            step = read(ctx, piece, list(range(begin, begin + len(piece))), [0] * len(piece), 1)
+        for other in range(1, batch):  # as in heed, the prompt is read once for all
+            lib.llama_memory_seq_cp(lib.llama_get_memory(ctx), 0, other, -1, -1)
+        step = step.repeat(batch)
+        yield step
+        for place in range(len(prompt), len(prompt) + tokens - 1):
+            step = read(ctx, step.tolist(), [place] * batch, list(range(batch)), batch)
+            yield step
+
+    return generate_tokens
+
+
+def nano(folder: Path, name: str, nanogpt: Path | None) -> Generate:
+    """nanoGPT's own GPT class of the same width, depth and vocabulary, and its generate; its weights are its own."""
+    assert nanogpt is not None
+    spec = importlib.util.spec_from_file_location("nanogpt_model", nanogpt / "model.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    c = json.loads((folder / "config.json").read_text())
+    sizes = {"block_size": c["context"], "vocab_size": c["vocab_size"], "n_layer": c["n_layer"]}
+    model = module.GPT(
+        module.GPTConfig(**sizes, n_head=c["n_head"], n_embd=c["n_embd"], dropout=0.0, bias=False)
+    ).eval()
+    steps: list[float] = []
+    model.register_forward_hook(lambda *_: steps.append(time.perf_counter()))
+
+    def generate_tokens(prompt: list[int], batch: int, tokens: int) -> Iterator[Any]:
+        steps.clear()
+        made = model.generate(torch.tensor([prompt] * batch), tokens, top_k=1)
+        yield from zip(steps, made[:, len(prompt) :].T.numpy(), strict=True)
+
+    return generate_tokens
+
+
+def serve(connection: Connection, name: str, folder: Path, nanogpt: Path | None, threads: int) -> None:
+    """The process of an engine: answers (prompt, batch, tokens) with the seconds after which each token was there, the
+    tokens (tokens, batch), and the megabytes that the model and generation have added to the process so far."""
+    torch.set_num_threads(threads)
+    makers = {"heed": heed, "transformers": transformers, "llama.cpp": llama, "nanoGPT": nano}
+    if ENGINES[name][1]:
+        importlib.import_module(ENGINES[name][1])
+    before = peak_memory()
+    try:
+        with torch.inference_mode():
+            generate_tokens = makers[name.split()[0]](folder, name, nanogpt)
+            connection.send("ready")
+            while asked := connection.recv():
+                start, times, made = time.perf_counter(), [], []
+                for step in generate_tokens(*asked):
+                    at, tokens = step if isinstance(step, tuple) else (time.perf_counter(), step)
+                    times.append(at - start)
+                    made.append(tokens)
+                connection.send((times, np.stack(made), (peak_memory() - before) / 1e6))
+    except Exception as error:  # told to the other side; the others go on
+        connection.send(f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}")

@@ -1,0 +1,181 @@
+"""The implementations of a case: heed's kernels and what they are compared with, all on the same tensors.
+
+Every implementation is a call that returns a tuple of results in the same order, so one check serves all:
+forward, decode: (out,); backward: (dq, dk, dv); cross-entropy: (loss, dx, dW).
+"""
+
+import importlib.util
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.shapes import PAGE, Case
+from kernels import CAUSAL, FULL, attention
+from kernels.cross_entropy import linear_cross_entropy
+from kernels.reference import attention_mask
+
+Results = tuple[Tensor, ...]
+HEED = "heed"
+
+
+def draw(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The inputs of a case, from a fixed seed. q (B, T, H, D), k and v (B, S, K, D); x (T, D), w (V, D), t (T,)."""
+    g = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g, device=device).to(dtype)
+
+    c = case
+    if c.kernel == "cross-entropy":
+        return {
+            "x": normal(c.T, c.D).requires_grad_(),
+            "w": (normal(c.V, c.D) * c.D**-0.5).requires_grad_(),
+            "t": torch.randint(c.V, (c.T,), generator=g, device=device),
+        }
+    drawn = {"q": normal(c.B, c.T, c.H, c.D), "k": normal(c.B, c.S, c.K, c.D), "v": normal(c.B, c.S, c.K, c.D)}
+    if c.kernel == "backward":
+        drawn = {name: x.requires_grad_() for name, x in drawn.items()} | {"dout": normal(c.B, c.T, c.H, c.D)}
+    if c.unit == "GB/s":
+        drawn["cache_seqlens"] = torch.full((c.B,), c.S, device=device)
+    if c.kernel == "paged":  # the pool's pages (P, PAGE, K, D) are those of the caches in a random order
+        order = torch.randperm(c.B * c.S // PAGE, generator=g, device=device)
+        drawn["block_table"] = order.argsort().int().view(c.B, c.S // PAGE)
+        drawn["pool_k"], drawn["pool_v"] = (drawn[x].view(-1, PAGE, c.K, c.D)[order] for x in "kv")
+    return drawn
+
+
+def exact(case: Case, drawn: dict[str, Tensor]) -> Results:
+    """The results by definition, in fp64."""
+    if case.kernel == "cross-entropy":
+        x, w = (drawn[name].detach().double().requires_grad_() for name in "xw")
+        return _with_gradients(F.cross_entropy(x @ w.T, drawn["t"], reduction="sum"), (x, w))
+    q, k, v = (drawn[name].detach().double().requires_grad_() for name in "qkv")
+    out = attention(q, k, v, CAUSAL if case.causal else FULL, backend="reference")
+    return torch.autograd.grad(out, (q, k, v), drawn["dout"].double()) if case.kernel == "backward" else (out,)
+
+
+def plain(case: Case, drawn: dict[str, Tensor]) -> Results:
+    """The same by ordinary operations in the dtype itself, every step rounded: how exact one may ask to be."""
+    if case.kernel == "cross-entropy":
+        x, w = drawn["x"], drawn["w"]
+        return _with_gradients(F.cross_entropy(x @ w.T, drawn["t"], reduction="sum"), (x, w))
+    q, k, v = (drawn[name] for name in "qkv")
+    G = case.H // case.K
+    wide_k, wide_v = (x.repeat_interleave(G, 2) for x in (k, v))  # (B, S, K, D) -> (B, S, H, D)
+    scores = torch.einsum("bthd,bshd->bhts", q, wide_k) * case.D**-0.5
+    sees = attention_mask(CAUSAL if case.causal else FULL, case.T, case.S, q.device, None, None)
+    out = torch.einsum("bhts,bshd->bthd", scores.masked_fill(~sees, float("-inf")).softmax(-1), wide_v)
+    return torch.autograd.grad(out, (q, k, v), drawn["dout"]) if case.kernel == "backward" else (out,)
+
+
+def _with_gradients(loss: Tensor, inputs: Results) -> Results:
+    return loss.detach(), *torch.autograd.grad(loss, inputs)
+
+
+def implementations(case: Case, drawn: dict[str, Tensor]) -> dict[str, Callable[[], Callable[[], Results]]]:
+    """name -> a function that prepares (compiles, runs a forward before a backward) and returns the call to time."""
+    if case.kernel == "cross-entropy":
+        return _losses(drawn)
+    q, k, v = (drawn[name] for name in "qkv")
+    mask_spec = CAUSAL if case.causal else FULL
+    if case.unit == "GB/s":
+        return _decoders(case, drawn)
+    forwards: dict[str, Callable[[], Callable[[], Tensor]]] = {
+        HEED: lambda: lambda: attention(q, k, v, mask_spec, backend="flash"),
+        "sdpa": lambda: lambda: attention(q, k, v, mask_spec, backend="sdpa"),
+        "flex": lambda: _flex(case, q, k, v),
+    }
+    if _installed(q):
+        from flash_attn import flash_attn_func
+
+        forwards["flash-attn"] = lambda: lambda: flash_attn_func(q, k, v, causal=case.causal)
+    if case.kernel == "forward":
+        return {name: partial(_as_tuple, make) for name, make in forwards.items()}
+    return {name: partial(_backward, make, (q, k, v), drawn["dout"]) for name, make in forwards.items()}
+
+
+def _decoders(case: Case, drawn: dict[str, Tensor]) -> dict[str, Any]:
+    """One query against full caches: no mask is needed, which is the fastest that the others have."""
+    q, k, v, cache_seqlens = (drawn[name] for name in ("q", "k", "v", "cache_seqlens"))
+    if case.kernel == "paged":
+        pool_k, pool_v, block_table = (drawn[name] for name in ("pool_k", "pool_v", "block_table"))
+        made: dict[str, Any] = {
+            HEED: lambda: (
+                lambda: attention(
+                    q, pool_k, pool_v, cache_seqlens=cache_seqlens, block_table=block_table, backend="decode"
+                )
+            )
+        }
+        cache = {"k_cache": pool_k, "v_cache": pool_v, "block_table": block_table}
+    else:
+        made = {
+            HEED: lambda: lambda: attention(q, k, v, cache_seqlens=cache_seqlens, backend="decode"),
+            "sdpa": lambda: lambda: attention(q, k, v, FULL, backend="sdpa"),
+            "flex": lambda: _flex(case, q, k, v),
+        }
+        cache = {"k_cache": k, "v_cache": v}
+    if _installed(q):
+        from flash_attn import flash_attn_with_kvcache
+
+        seen = cache_seqlens.int()
+        made["flash-attn"] = lambda: lambda: flash_attn_with_kvcache(q, **cache, cache_seqlens=seen, causal=True)
+    return {name: partial(_as_tuple, make) for name, make in made.items()}
+
+
+def _losses(drawn: dict[str, Tensor]) -> dict[str, Any]:
+    """Loss and both gradients. The others hold all logits, in x's dtype and in fp32."""
+    x, w, t = drawn["x"], drawn["w"], drawn["t"]
+
+    def theirs(x: Tensor, w: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(x, w).float(), t, reduction="sum")
+
+    def compiled() -> Callable[[], Results]:
+        loss = _compile(theirs, x.device)
+        return lambda: _with_gradients(loss(x, w), (x, w))
+
+    return {
+        HEED: lambda: lambda: _with_gradients(linear_cross_entropy(x, w, t, backend="triton"), (x, w)),
+        "torch": lambda: lambda: _with_gradients(theirs(x, w), (x, w)),
+        "compiled": compiled,
+    }
+
+
+def _flex(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
+    """FlexAttention, compiled for this very shape."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    mask = None
+    if case.causal and case.T > 1:
+        mask = create_block_mask(lambda b, h, t, s: t >= s, None, None, case.T, case.S, device=q.device)
+    flex = _compile(flex_attention, q.device)
+    # (B, T, H, D) -> (B, H, T, D) and back
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return lambda: flex(q, k, v, block_mask=mask, enable_gqa=case.H != case.K).transpose(1, 2)
+
+
+def _compile(function: Any, device: torch.device) -> Any:
+    """Compiled from scratch for its one shape: torch would give up after eight. On a CPU (a dry run) not at all."""
+    if device.type != "cuda":
+        return function
+    torch._dynamo.reset()
+    torch._functorch.config.donated_buffer = False  # a graph that is kept for many backward passes does without
+    return torch.compile(function, dynamic=False)
+
+
+def _installed(q: Tensor) -> bool:
+    return q.is_cuda and importlib.util.find_spec("flash_attn") is not None
+
+
+def _as_tuple(make: Callable[[], Callable[[], Tensor]]) -> Callable[[], Results]:
+    call = make()
+    return lambda: (call(),)
+
+
+def _backward(make: Callable[[], Callable[[], Tensor]], inputs: Results, dout: Tensor) -> Callable[[], Results]:
+    """The forward is run once, its gradients are computed again and again."""
+    out = make()()
+    return lambda: torch.autograd.grad(out, inputs, dout, retain_graph=True)

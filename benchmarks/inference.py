@@ -1,0 +1,186 @@
+"""python -m benchmarks inference: tokens per second of heed, transformers, llama.cpp and nanoGPT, and their roofline.
+
+All have the same random weights of heed's shape, in processes that take turns in this one run; the likeliest token is
+taken. One repetition is one turn of all: ratios are medians over the repetitions of heed's rate by theirs.
+"""
+
+import multiprocessing
+import statistics
+import sys
+import tempfile
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import engines
+from benchmarks.engines import ENGINES
+from benchmarks.report import table, write_csv
+from inference.huge_pages import allocate_huge_pages
+from model import ModelConfig
+from training.flops import count_parameters
+
+SIZES = {
+    "10M": ModelConfig(vocab_size=260, context=1024, n_layer=6, n_head=6, n_kv_head=6, n_embd=384, n_ffn=1024),
+    "50M": ModelConfig(vocab_size=16384, context=1024, n_layer=9, n_head=10, n_kv_head=10, n_embd=640, n_ffn=1728),
+    "124M": ModelConfig(vocab_size=50257, context=1024, n_layer=12, n_head=12, n_kv_head=12, n_embd=768, n_ffn=2048),
+}
+TINY = ModelConfig(vocab_size=300, context=64, n_layer=2, n_head=4, n_kv_head=2, n_embd=64, head_dim=16, n_ffn=128)
+BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0}  # a weight
+PATIENCE = 40.0  # seconds for one engine in one row: a slower engine gets fewer repetitions, at least one
+SAME = 8  # tokens that are compared
+
+
+class EngineProcess:
+    """An engine in a process of its own."""
+
+    def __init__(self, name: str, folder: Path, nanogpt: Path | None, threads: int) -> None:
+        self.name, self.precision = name, ENGINES[name][0]
+        self.pipe: Connection
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        args = (theirs, name, folder, nanogpt, threads)
+        self.process = context.Process(target=engines.serve, args=args, daemon=True)
+        self.process.start()
+        theirs.close()
+        self.recv()
+
+    def recv(self) -> Any:
+        """Receive a message. Raises ValueError if it is an error."""
+        try:
+            said = self.pipe.recv()
+        except EOFError:
+            said = "its process died"
+        if isinstance(said, str) and said != "ready":
+            raise ValueError(f"{self.name}: {said}")
+        return said
+
+    def generate(self, prompt: list[int], batch: int, tokens: int) -> tuple[list[float], np.ndarray, float]:
+        """See engines.serve."""
+        self.pipe.send((prompt, batch, tokens))
+        return self.recv()
+
+    def close(self) -> None:
+        self.process.terminate()
+        self.process.join()
+
+
+def bandwidth(threads: int) -> float:
+    """Bytes a second at which all threads read memory in large pages: the best of some readings of half a gigabyte."""
+    torch.set_num_threads(threads)
+    much = torch.frombuffer(allocate_huge_pages(1 << 29), dtype=torch.float32).fill_(1)
+    seconds = []
+    for _ in range(8):
+        start = time.perf_counter()
+        much.sum()
+        seconds.append(time.perf_counter() - start)
+    return much.nbytes / min(seconds)
+
+
+def bytes_a_step(config: ModelConfig, precision: str, batch: int, positions: float) -> float:
+    """What one step of `batch` sequences must read: the weights once, and the keys and values of each sequence.
+
+    A cache has the weights' precision, at least 16 bits.
+    """
+    cache = 2 * config.n_layer * config.n_kv_head * config.head_dim * positions * max(BYTES[precision], 2)
+    return count_parameters(config) * BYTES[precision] + batch * cache
+
+
+def run(names: list[str], sizes: list[str], batches: list[int], prompts: list[int], tokens: int, repetitions: int,
+        nanogpt: Path | None, out: Path | None, threads: int) -> int:  # fmt: skip
+    """Print a table, a row for each engine in each setting; write inference.csv into `out`. Returns the exit status."""
+    here = []
+    for name in names:
+        lacks = engines.missing(name) or ("--nanogpt DIR" if name == "nanoGPT" and not nanogpt else "")
+        print(f"{name} is left out: there is no {lacks}" if lacks else "", end="\n" if lacks else "")
+        here += [] if lacks else [name]
+    speed = 0.0  # a machine's changes: the best that was seen
+    rows: list[dict[str, Any]] = []
+    faults = []
+    for size in sizes:
+        config = SIZES.get(size, TINY)
+        with tempfile.TemporaryDirectory() as folder:
+            engines.write(Path(folder), config, here)
+            there = []
+            for name in here:
+                try:
+                    there.append(EngineProcess(name, Path(folder), nanogpt, threads))
+                except ValueError as fault:
+                    faults.append(f"{size}, {fault}")
+            for batch in batches:
+                for length in prompts:
+                    speed = max(speed, bandwidth(threads))
+                    found, failed = setting(there, config, batch, length, tokens, repetitions)
+                    faults += [f"{size}, batch {batch}, prompt {length}, {fault}" for fault in failed]
+                    for row in found:
+                        read = bytes_a_step(config, row["precision"], batch, length + tokens / 2)
+                        # in bytes a second, until the best reading of memory is known
+                        bound = {"MBU": read * row["tokens/s"] / batch}
+                        rows.append({"size": size, "batch": batch, "prompt": length} | row | bound)
+                    told = ", ".join(f"{row['who']} {row['tokens/s']:,.0f}" for row in found)
+                    print(f"{size}, batch {batch}, prompt {length}, tokens/s: {told}", file=sys.stderr)
+            for engine in there:
+                engine.close()
+    for row in rows:
+        row["MBU"] /= speed
+    print(f"torch {torch.__version__}, {threads} threads, memory was read at up to {speed / 1e9:.1f} GB/s")
+    print(table(list(rows[0]), [list(row.values()) for row in rows]))
+    print("TTFT: time to first token. MBU: share of the peak memory bandwidth.")
+    print("heed/it: rate of heed at that precision divided by its rate, median of pairs.")
+    print(f"same: tokens equal to those of heed in fp32, of the first {SAME}.")
+    print("MB: memory that the model and generation added to the process, at most so far.")
+    for line in faults:
+        print(line)
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+        write_csv(out / "inference.csv", rows)
+        print(f"wrote {out / 'inference.csv'}")
+    return int(any("heed" in line for line in faults))
+
+
+def setting(
+    there: list[EngineProcess], config: ModelConfig, batch: int, length: int, tokens: int, repetitions: int
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Everyone's figures with this batch and this prompt, and who failed."""
+    prompt = torch.randint(0, 256, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+    first: dict[EngineProcess, list[float]] = {engine: [] for engine in there}
+    rate: dict[EngineProcess, list[float]] = {engine: [] for engine in there}
+    spent = dict.fromkeys(there, 0.0)
+    made: dict[EngineProcess, np.ndarray] = {}
+    size: dict[EngineProcess, float] = {}
+    faults = []
+    for turn in range(-1, repetitions):  # the first warms up
+        for engine in list(rate):
+            if turn > 0 and spent[engine] > PATIENCE:
+                continue
+            try:
+                times, made[engine], size[engine] = engine.generate(prompt, batch, tokens)
+            except ValueError as fault:
+                faults.append(str(fault))
+                del rate[engine]
+                continue
+            if turn >= 0:
+                spent[engine] += times[-1]
+                first[engine].append(times[0])
+                rate[engine].append(batch * (tokens - 1) / (times[-1] - times[0]))
+    ours = {engine.name: engine for engine in rate}
+    rows = []
+    for engine, rates in rate.items():
+        heed = ours.get(f"heed {engine.precision}")
+        exact = ours.get("heed fp32")
+        compared = engine.name != "nanoGPT"  # which has weights of its own
+        rows.append(
+            {
+                "who": engine.name,
+                "precision": engine.precision,
+                "tokens/s": statistics.median(rates),
+                "TTFT ms": statistics.median(first[engine]) * 1000,
+                "MB": size[engine],
+                "heed/it": statistics.median(a / b for a, b in zip(rate[heed], rates, strict=False)) if heed else None,
+                "same": f"{(made[exact][:SAME] == made[engine][:SAME]).mean():.0%}" if exact and compared else None,
+            }
+        )
+    return rows, faults

@@ -1,0 +1,111 @@
+"""python -m benchmarks tiles: the fastest tile of a kernel on this GPU, as rows to paste into kernels/triton/tiles.py.
+
+For every head size (or width) that the table has, each candidate is put into the table, checked against the definition,
+and timed at one long case; one that is wrong or does not fit the GPU is out. The finalists, the fastest few and the
+table's own, are timed once more in turns: what a first round found fast by chance does not win.
+"""
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from benchmarks import timing
+from benchmarks.implementations import HEED, draw, implementations
+from benchmarks.kernels import MEANINGLESS, SMALL, SMALL_DRY, Judge
+from benchmarks.shapes import Case
+from benchmarks.timing import Call
+from kernels.triton import tiles
+from kernels.triton.tiles import Tile
+
+FINALISTS = 4
+
+
+def case_of(kernel: str, width: int, dry: bool) -> Case:
+    """The case that a kernel's tile is chosen by."""
+    if kernel == "cross_entropy":
+        return Case(
+            "cross-entropy", 1, *((32, 32, 1, 1, 32) if dry else (8192, 8192, 1, 1, 1024)), V=min(width, 151936)
+        )
+    if kernel.startswith("decode"):
+        return Case("decode", *((2, 1, 64, 4, 2) if dry else (16, 1, 16384, 32, 8)), width)
+    direction = "forward" if "forward" in kernel else "backward"
+    return Case(direction, *((1, 48, 48, 2, 1) if dry else (4, 4096, 4096, 16, 4)), width)
+
+
+def candidates(kernel: str, own: Tile, dry: bool) -> list[Tile]:
+    """What is tried, the table's own first."""
+    if dry:
+        tried = [(16, 32, 4, 1)]
+    elif kernel == "cross_entropy":
+        tried = [(1, N, warps, 1) for N in (1024, 2048, 4096, 8192, 16384) for warps in (4, 8, 16, 32)]
+    elif kernel == "decode_combine":
+        tried = [(1, N, warps, 1) for N in (4, 8, 16, 32, 64) for warps in (1, 2, 4)]
+    elif kernel == "decode":  # M is a limit that one query a sequence does not reach
+        tried = list(itertools.product([own.M], (16, 32, 64, 128), (2, 4, 8), (1, 2, 3, 4, 5)))
+    else:
+        tried = list(itertools.product((32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3, 4)))
+    return list(dict.fromkeys([own, *(Tile(*t) for t in tried)]))
+
+
+@contextmanager
+def using(kernel: str, where: str, width: int, tile: Tile) -> Iterator[None]:
+    """The table with one tile changed; in a dry run the interpreter's."""
+    if where == "interpreter":
+        before, tiles.INTERPRETED = tiles.INTERPRETED, tile
+    else:
+        before = tiles.TABLE[kernel][where][width]
+        tiles.TABLE[kernel][where][width] = tile
+    try:
+        yield
+    finally:
+        if where == "interpreter":
+            tiles.INTERPRETED = before
+        else:
+            tiles.TABLE[kernel][where][width] = before
+
+
+def run(kernel: str | None, dry: bool) -> int:
+    """Print a row for every width of a kernel, or of all. Raises ValueError: there is no such kernel."""
+    if kernel is not None and kernel not in tiles.TABLE:
+        raise ValueError(f"tiles {kernel}: the kernels are {', '.join(tiles.TABLE)}")
+    device = torch.device("cpu" if dry else "cuda")
+    where = tiles.target(device)
+    print(MEANINGLESS if dry else f"measured on {torch.cuda.get_device_name()}, torch {torch.__version__}")
+    for name in [kernel] if kernel else tiles.TABLE:
+        widths = [16] if dry else list(tiles.TABLE[name][where])
+        rows = {width: search(name, where, width, device) for width in widths}
+        print(f'"{name}": {{\n    "{where}": {rows},\n}},')
+    return 0
+
+
+def search(kernel: str, where: str, width: int, device: torch.device) -> Tile:
+    """The fastest tile that is right; the table's own if no other is faster."""
+    dry = where == "interpreter"
+    dtype = torch.float32 if dry else torch.bfloat16
+    own = tiles.INTERPRETED if dry else tiles.TABLE[kernel][where][width]
+    case = case_of(kernel, width, dry)
+    drawn = draw(case, device, dtype)
+
+    calls: dict[Tile, Call] = {}
+    for tile in candidates(kernel, own, dry):
+        with using(kernel, where, width, tile):
+            fault = Judge(device, dtype, SMALL_DRY if dry else SMALL).check_correctness(case, [HEED])[HEED]
+            if fault:
+                print(f"# {kernel}, {width}, {tile}: {fault}")
+                continue
+            prepared = implementations(case, drawn)[HEED]()
+
+        def call(tile: Tile = tile, prepared: Call = prepared) -> None:
+            with using(kernel, where, width, tile):
+                prepared()
+
+        calls[tile] = call
+
+    first = timing.medians(calls, device)
+    finalists = [tile for tile in calls if tile == own or tile in sorted(first, key=first.__getitem__)[:FINALISTS]]
+    last = timing.medians({tile: calls[tile] for tile in finalists}, device)
+    for tile in finalists if not dry else ():
+        print(f"# {kernel}, {width}, {tile}: {last[tile] * 1e6:.1f} us{', until now' if tile == own else ''}")
+    return min(last, key=last.__getitem__, default=own)

@@ -1,0 +1,133 @@
+"""Import a Hugging Face checkpoint as a run: Qwen3-, Llama- and Ministral-shaped ones, and all that heed exports."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from convert.hf_config import from_hf
+from convert.to_hf import new_folder
+from data.tokenizer import Tokenizer
+from model import GPT
+from training import checkpoint
+from training.config import Config, DataConfig, OptimConfig, TrainConfig
+from training.flops import count_parameters
+from training.recipes import dump
+
+
+def import_checkpoint(source: str, run: Path, context: int | None = None) -> str:
+    """Write `source`, a folder or a name on the hub, as a run at step 0; returns a summary.
+
+    context: context length; default: the checkpoint's. The run's config.toml is a recipe for fine-tuning. Raises
+    ValueError, one line, for anything that heed's model or tokenizer does not support.
+    """
+    folder = Path(source).expanduser() if Path(source).expanduser().is_dir() else download(source)
+    words = read_json(folder / "config.json")
+    model = from_hf(words)
+    if context is not None:
+        if not 1 <= context <= model.context:
+            raise ValueError(f"--context {context}: must be from 1 to {model.context}, what config.json allows")
+        model = dataclasses.replace(model, context=context)
+    tokenizer = read_tokenizer(folder, words)
+    if tokenizer.vocab_size > model.vocab_size:
+        raise ValueError(
+            f"{folder}: tokenizer.json has {tokenizer.vocab_size:,} tokens, but config.json's vocab_size is "
+            f"{model.vocab_size:,}: the embedding has no rows for the rest"
+        )
+    config = Config(
+        run.resolve().name,
+        model=model,
+        data=DataConfig(tokenizer=str(run / "tokenizer.json")),
+        optim=OptimConfig(optimizer="adamw", lr=2e-5),  # fine-tuning: small updates
+        train=TrainConfig(steps=1000, batch_tokens=model.context * max(1, 16384 // model.context), micro_batch_size=1),
+    )
+    with torch.device("meta"):
+        net = GPT(model)
+    net.load_state_dict(read_weights(folder, net), assign=True)
+
+    new_folder(run)
+    (run / "config.toml").write_text(dump(config), encoding="utf-8")
+    (run / "metrics.jsonl").touch()
+    tokenizer.save(run / "tokenizer.json")
+    identity = {"model": dataclasses.asdict(model), "tokenizer": tokenizer.sha256, "text": ""}
+    state = {"steps": 0, "dtype": "float32", "identity": identity, "config": dataclasses.asdict(config)}
+    checkpoint.save(run, 0, net, [], state | {"imported": source})
+    end = tokenizer.inner.id_to_token(tokenizer.eot)
+    return (
+        f"{run}: {count_parameters(model):,} parameters of {source}, context {model.context:,}, end of text {end!r}\n"
+        f"try it: python sample.py --run {run}"
+    )
+
+
+def read_tokenizer(folder: Path, words: dict[str, Any]) -> Tokenizer:
+    """tokenizer.json, its end of text as the checkpoint says: config.json's eos_token_id (the first, if several), or
+    generation_config.json's, or the name in tokenizer_config.json."""
+    found = Tokenizer.load(folder / "tokenizer.json")
+    asked = words.get("eos_token_id")
+    if asked is None and (folder / "generation_config.json").is_file():
+        asked = read_json(folder / "generation_config.json").get("eos_token_id")
+    first = asked[0] if isinstance(asked, list) and asked else asked
+    if not isinstance(first, int):
+        return found
+    if (end := found.inner.id_to_token(first)) is None:
+        raise ValueError(f"{folder}: eos_token_id = {first}: not in the vocabulary of tokenizer.json")
+    return Tokenizer(found.inner, str(folder), end)
+
+
+def read_weights(folder: Path, model: GPT) -> dict[str, Tensor]:
+    """Every tensor of the model, in fp32, from one safetensors file or from those that an index lists.
+
+    Raises ValueError when one is missing, unknown, or has another shape.
+    """
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if not single.is_file() and not index.is_file():
+        raise ValueError(f"{folder}: has no model.safetensors, nor an index of several; save it with save_pretrained")
+    names = [single.name] if single.is_file() else sorted(set(read_json(index).get("weight_map", {}).values()))
+    wanted = {name: p.shape for name, p in model.named_parameters()}
+    # A tied head is the embedding, and old files keep the rotary angles, which are computed.
+    passed = ("rotary_emb.inv_freq", "lm_head.weight" if model.config.tie_embeddings else "rotary_emb.inv_freq")
+    weights: dict[str, Tensor] = {}
+    for path in (folder / name for name in names):
+        try:
+            shard = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path}: cannot be read: {error}") from None
+        for name in [name for name in shard if not name.endswith(passed)]:
+            if name not in wanted or shard[name].shape != wanted[name]:
+                shape = tuple(shard[name].shape)
+                right = f"config.json makes it {tuple(wanted[name])}" if name in wanted else "heed's model has no such"
+                raise ValueError(f"{path}: {name} of {shape}: {right}")
+            more = 1.0 if model.config.gate and shard[name].ndim == 1 else 0.0  # Qwen3-Next stores a gain less one
+            weights[name] = shard.pop(name).float() + more
+    if missing := sorted(wanted.keys() - weights.keys()):
+        raise ValueError(f"{folder}: {missing[0]} is in none of its weight files")
+    return weights
+
+
+def download(name: str) -> Path:
+    """The checkpoint's files from the hub, or from its cache. Raises ValueError, one line."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"], ignore_patterns=["*/*"]))
+    except Exception as error:  # no network, no such name, no access: each raises a kind of its own
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{name}: no such folder here, nor on the hub ({reason})") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises ValueError, one line."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise ValueError(f"{path}: no such file; a folder that save_pretrained wrote has one") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: must hold a JSON object")
+    return content

@@ -1,0 +1,130 @@
+"""Export a run as a folder that Hugging Face's AutoModelForCausalLM and AutoTokenizer load without heed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from convert.hf_config import to_hf
+from data.chat_format import SPECIAL_TOKENS, chat_template
+from data.download import PUBLIC_TEXTS
+from data.tokenizer import Tokenizer
+from model import ModelConfig
+from training.checkpoint import find, read_state
+from training.flops import count_parameters
+from training.metrics import read
+
+
+def export(run: Path, folder: Path, checkpoint: str = "best", dtype: str = "float32") -> str:
+    """Write the weights, configuration, tokenizer and model card of a checkpoint; returns a summary of one line.
+
+    dtype: float32 (exact) or bfloat16 (rounded, half as large). Raises ValueError: no such run or checkpoint, a flag
+    that no class of transformers can hold, or a folder that is not empty.
+    """
+    source = find(run, checkpoint)
+    state = read_state(source)
+    config = ModelConfig(**state["config"]["model"])
+    words = to_hf(config)
+    tokenizer = Tokenizer.load(run / "tokenizer.json")
+    begin = (tokenizer.bos_tokens or [tokenizer.eot])[0]
+    marks = {"bos_token_id": begin, "eos_token_id": tokenizer.eot}
+    new_folder(folder)
+
+    less = 1.0 if config.gate else 0.0  # Qwen3-Next stores a gain less one
+    weights = load_file(source / "model.safetensors")
+    stored = {name: (w - less if w.ndim == 1 else w).to(getattr(torch, dtype)) for name, w in weights.items()}
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    tokenizer.save(folder / "tokenizer.json")
+    write_json(folder / "config.json", words | marks | {"dtype": dtype})
+    # The defaults of sample.py. Padding has no effect, but without a pad token `generate` warns.
+    generation: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_k": 0, "pad_token_id": tokenizer.eot}
+    if turns := sorted(tokenizer.end_tokens - {tokenizer.eot}):  # what ends an answer ends a text, too
+        generation["eos_token_id"] = [tokenizer.eot, *turns]
+    write_json(folder / "generation_config.json", marks | generation)
+    chat = all(tokenizer.inner.token_to_id(mark) is not None for mark in SPECIAL_TOKENS)
+    said = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": tokenizer.inner.id_to_token(begin),
+        "eos_token": tokenizer.inner.id_to_token(tokenizer.eot),
+        "model_max_length": config.context,
+        "split_special_tokens": not chat,  # a user's text holds no special tokens, but a template is text that does
+        "clean_up_tokenization_spaces": False,
+    }
+    write_json(folder / "tokenizer_config.json", said | ({"chat_template": chat_template()} if chat else {}))
+    (folder / "README.md").write_text(model_card(run, state, words["architectures"][0], dtype), encoding="utf-8")
+    size = count_parameters(config)
+    return f"{folder}: {words['architectures'][0]}, {size:,} parameters in {dtype}, from {source}"
+
+
+def model_card(run: Path, state: dict[str, Any], architecture: str, dtype: str) -> str:
+    """The model card: shape, training text, validation loss, how to load the model, and its configuration."""
+    config, step = state["config"], state["step"]
+    model, source = ModelConfig(**config["model"]), config["data"]["source"]
+    tokens = step * config["train"]["batch_tokens"]
+    rows = {
+        "parameters": f"{count_parameters(model):,}, in {dtype}",
+        "shape": f"{architecture}: {model.n_layer} layers of width {model.n_embd}, {model.n_head} query and "
+        f"{model.n_kv_head} key/value heads of {model.head_dim}, context {model.context:,}, vocabulary "
+        f"{model.vocab_size:,}",
+        "trained on": source,
+        "licence of that text": PUBLIC_TEXTS[source].licence if source in PUBLIC_TEXTS else "see the source",
+        "training": f"{step:,} steps of {config['train']['batch_tokens']:,} tokens: {tokens:,} tokens",
+        "held-out text": "not evaluated",
+    }
+    if origin := state.get("imported") or config.get("init_from"):
+        rows["began as"] = f"{origin}, whose licence holds, too"
+    if state.get("imported"):
+        for row in ("trained on", "licence of that text", "training"):
+            del rows[row]
+    for record in read(run / "metrics.jsonl"):
+        if record["step"] == step and "val_bpb" in record:
+            bpb, nats = record["val_bpb"], record["val_loss"]
+            rows["held-out text"] = f"{bpb:.4f} bits per byte, {nats:.4f} nats/token"
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    recipe = (run / "config.toml").read_text(encoding="utf-8")
+    return CARD.format(name=run.resolve().name, table=table, recipe=recipe.strip())
+
+
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# {name}
+
+A small language model, made with heed.
+
+| | |
+|---|---|
+{table}
+
+## Load
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}")  # this folder
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+prompt = tokenizer("Once", return_tensors="pt")
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=100)[0], skip_special_tokens=True))
+```
+
+## Recipe
+
+```toml
+{recipe}
+```
+"""
+
+
+def new_folder(folder: Path) -> None:
+    """Create the folder. Raises ValueError if it is not empty."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder}: not empty; name a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

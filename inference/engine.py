@@ -1,0 +1,130 @@
+"""Inference engines: `engine = make_engine(model)`, then `logits = engine(tokens, cache)`.
+
+`EagerEngine` runs model.py in PyTorch on any device. `CppEngine` computes the same on a CPU in one C++ call per step
+(kernels/cpu/decode_step.cpp). Without a C++ compiler, or with a model that the C++ file does not support, `make_engine`
+prints the reason once and returns the eager engine.
+"""
+
+import dataclasses
+import functools
+import sys
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from kernels import cpu
+from kernels.cpu import decode_step
+from model import GPT, KVCache, ModelConfig
+
+ROWS = 64  # tokens of all sequences in one C++ call: their activations fit into a core's cache
+SUPPORTED = {  # fields of ModelConfig that the C++ files compute
+    "vocab_size", "context", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_ffn", "tie_embeddings",
+    "dropout", "window", "layer_pattern", "gate", "rope_theta", "yarn_factor", "yarn_original_context", "norm_eps",
+}  # fmt: skip
+
+
+class Engine(Protocol):
+    """Computes next-token logits. `cache_dtype` is the dtype of keys and values that the engine expects."""
+
+    cache_dtype: torch.dtype
+
+    def __call__(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """Append tokens (B, T) to the cache and return the logits after the last one, (B, V) fp32."""
+        ...
+
+
+def make_engine(model: GPT) -> Engine:
+    """The fastest engine for the model on its device. The weights must not move while the engine is in use."""
+    if model.model.cos.device.type == "cpu":
+        try:
+            return CppEngine(model)
+        except cpu.Unavailable as reason:
+            _warn_once(f"[generating with PyTorch, several times slower than heed's C++: {reason}]")
+    return EagerEngine(model)
+
+
+def check_supported(config: ModelConfig, supported: set[str]) -> None:
+    """Raise cpu.Unavailable if a field outside `supported` differs from its default."""
+    for field in dataclasses.fields(ModelConfig):
+        if field.name not in supported and getattr(config, field.name) != field.default:
+            raise cpu.Unavailable(f"heed's C++ does not support model.{field.name}")
+
+
+@functools.cache
+def _warn_once(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+class EagerEngine:
+    """The model in PyTorch, on any device: the definition that other engines are tested against."""
+
+    def __init__(self, model: GPT) -> None:
+        self.model = model
+        self.cache_dtype = model.model.norm.weight.dtype
+
+    def __call__(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        for chunk in tokens.split(KVCache.CHUNK, dim=1):  # a long prompt is prefilled chunk by chunk
+            hidden = self.model.model(chunk, cache)  # (B, T, C)
+            cache.advance(chunk.shape[1])
+        return self.model.head(hidden[:, -1]).float()  # (B, C) -> (B, V)
+
+
+class CppEngine:
+    """The C++ engine. It holds pointers to the model's own weights, which must stay where they are.
+
+    Raises cpu.Unavailable: no compiler, an unsupported flag of `ModelConfig`, or weights of several types.
+    """
+
+    def __init__(self, model: GPT) -> None:
+        config = model.config
+        check_supported(config, SUPPORTED)
+        self.kept: list[Tensor] = []  # keeps the tensors of the pointers alive
+        matrices = [m for m in model.modules() if hasattr(m, "codes") or isinstance(m, nn.Linear | nn.Embedding)]
+        types: set[Any] = {(m.codes if hasattr(m, "codes") else m.weight).dtype for m in matrices}
+        if len(types) > 1:
+            raise cpu.Unavailable(f"the weights have several types, {', '.join(map(str, types))}")
+        self.weights = types.pop()
+        # Keys and values have the precision of the norms; beside int8 weights, bf16.
+        self.cache_dtype = torch.bfloat16 if self.weights == torch.int8 else model.model.norm.weight.dtype
+        decode_step.library(self.weights, self.cache_dtype)  # raises here, not in the first call
+        decoder = model.model
+        self.layers = (decode_step.Layer * config.n_layer)()
+        block: Any
+        for number, (row, block) in enumerate(zip(self.layers, decoder.layers, strict=True)):
+            attention, mlp = block.self_attn, block.mlp
+            for name in ("q", "k", "v", "o"):
+                setattr(row, name, self._matrix(getattr(attention, f"{name}_proj")))
+            for name in ("gate", "up", "down"):
+                setattr(row, name, self._matrix(getattr(mlp, f"{name}_proj")))
+            row.norm_in = self._floats(block.input_layernorm.weight)
+            row.norm_mid = self._floats(block.post_attention_layernorm.weight)
+            row.norm_q, row.norm_k = self._floats(attention.q_norm.weight), self._floats(attention.k_norm.weight)
+            row.window = config.mask_spec(number).window or 0
+        self.model = decode_step.Model(
+            config.n_embd, config.n_head, config.n_kv_head, config.head_dim, config.n_ffn, config.vocab_size,
+            config.n_layer, config.gate, config.context, config.norm_eps, self._floats(decoder.cos),
+            self._floats(decoder.sin), self._floats(decoder.norm.weight), self._matrix(decoder.embed_tokens),
+            self._matrix(model.lm_head or decoder.embed_tokens), self.layers,
+        )  # fmt: skip
+
+    def _matrix(self, module: Any) -> decode_step.Matrix:
+        if hasattr(module, "codes"):
+            return decode_step.Matrix(self._keep(module.codes), self._floats(module.scales))
+        return decode_step.Matrix(self._keep(module.weight), None)
+
+    def _floats(self, tensor: Tensor) -> int:
+        return self._keep(tensor.float())
+
+    def _keep(self, tensor: Tensor) -> int:
+        self.kept.append(tensor.detach().contiguous())
+        return self.kept[-1].data_ptr()
+
+    def __call__(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        library = decode_step.library(self.weights, cache.layers[0][0].dtype)
+        for row, (keys, values) in zip(self.layers, cache.layers, strict=True):
+            row.keys, row.values, row.slots = keys.data_ptr(), values.data_ptr(), keys.shape[1]
+        for piece in tokens.split(max(1, ROWS // len(tokens)), dim=1):
+            logits = decode_step.decode(library, self.model, piece, cache.lengths)
+            cache.advance(piece.shape[1])
+        return logits

@@ -1,0 +1,264 @@
+// Causal attention for training on a CPU, forward and backward, from the output of the q, k and v projections to the
+// input of the output projection: QK-norm, RoPE, softmax(q k^T) v. Flash attention (Dao et al. 2022, arXiv 2205.14135)
+// with the blocks of a core's cache: scores and weights never reach memory, the backward computes them again.
+//
+// One task is a sequence b and a key/value head, with its G query heads. It packs keys and values for tile_matmul, then
+// takes 32 queries at a time. E is the type of activations (-DELEMENT); sums, the softmax and gains are fp32.
+//
+// B sequences, T tokens, H query heads, K key/value heads, D head size. Inside a task T and D are rounded up to
+// `tokens`, a multiple of BLOCK, and a multiple of 32, with zeros: causal queries see no such key, and what such queries give is not stored.
+#include "norm.h"
+#include "tile_matmul.h"
+
+using E = ELEMENT;
+using X = Multiplied<E>;
+
+constexpr int64_t BLOCK = 64;   // queries and keys at once in the backward: three blocks of scores fit into 48 KB
+constexpr int64_t CHUNK = 512;  // keys at once in the forward, in multiples of BLOCK
+constexpr float LOG2_E = 1.44269504f;
+
+struct Attention {
+    int64_t B, T, H, K, D, normed, window, tokens, pitch;  // window: keys that a query sees, its own included; 0 is all
+    double eps, scale;
+    const float *gain_q, *gain_k, *cos, *sin;  // gains (D), ones without QK-norm; cos and sin (T, D)
+    // A token's row of qkv has `pitch` numbers; what follows its queries, keys and values is not attention's.
+    int64_t width() const { return round_up(D, 32); }
+    int64_t begin(int64_t query) const { return window ? std::max<int64_t>(0, query + 1 - window) : 0; }
+};
+
+// 1. From a token's row to what is multiplied, and back --------------------------------------------------------------
+
+// to (tokens, width) = head `h` of sequence b, normed and rotated if it is a query or a key; queries times scale.
+static void load_head(const Attention& m, const E* qkv, int64_t b, int64_t h, X* to) {
+    int64_t D = m.D, half = D / 2;
+    if (m.T < m.tokens || D < m.width()) std::fill_n(to, m.tokens * m.width(), X(0.f));
+    const float* gain = h < m.H ? m.gain_q : m.gain_k;
+    for (int64_t t = 0; t < m.T; t++, to += m.width()) {
+        const E* from = qkv + (b * m.T + t) * m.pitch + h * D;
+        if (h >= m.H + m.K) {
+            lanes(D, [&](int64_t d, auto v) { store(to + d, load<decltype(v)>(from + d)); });
+            continue;
+        }
+        const float *cos = m.cos + t * D, *sin = m.sin + t * D;
+        float scale = (h < m.H ? m.scale : 1) * (m.normed ? inverse_rms(from, D, m.eps) : 1);
+        lanes(half, [&](int64_t d, auto v) {
+            using L = decltype(v);
+            L low = load<L>(from + d) * scale * load<L>(gain + d);
+            L high = load<L>(from + half + d) * scale * load<L>(gain + half + d);
+            store(to + d, L(low * load<L>(cos + d) + high * load<L>(sin + d)));
+            store(to + half + d, L(high * load<L>(cos + half + d) + low * load<L>(sin + half + d)));
+        });
+    }
+}
+
+// The way back: dqkv of head h from its gradient `from` (tokens, width); dgain (D) is added to.
+static void store_head_gradient(const Attention& m, const E* qkv, int64_t b, int64_t h, const float* from, E* dqkv,
+                                float* dgain) {
+    int64_t D = m.D, half = D / 2;
+    Buffer<float> turned(D);
+    const float* gain = h < m.H ? m.gain_q : m.gain_k;
+    for (int64_t t = 0; t < m.T; t++, from += m.width()) {
+        int64_t at = (b * m.T + t) * m.pitch + h * D;
+        E* to = dqkv + at;
+        if (h >= m.H + m.K) {
+            lanes(D, [&](int64_t d, auto v) { store(to + d, load<decltype(v)>(from + d)); });
+            continue;
+        }
+        const float *cos = m.cos + t * D, *sin = m.sin + t * D;
+        float scale = h < m.H ? m.scale : 1;
+        lanes(half, [&](int64_t d, auto v) {
+            using L = decltype(v);
+            L low = load<L>(from + d) * scale, high = load<L>(from + half + d) * scale;
+            store(turned + d, L(low * load<L>(cos + d) + high * load<L>(sin + half + d)));
+            store(turned + half + d, L(high * load<L>(cos + half + d) + low * load<L>(sin + d)));
+        });
+        if (m.normed)
+            norm_backward(qkv + at, (const float*)turned, gain, inverse_rms(qkv + at, D, m.eps), D, to, dgain);
+        else
+            lanes(D, [&](int64_t d, auto v) { store(to + d, load<decltype(v)>(turned + d)); });
+    }
+}
+
+// Head h of x (B * T, H * D) as `to` (tokens, width).
+static void load_output(const Attention& m, const E* x, int64_t b, int64_t h, X* to) {
+    if (m.T < m.tokens || m.D < m.width()) std::fill_n(to, m.tokens * m.width(), X(0.f));
+    for (int64_t t = 0; t < m.T; t++)
+        lanes(m.D, [&](int64_t d, auto v) {
+            store(to + t * m.width() + d, load<decltype(v)>(x + ((b * m.T + t) * m.H + h) * m.D + d));
+        });
+}
+
+// A matrix (tokens, width) as right operand: of K = width, N = tokens when transposed, of K = tokens, N = width if not.
+static Packed<X> pack_all(const Attention& m, const X* from, X* to, bool transposed) {
+    int64_t T = m.tokens, D = m.width();
+    X* tile = to;
+    if (transposed) {
+        for (int64_t t = 0; t < T; t += 16)
+            for (int64_t d = 0; d < D; d += 32, tile += TILE) pack_transposed(from + t * D + d, D, tile);
+        return {to, TILE, D / 32 * TILE};
+    }
+    for (int64_t t = 0; t < T; t += 32)
+        for (int64_t d = 0; d < D; d += 16, tile += TILE) pack(from + t * D + d, D, tile);
+    return {to, D / 16 * TILE, TILE};
+}
+static Packed<X> at(Packed<X> b, int64_t k, int64_t n) {
+    return {b.data + k / 32 * b.down + n / 16 * b.right, b.down, b.right};
+}
+
+// The keys from ... to of a chunk are seen: their scores become weights, the others' 0. `top`, `total` and `sums` are what
+// the online softmax keeps for this query: its largest score so far, in base 2, and the sums of weights and of values.
+static inline void softmax_row(float* scores, int64_t from, int64_t to, int64_t n, float& top, float& total, float* sums,
+                               int64_t width, X* weights) {
+    std::fill(scores, scores + from, -INFINITY), std::fill(scores + to, scores + n, -INFINITY);
+    Floats most = Floats{} - INFINITY, added{};
+    for (int64_t i = 0; i < n; i += LANES) keep_larger(most, load(scores + i));
+    float before = top;
+    top = std::max(before, largest(most) * LOG2_E);
+    if (top == -INFINITY) {
+        lanes(n, [&](int64_t i, auto v) { store(weights + i, decltype(v){}); });
+        return;
+    }
+    float kept = std::exp2(before - top);
+    if (kept != 1) each(sums, width, [&](auto v) { return v * kept; });
+    for (int64_t i = 0; i < n; i += LANES) {
+        Floats p = exp2(load(scores + i) * LOG2_E - top);
+        store(weights + i, p), added += p;
+    }
+    total = total * kept + sum(added);
+}
+
+// 2. Forward ---------------------------------------------------------------------------------------------------------
+
+// qkv (B * T, (H + 2K) D) -> out (B * T, H * D) and lse (B, H, tokens), the scores' log-sum-exp in base 2.
+extern "C" void heed_attention(const Attention& m, const E* qkv, E* out, float* lse, int64_t threads) {
+    int64_t T = m.tokens, D = m.width(), G = m.H / m.K;
+#pragma omp parallel num_threads(threads)
+    {
+        Tiles tiles;
+        Buffer<X> rows(T * D), keys(T * D), values(T * D), weights(32 * CHUNK);
+        Buffer<float> scores(32 * CHUNK), sums(32 * D);
+        float top[32], total[32];
+#pragma omp for
+        for (int64_t task = 0; task < m.B * m.K; task++) {
+            int64_t b = task / m.K, k = task % m.K;
+            load_head(m, qkv, b, m.H + k, rows);
+            Packed<X> kt = pack_all(m, rows, keys, true);
+            load_head(m, qkv, b, m.H + m.K + k, rows);
+            Packed<X> v = pack_all(m, rows, values, false);
+            for (int64_t h = k * G; h < (k + 1) * G; h++) {
+                load_head(m, qkv, b, h, rows);
+                for (int64_t q = 0; q < m.T; q += 32) {
+                    std::fill_n(top, 32, -INFINITY), std::fill_n(total, 32, 0.f);
+                    std::fill_n((float*)sums, 32 * D, 0.f);
+                    int64_t end = q + 32, n;  // of the keys that these queries see
+                    for (int64_t first = m.begin(q) / 32 * 32; first < end; first += n) {
+                        n = std::min(CHUNK, end - first);
+                        multiply<false, X>(rows + q * D, D, at(kt, 0, first), D, n, scores, CHUNK);
+                        for (int64_t r = 0; r < 32; r++) {
+                            // of this chunk, the keys from ... to
+                            int64_t from = std::max<int64_t>(0, m.begin(q + r) - first), to = std::min(n, q + r + 1 - first);
+                            softmax_row(scores + r * CHUNK, from, std::max(from, to), n, top[r], total[r], sums + r * D, D,
+                                        weights + r * CHUNK);
+                        }
+                        multiply<true, X>(weights, CHUNK, at(v, first, 0), n, D, sums, D);
+                    }
+                    for (int64_t r = 0; r < std::min<int64_t>(32, m.T - q); r++) {
+                        E* to = out + ((b * m.T + q + r) * m.H + h) * m.D;
+                        float factor = 1 / total[r];
+                        lanes(m.D, [&](int64_t d, auto v) {
+                            store(to + d, decltype(v)(load<decltype(v)>(sums + r * D + d) * factor));
+                        });
+                        lse[(b * m.H + h) * T + q + r] = top[r] + std::log2(total[r]);
+                    }
+                }
+            }
+        }
+    }
+}
+
+// 3. Backward --------------------------------------------------------------------------------------------------------
+
+// With p = exp2(score - lse) and delta = sum(dout * out), dscore = p * (dp - delta), for `key`, one of the BLOCK keys, and
+// the queries first ... first + BLOCK: a row of p and dscore, as they are multiplied.
+static inline void gradient_row(const Attention& m, int64_t key, int64_t first, float* scores, const float* dp,
+                                const float* lse, const float* delta, X* p, X* dscores) {
+    int64_t to = m.window ? std::min(BLOCK, key + m.window - first) : BLOCK;
+    int64_t from = std::min(std::max<int64_t>(0, key - first), BLOCK);
+    std::fill(scores, scores + from, -INFINITY), std::fill(scores + std::max<int64_t>(to, 0), scores + BLOCK, -INFINITY);
+    for (int64_t i = 0; i < BLOCK; i += LANES) {
+        Floats weight = exp2(load(scores + i) * LOG2_E - load(lse + i));
+        store(p + i, weight), store(dscores + i, weight * (load(dp + i) - load(delta + i)));
+    }
+}
+
+// kt (width, tokens) = rows (tokens, width), transposed, from the tiles that pack_transposed made of them.
+static void unpack(const Attention& m, Packed<X> tiles, X* kt) {
+    int64_t T = m.tokens;
+    for (int64_t d = 0; d < m.width(); d += 32)
+        for (int64_t t = 0; t < T; t += 16)
+            unpack_transposed(at(tiles, d, t).data, kt + d * T + t, T);
+}
+
+// dqkv from dout (B * T, H * D), in the shapes of qkv and out; dgain_q and dgain_k (D).
+extern "C" void heed_attention_backward(const Attention& m, const E* qkv, const E* out, const float* lse, const E* dout,
+                                        E* dqkv, float* dgain_q, float* dgain_k, int64_t threads) {
+    int64_t T = m.tokens, D = m.width(), G = m.H / m.K;
+    std::vector<float> parts_q(threads * m.D), parts_k(threads * m.D);
+#pragma omp parallel num_threads(threads)
+    {
+        Tiles tiles;
+        Buffer<X> rows(T * D), keys(T * D), values(T * D), kt(T * D), packed(T * D), q_pairs(T * D), q_columns(T * D),
+            dout_pairs(T * D), dout_columns(T * D), weights(BLOCK * BLOCK), dscores(BLOCK * BLOCK), dscore_pairs(BLOCK * BLOCK);
+        Buffer<float> scores(BLOCK * BLOCK), dweights(BLOCK * BLOCK), dq(T * D), dqt(T * D), dk(T * D), dv(T * D), delta(T);
+        Buffer<float> ends(T);
+        float *sums_q = &parts_q[omp_get_thread_num() * m.D], *sums_k = &parts_k[omp_get_thread_num() * m.D];
+#pragma omp for
+        for (int64_t task = 0; task < m.B * m.K; task++) {
+            int64_t b = task / m.K, k = task % m.K;
+            load_head(m, qkv, b, m.H + k, keys), load_head(m, qkv, b, m.H + m.K + k, values);
+            unpack(m, pack_all(m, keys, packed, true), kt);
+            std::fill_n((float*)dk, T * D, 0.f), std::fill_n((float*)dv, T * D, 0.f);
+            for (int64_t h = k * G; h < (k + 1) * G; h++) {
+                load_head(m, qkv, b, h, rows);
+                Packed<X> q = pack_all(m, rows, q_pairs, false), qt = pack_all(m, rows, q_columns, true);
+                load_output(m, dout, b, h, rows);
+                Packed<X> g = pack_all(m, rows, dout_pairs, false), gt = pack_all(m, rows, dout_columns, true);
+                std::fill_n((float*)ends, T, INFINITY), std::fill_n((float*)delta, T, 0.f);  // queries beyond T weigh nothing
+                for (int64_t t = 0; t < m.T; t++) {
+                    const E* o = out + ((b * m.T + t) * m.H + h) * m.D;
+                    Floats products{};
+                    lanes(m.D, [&](int64_t d, auto v) {
+                        add(products, decltype(v)(load<decltype(v)>(o + d) * load<decltype(v)>(rows + t * D + d)));
+                    });
+                    delta[t] = sum(products), ends[t] = lse[(b * m.H + h) * T + t];
+                }
+                std::fill_n((float*)dqt, T * D, 0.f);
+                for (int64_t key = 0; key < T; key += BLOCK)
+                    for (int64_t i = key; i < T && !(m.window && m.begin(i) >= key + BLOCK); i += BLOCK) {
+                        for (int64_t r = 0; r < BLOCK; r += 32) {
+                            multiply<false, X>(keys + (key + r) * D, D, at(qt, 0, i), D, BLOCK, scores + r * BLOCK, BLOCK);
+                            multiply<false, X>(values + (key + r) * D, D, at(gt, 0, i), D, BLOCK, dweights + r * BLOCK, BLOCK);
+                        }
+                        for (int64_t r = 0; r < BLOCK; r++)
+                            gradient_row(m, key + r, i, scores + r * BLOCK, dweights + r * BLOCK, ends + i, delta + i,
+                                         weights + r * BLOCK, dscores + r * BLOCK);
+                        for (int64_t r = 0; r < BLOCK; r += 32) {
+                            multiply<true, X>(weights + r * BLOCK, BLOCK, at(g, i, 0), BLOCK, D, dv + (key + r) * D, D);
+                            multiply<true, X>(dscores + r * BLOCK, BLOCK, at(q, i, 0), BLOCK, D, dk + (key + r) * D, D);
+                            for (int64_t c = 0; c < BLOCK; c += 16)
+                                pack(dscores + r * BLOCK + c, BLOCK, dscore_pairs + (r / 32 * BLOCK / 16 + c / 16) * TILE);
+                        }
+                        Packed<X> ds{dscore_pairs, BLOCK / 16 * TILE, TILE};
+                        for (int64_t d = 0; d < D; d += 32)
+                            multiply<true, X>(kt + d * T + key, T, ds, BLOCK, BLOCK, dqt + d * T + i, T);
+                    }
+                for (int64_t d = 0; d < D; d += 16)
+                    for (int64_t t = 0; t < T; t += 16) transpose(dqt + d * T + t, T, dq + t * D + d, D);
+                store_head_gradient(m, qkv, b, h, dq, dqkv, sums_q);
+            }
+            store_head_gradient(m, qkv, b, m.H + k, dk, dqkv, sums_k);
+            store_head_gradient(m, qkv, b, m.H + m.K + k, dv, dqkv, sums_k);
+        }
+    }
+    add_up(parts_q, m.D, dgain_q), add_up(parts_k, m.D, dgain_k);
+}

@@ -1,0 +1,108 @@
+"""Compiles heed's C++ files for this machine when they are first needed, caches them, and calls them on tensors.
+
+A file is compiled once for each set of types that it is used with. If that fails, `Unavailable` has the reason in one
+line, and callers use torch instead.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HERE = Path(__file__).resolve().parent
+FOLDER = Path(os.environ.get("HEED_CACHE") or HERE.parent.parent / ".cache") / "cpu"  # compiled files
+# -ffast-math is not used: it would also ignore infinities, and flush denormals in the whole process.
+FLAGS = [
+    "-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC",
+    "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math",
+]  # fmt: skip
+TYPES = {torch.float32: "float", torch.bfloat16: "Bf16", torch.int8: "int8_t"}
+
+
+class Unavailable(Exception):
+    """A C++ file cannot be compiled or does not support a model. The message is one line."""
+
+
+@functools.cache
+def trains(dtype: torch.dtype) -> bool:
+    """Whether the C++ files that train are available for activations of this dtype."""
+    try:
+        library("linear", ELEMENT=dtype)
+    except Unavailable:
+        return False
+    return True
+
+
+def require(x: Tensor) -> None:
+    """Raise ValueError if the backend "cpp" does not support the dtype or device of x."""
+    if x.device.type != "cpu" or not trains(x.dtype):
+        raise ValueError(f"backend = 'cpp' needs fp32 or bf16 on a CPU and a C++ compiler, not {x.dtype} on {x.device}")
+
+
+@functools.cache
+def library(name: str, **types: torch.dtype) -> ctypes.CDLL:
+    """kernels/cpu/NAME.cpp, compiled with `types` as macros (ELEMENT=torch.float32). Raises Unavailable.
+
+    The compiled file is named by a hash of all that it depends on: source, compiler, flags, processor.
+    """
+    compiler = shutil.which(os.environ.get("CXX") or "g++") or shutil.which("clang++")
+    if compiler is None:
+        raise Unavailable("no C++ compiler, g++ or clang++")
+    if unknown := types.values() - TYPES.keys():
+        raise Unavailable(f"unsupported type {', '.join(map(str, unknown))}")
+    source = HERE / f"{name}.cpp"
+    command = [compiler, *FLAGS, *(f"-D{k}={TYPES[dtype]}" for k, dtype in types.items()), str(source)]
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    texts = (path.read_text() for path in (source, *sorted(HERE.glob("*.h"))))
+    known = "\n".join([*texts, *command, version, _processor()])
+    path = FOLDER / f"{hashlib.sha256(known.encode()).hexdigest()[:16]}.so"
+    try:
+        if not path.exists():
+            FOLDER.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(
+                dir=FOLDER
+            ) as draft:  # renamed when it is complete: two processes may compile at once
+                out = Path(draft, "compiled.so")
+                done = subprocess.run([*command, "-o", str(out)], capture_output=True, text=True)
+                if done.returncode:
+                    errors = [line for line in done.stderr.splitlines() if "error" in line]
+                    raise Unavailable(f"{compiler} failed: {(errors or ['-'])[0]}")
+                out.replace(path)
+        return ctypes.CDLL(str(path))
+    except OSError as error:  # a full disk, or a folder mounted noexec
+        raise Unavailable(f"{FOLDER} cannot hold compiled code: {error}") from None
+
+
+def _processor() -> str:
+    """What the compiler distinguishes processors by: machines may share the folder."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU"))}))
+
+
+def call(function: Any, *arguments: Any) -> int:
+    """Call a C++ function and return its result.
+
+    A contiguous tensor is passed as a pointer, None as a null pointer, a structure by reference, an int as int64_t, a
+    float as double. The last argument is the number of threads.
+    """
+    words: list[Any] = []
+    for a in (*arguments, torch.get_num_threads()):
+        if a is None or isinstance(a, Tensor):
+            words.append(ctypes.c_void_p(None if a is None else a.data_ptr()))
+        elif isinstance(a, ctypes.Structure):
+            words.append(ctypes.byref(a))
+        else:
+            words.append(ctypes.c_double(a) if isinstance(a, float) else ctypes.c_int64(a))
+    return function(*words)

@@ -1,0 +1,203 @@
+// A decode step of model.py as one call: some tokens in, the logits of the next ones out.
+//
+// A step of a small model is some 200 small operations. Called one by one from Python they take longer than the work;
+// here they are one parallel region: the threads share the rows of each matrix and meet at a barrier where the next
+// operation needs all of the last one's result. Reading the weights is what takes the time: they are read once a step,
+// in fp32, bf16 or int8 with a scale a row (matmul.h). All sums and norms are fp32.
+//
+// B sequences, T new tokens each, R = B * T rows; C width, H query heads, K key/value heads, D head size, F
+// feed-forward width, V vocabulary. Matrices are (rows out, columns in), as in torch.
+#include <numeric>
+
+#include "matmul.h"
+
+struct Layer {
+    Matrix q, k, v, o, gate, up, down;
+    const float *norm_in, *norm_mid, *norm_q, *norm_k;
+    void *keys, *values;  // (B, slots, K, D): position p in slot p % slots
+    int64_t slots, window;
+};
+struct Model {
+    int64_t C, H, K, D, F, V, layers, gated, context;
+    double eps;
+    const float *cos, *sin;  // (context, D)
+    const float* norm;
+    Matrix embed, head;
+    const Layer* layer;
+};
+
+// 1. Operations -----------------------------------------------------------------------------------------------------
+
+static void rms_norm(const float* x, const float* gain, int64_t n, double eps, float* y) {
+    float squares = 0;
+#pragma omp simd reduction(+ : squares)
+    for (int64_t i = 0; i < n; i++) squares += x[i] * x[i];
+    float factor = 1 / std::sqrt(squares / n + float(eps));
+    for (int64_t i = 0; i < n; i++) y[i] = x[i] * factor * gain[i];
+}
+
+// One head, normed, then turned by its position: x * cos + roll(x, D / 2) * sin.
+static void place(const float* x, const float* gain, const Model& m, int64_t position, float* y) {
+    float normed[m.D];
+    rms_norm(x, gain, m.D, m.eps, normed);
+    const float *cos = m.cos + position * m.D, *sin = m.sin + position * m.D;
+    for (int64_t d = 0, half = m.D / 2; d < m.D; d++)
+        y[d] = normed[d] * cos[d] + normed[d < half ? d + half : d - half] * sin[d];
+}
+
+// What a token's query heads draw from some positions: for each head the largest score, the sum of e ** (score - largest)
+// and that of these numbers times the values. Such parts can be joined to one of all positions, as in flash attention.
+struct Drawn {
+    float *largest, *total, *values;  // (H), (H), (H, D)
+};
+
+// The positions from ... to of a sequence's keys and values. These lie position after position, the heads of each side by
+// side, and memory is fastest read in that order: so all heads take a chunk of positions before the next.
+template <class E>
+static void attend(const float* q, int64_t pitch, const E* keys, const E* values, const Layer& l, const Model& m,
+                   int64_t from, int64_t to, Drawn drawn) {
+    using X = std::conditional_t<std::is_same_v<E, Bf16> && PAIRS, Bf16, float>;
+    constexpr int64_t CHUNK = 64;  // by trial
+    int64_t D = m.D, stride = m.K * D, group = m.H / m.K;
+    float scale = 1 / std::sqrt(float(D));
+    std::vector<float> scores(m.H * CHUNK);
+    std::vector<X> queries(m.H * D);
+    for (int64_t h = 0; h < m.H; h++)
+        for (int64_t d = 0; d < D; d++) queries[h * D + d] = X(q[h * pitch + d] * scale);
+    std::fill_n(drawn.largest, m.H, -INFINITY);
+    std::fill_n(drawn.total, m.H, 0.f);
+    std::fill_n(drawn.values, m.H * D, 0.f);
+    for (int64_t n; from < to; from += n) {
+        int64_t slot = from % l.slots;
+        n = std::min({CHUNK, to - from, l.slots - slot});
+        for (int64_t i = 0; i < n; i++)
+            for (int64_t h = 0; h < m.H; h++) {
+                float score[1][1];
+                tile<1, 1, 1>(keys + (slot + i) * stride + h / group * D, &queries[h * D], D, score);
+                scores[h * CHUNK + i] = score[0][0];
+            }
+        for (int64_t h = 0; h < m.H; h++) {
+            float *weights = &scores[h * CHUNK], before = drawn.largest[h];
+            float largest = drawn.largest[h] = std::max(before, *std::max_element(weights, weights + n));
+            float kept = std::exp(before - largest);
+            each(weights, n, [&](auto score) { return exp(score - largest); });
+            drawn.total[h] = std::accumulate(weights, weights + n, drawn.total[h] * kept);
+            each(drawn.values + h * D, D, [&](auto sum) { return sum * kept; });
+        }
+        for (int64_t i = 0; i < n; i++)
+            for (int64_t h = 0; h < m.H; h++) {
+                const E* value = values + (slot + i) * stride + h / group * D;
+                lanes(D, [&](int64_t d, auto kind) {
+                    using V = decltype(kind);
+                    float* sum = drawn.values + h * D + d;
+                    store(sum, load<V>(sum) + scores[h * CHUNK + i] * load<V>(value + d));
+                });
+            }
+    }
+}
+
+// One head's share y (D) of n parts, whose numbers begin m.H heads apart.
+static void join(const Drawn& parts, int64_t n, int64_t h, const Model& m, float* y) {
+    float largest = -INFINITY, total = 0;
+    for (int64_t i = 0; i < n; i++) largest = std::max(largest, parts.largest[i * m.H + h]);
+    std::fill_n(y, m.D, 0.f);
+    for (int64_t i = 0; i < n; i++) {
+        float kept = std::exp(parts.largest[i * m.H + h] - largest);
+        total += parts.total[i * m.H + h] * kept;
+        for (int64_t d = 0; d < m.D; d++) y[d] += parts.values[(i * m.H + h) * m.D + d] * kept;
+    }
+    for (int64_t d = 0; d < m.D; d++) y[d] /= total;
+}
+
+// 2. The model ------------------------------------------------------------------------------------------------------
+
+// 0, or 1 for no token, one that is not in the vocabulary or a position beyond the context.
+// W is what the weights are stored in, E what the cache is: the compiler's command line says it (-DWEIGHTS -DCACHE).
+extern "C" int heed_decode(const Model& m, int64_t B, int64_t T, const int64_t* tokens, const int64_t* lengths,
+                            float* logits, int64_t threads) {
+    if (B * T == 0) return 1;
+    for (int64_t i = 0; i < B * T; i++)
+        if (tokens[i] < 0 || tokens[i] >= m.V || lengths[i / T] + T > m.context) return 1;
+    using W = WEIGHTS;
+    using E = CACHE;
+    int64_t R = B * T, D = m.D, Q = m.H * D * (m.gated ? 2 : 1), KV = m.K * D;
+    std::vector<float> x(R * m.C), y(R * m.C), q(R * Q), k(R * KV), v(R * KV), a(R * m.H * D), f(R * m.F), g(R * m.F);
+    // Where one thread would have a token more than another, they share every token's positions instead.
+    int64_t split = R % threads ? threads : 1;
+    std::vector<float> largest(R * split * m.H), total(R * split * m.H), values(R * split * m.H * D);
+#pragma omp parallel num_threads(threads)
+    {
+        auto norm = [&](const float* gain) {
+            Part mine(R);
+            for (int64_t r = mine.from; r < mine.to; r++) rms_norm(&x[r * m.C], gain, m.C, m.eps, &y[r * m.C]);
+#pragma omp barrier
+        };
+        for (int64_t r = Part(R).from; r < Part(R).to; r++)
+            for (int64_t c = 0; c < m.C; c++) {
+                float scale = m.embed.scale ? m.embed.scale[tokens[r]] : 1;
+                x[r * m.C + c] = float(((const W*)m.embed.weight)[tokens[r] * m.C + c]) * scale;
+            }
+        for (const Layer* l = m.layer; l < m.layer + m.layers; l++) {
+#pragma omp barrier
+            norm(l->norm_in);
+            product<W>(l->q, {y.data(), q.data(), R, Q, m.C, false});
+            product<W>(l->k, {y.data(), k.data(), R, KV, m.C, false});
+            product<W>(l->v, {y.data(), v.data(), R, KV, m.C, false});
+#pragma omp barrier
+            Part heads(R * (m.H + m.K));
+            for (int64_t i = heads.from; i < heads.to; i++) {
+                int64_t r = i / (m.H + m.K), h = i % (m.H + m.K), position = lengths[r / T] + r % T;
+                if (h < m.H) {
+                    float* query = &q[r * Q + h * (Q / m.H)];
+                    place(query, l->norm_q, m, position, query);
+                    continue;
+                }
+                int64_t from = r * KV + (h - m.H) * D;
+                int64_t to = (r / T * l->slots + position % l->slots) * KV + (h - m.H) * D;
+                place(&k[from], l->norm_k, m, position, &k[from]);
+                for (int64_t d = 0; d < D; d++) ((E*)l->keys)[to + d] = E(k[from + d]);
+                for (int64_t d = 0; d < D; d++) ((E*)l->values)[to + d] = E(v[from + d]);
+            }
+#pragma omp barrier
+            auto drawn = [&](int64_t part) {
+                return Drawn{&largest[part * m.H], &total[part * m.H], &values[part * m.H * D]};
+            };
+            Part parts(R * split);
+            for (int64_t i = parts.from; i < parts.to; i++) {
+                int64_t r = i / split, end = lengths[r / T] + r % T + 1, cache = r / T * l->slots * KV;
+                int64_t begin = l->window ? std::max<int64_t>(0, end - l->window) : 0, n = end - begin;
+                attend(&q[r * Q], Q / m.H, (E*)l->keys + cache, (E*)l->values + cache, *l, m,
+                       begin + n * (i % split) / split, begin + n * (i % split + 1) / split, drawn(i));
+            }
+#pragma omp barrier
+            Part joined(R * m.H);
+            for (int64_t i = joined.from; i < joined.to; i++) {
+                int64_t r = i / m.H, h = i % m.H;
+                float* out = &a[i * D];
+                join(drawn(r * split), split, h, m, out);
+                if (m.gated)
+                    for (int64_t d = 0; d < D; d++) out[d] /= 1 + std::exp(-q[r * Q + h * 2 * D + D + d]);
+            }
+#pragma omp barrier
+            product<W>(l->o, {a.data(), x.data(), R, m.C, m.H * D, true});
+#pragma omp barrier
+            norm(l->norm_mid);
+            product<W>(l->gate, {y.data(), g.data(), R, m.F, m.C, false});
+            product<W>(l->up, {y.data(), f.data(), R, m.F, m.C, false});
+            Part mine(m.F, 3);  // the same rows as in the two matmuls
+            for (int64_t r = 0; r < R; r++) {
+                float *silu = &g[r * m.F], *up = &f[r * m.F];
+                each(silu + mine.from, mine.to - mine.from, [](auto v) { return v / (1 + exp(-v)); });
+                for (int64_t i = mine.from; i < mine.to; i++) up[i] *= silu[i];
+            }
+#pragma omp barrier
+            product<W>(l->down, {f.data(), x.data(), R, m.C, m.F, true});
+        }
+#pragma omp barrier
+        for (int64_t b = Part(B).from; b < Part(B).to; b++)
+            rms_norm(&x[(b * T + T - 1) * m.C], m.norm, m.C, m.eps, &y[b * m.C]);
+#pragma omp barrier
+        product<W>(m.head, {y.data(), logits, B, m.V, m.C, false});
+    }
+    return 0;
+}

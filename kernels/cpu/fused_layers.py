@@ -1,0 +1,181 @@
+"""A layer's two halves to train on a CPU, each as one node of autograd: x + attention(norm(x)) and x + swiglu(norm(x)).
+
+The feed-forward half is one call of feed_forward.cpp; the attention half is linear.cpp's for what stands before
+and after attention, and attention.cpp's. Nothing is cast, copied or added up between them, and little is kept for
+the backward. Weights are packed once an optimizer step (`PackedWeight`), not once a micro-batch.
+
+Shapes: B sequences, T tokens, R = B * T, C width, H query heads, K key/value heads, D head size, F feed-forward width.
+"""
+
+import math
+from ctypes import Structure, c_double, c_int64, c_void_p
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from kernels.cpu import build
+from kernels.cpu.train_ops import Heads, attention, attention_backward, autocast_dtype, pack
+
+
+class PackedWeight:
+    """The weights (rows, C) of some linear layers of a module, one below the other, as the C++ files multiply by them:
+    made again when one of them has changed."""
+
+    def __init__(self, module: nn.Module, *names: str, unit: int = 1, gated: int = 0) -> None:
+        """Each weight begins at a multiple of `unit` rows. `gated`: D, when the first layer's rows are by turns a head's D
+        query rows and its D gate rows, as in Qwen3-Next; the gates of all heads then come last."""
+        self.module, self.names, self.unit, self.gated, self.key = module, names, unit, gated, None
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """The weights as they are now."""
+        return [getattr(self.module, name).weight for name in self.names]
+
+    def __call__(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """To multiply by: x W^T, and dy W for gradients."""
+        weights = self.weights
+        key: Any = (dtype, *((w.data_ptr(), w._version) for w in weights))
+        if key != self.key:
+            self.key, self.packed = key, pack(self.join([w.detach() for w in weights]).to(dtype))
+        return self.packed
+
+    def join(self, parts: list[Tensor]) -> Tensor:
+        """The weights as one matrix."""
+        if self.gated:  # (H * 2D, C) -> (H, 2, D, C) -> (H * D, C) twice
+            q, gate = parts[0].view(-1, 2, self.gated, parts[0].shape[1]).unbind(1)
+            parts = [q.flatten(0, 1), *parts[1:], gate.flatten(0, 1)]
+        return torch.cat([nn.functional.pad(w, (0, 0, 0, -len(w) % self.unit)) for w in parts])
+
+    def split(self, gradient: Tensor) -> list[Tensor]:
+        """The gradient of that matrix as those of the weights."""
+        rows = [len(w) for w in self.weights]
+        if self.gated:
+            q, *others, gate = gradient.split([rows[0] // 2, *rows[1:], rows[0] // 2])
+            both = torch.stack([x.view(-1, self.gated, x.shape[1]) for x in (q, gate)], dim=1)  # (H, 2, D, C)
+            return [both.view(rows[0], -1), *others]
+        starts = [0, *(math.ceil(n / self.unit) * self.unit for n in rows)]
+        return [gradient[sum(starts[: i + 1]) :][:n] for i, n in enumerate(rows)]
+
+
+def linear(dtype: torch.dtype) -> Any:
+    """linear.cpp. Raises build.Unavailable."""
+    return build.library("linear", ELEMENT=dtype)
+
+
+class Weights(Structure):
+    """As `FeedForward` in feed_forward.cpp."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("R", "C", "F")),
+        ("eps", c_double),
+        *((name, c_void_p) for name in ("x", "gain", "gate_up", "down", "gate_up_t", "down_t")),
+    )
+
+
+class FeedForward(torch.autograd.Function):
+    """`apply(x, gain, eps, dropout, gate_up, down, *weights)`: x (B, T, C) fp32 -> the same shape, with the weights of
+    gate_up (2F, C), which begin at multiples of 32 rows, and down (C, F)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        gain: Tensor,
+        eps: float,
+        dropout: float,
+        gate_up: PackedWeight,
+        down: PackedWeight,
+        *weights: Tensor,
+    ) -> Tensor:
+        ctx.dtype, x = autocast_dtype(x), x.contiguous()
+        ctx.packed, ctx.eps, ctx.dropout = (gate_up, down), eps, dropout
+        out = torch.empty_like(x)
+        shape, _kept = FeedForward.shape(ctx, x, gain)
+        forward = build.library("feed_forward", ELEMENT=ctx.dtype).heed_feed_forward
+        build.call(forward, shape, out, dropout == 0)
+        out, mask = drop(out, x, dropout)
+        ctx.save_for_backward(x, gain, mask)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        x, gain, mask = ctx.saved_tensors
+        gate_up, down = ctx.packed
+        dy, dx, dgain = dy.contiguous(), torch.empty_like(x), torch.empty_like(gain)
+        dout = drop_backward(dy, mask, ctx.dropout)
+        (shape, kept), F = FeedForward.shape(ctx, x, gain), down.weights[0].shape[1]
+        dgate_up = torch.empty(2 * math.ceil(F / 32) * 32, x.shape[-1], dtype=torch.float32)
+        ddown = torch.empty_like(down.weights[0])
+        backward = build.library("feed_forward", ELEMENT=ctx.dtype).heed_feed_forward_backward
+        build.call(backward, shape, dout, dy, dx, dgain, dgate_up, ddown)
+        return dx, dgain, *[None] * 4, *gate_up.split(dgate_up), ddown
+
+    @staticmethod
+    def shape(ctx: Any, x: Tensor, gain: Tensor) -> tuple[Weights, object]:
+        """What both functions of the C++ file are given, and what must live as long."""
+        (gate_up, gate_up_t), (down, down_t) = (packed(ctx.dtype) for packed in ctx.packed)
+        tensors = (x, gain, gate_up, down, gate_up_t, down_t)
+        F = ctx.packed[1].weights[0].shape[1]
+        return Weights(x[..., 0].numel(), x.shape[-1], F, ctx.eps, *(a.data_ptr() for a in tensors)), tensors
+
+
+class Attention(torch.autograd.Function):
+    """`apply(x, gain, eps, dropout, qkv, o, gain_q, gain_k, cos, sin, heads, *weights)`: x (B, T, C) fp32 -> the same
+    shape, with the weights of qkv ((H + 2K) D, C), with a gate ((2H + 2K) D, C), and o (C, H * D); cos and sin (T, D)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, gain: Tensor, eps: float, dropout: float, qkv: PackedWeight, o: PackedWeight, gain_q: Tensor | None,
+        gain_k: Tensor | None, cos: Tensor, sin: Tensor, heads: Heads, *weights: Tensor
+    ) -> Tensor:  # fmt: skip
+        dtype, x = autocast_dtype(x), x.contiguous()
+        (B, T, C), N = x.shape, sum(len(w) for w in qkv.weights)
+        mixed, inverse = torch.empty(B, T, N, dtype=dtype), torch.empty(B, T, dtype=torch.float32)
+        call = linear(dtype)
+        build.call(call.heed_norm_linear, x, gain, eps, qkv(dtype)[0], mixed, inverse, B * T, C, N)
+        attended, lse = attention(mixed, gain_q, gain_k, cos, sin, heads)  # (B, T, H * D)
+        read = attended * mixed[..., -attended.shape[2] :].sigmoid() if qkv.gated else attended
+        out = torch.empty_like(x)
+        build.call(call.heed_linear_add, read, o(dtype)[0], None if dropout else x, out, B * T, read.shape[2], C)
+        out, mask = drop(out, x, dropout)
+        ctx.save_for_backward(x, gain, inverse, mixed, attended, lse, mask, gain_q, gain_k, cos, sin)
+        ctx.packed, ctx.dropout, ctx.heads = (qkv, o), dropout, heads
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        x, gain, inverse, mixed, attended, lse, mask, *tables = ctx.saved_tensors
+        (B, T, C), N, Q = x.shape, mixed.shape[2], attended.shape[2]
+        qkv, o = ctx.packed
+        call = linear(mixed.dtype)
+        dy = dy.contiguous()
+        gate = mixed[..., -Q:].sigmoid() if qkv.gated else None
+        read = attended if gate is None else attended * gate
+        dread, do = torch.empty_like(read), torch.empty_like(o.weights[0])
+        dout, packed = drop_backward(dy, mask, ctx.dropout), o(mixed.dtype)[1]
+        build.call(call.heed_linear_add_backward, dout, read, packed, dread, do, B * T, Q, C)
+        dattended = dread if gate is None else dread * gate
+        dmixed, dgain_q, dgain_k = attention_backward(dattended, mixed, attended, lse, *tables, ctx.heads)
+        if gate is not None:
+            dmixed[..., -Q:] = dread * attended * gate * (1 - gate)
+        dx, dgain, dqkv = torch.empty_like(x), torch.empty_like(gain), torch.empty(N, C, dtype=torch.float32)
+        backward, packed = call.heed_norm_linear_backward, qkv(mixed.dtype)[1]
+        build.call(backward, dmixed, x, gain, inverse, packed, dy, dx, dgain, dqkv, B * T, C, N)
+        return dx, dgain, *[None] * 4, dgain_q, dgain_k, *[None] * 3, *qkv.split(dqkv), do
+
+
+def drop(out: Tensor, x: Tensor, probability: float) -> tuple[Tensor, Tensor | None]:
+    """Dropout of `out`, then x is added, and what dropout kept; without dropout x has been added already."""
+    if not probability:
+        return out, None
+    out, mask = torch.native_dropout(out, probability, True)
+    return out.add_(x), mask
+
+
+def drop_backward(dy: Tensor, mask: Tensor | None, probability: float) -> Tensor:
+    """The gradient of what `drop` was given."""
+    return dy if mask is None else torch.ops.aten.native_dropout_backward(dy, mask, 1 / (1 - probability))

@@ -1,0 +1,170 @@
+"""The C++ operations that train a model on a CPU, called on tensors: RMSNorm, attention, the loss.
+
+A matrix library runs matmuls at full rate. Between them torch walks through all activations, operation by operation; the
+C++ files walk once, through the cache of a core. kernels/cpu/fused_layers.py makes layers of them.
+
+Shapes: B sequences, T tokens, C width, H query heads, K key/value heads, D head size, V vocabulary.
+Activations are fp32 or bf16, sums fp32; gains are fp32.
+"""
+
+import math
+from ctypes import Structure, c_double, c_int64, c_void_p
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kernels.cpu import build
+
+
+def norm(x: Tensor, gain: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x (..., C) fp32 by its root mean square, times gain (C,), in dtype; and the inverse of that mean, for the way back."""
+    y, inverse = torch.empty(x.shape, dtype=dtype), torch.empty(x.shape[:-1], dtype=torch.float32)
+    build.call(build.library("linear", ELEMENT=dtype).heed_norm, x, gain, y, inverse, inverse.numel(), x.shape[-1], eps)
+    return y, inverse
+
+
+def norm_backward(dy: Tensor, x: Tensor, gain: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    """dx and dgain."""
+    dx, dgain = torch.empty_like(x), torch.empty_like(gain)
+    backward, rows = build.library("linear", ELEMENT=dy.dtype).heed_norm_backward, inverse.numel()
+    build.call(backward, dy, x, gain, inverse, dx, dgain, rows, x.shape[-1])
+    return dx, dgain
+
+
+def pack(w: Tensor) -> tuple[Tensor, Tensor]:
+    """w (N, K) as heed_pack packs it: for x W^T, and for dy W."""
+    library = build.library("linear", ELEMENT=w.dtype)
+    dtype = torch.bfloat16 if library.heed_multiplied_size() == 2 else torch.float32
+    both = torch.empty(2, math.prod(math.ceil(n / 32) * 32 for n in w.shape), dtype=dtype)
+    for transposed in (1, 0):
+        build.call(library.heed_pack, w.contiguous(), both[1 - transposed], *w.shape, transposed)
+    return both[0], both[1]
+
+
+class RMSNorm(torch.autograd.Function):
+    """`apply(x, gain, eps)`: see `norm`; the dtype is autocast's, or x's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
+        x = x.contiguous()
+        y, inverse = norm(x, gain, eps, autocast_dtype(x))
+        ctx.save_for_backward(x, gain, inverse)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return *norm_backward(dy.contiguous(), *ctx.saved_tensors), None
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """What matrices are multiplied in: autocast's dtype where it is on, or x's."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+
+
+class Heads(NamedTuple):
+    """What attention is, beside its weights. The mask is causal; `window`: keys that a query sees, 0 is all."""
+
+    queries: int  # H, heads of queries
+    keys: int  # K, heads of keys and values
+    head_dim: int  # D
+    window: int
+    scale: float  # of the scores
+    eps: float  # of QK-norm
+
+
+def attention(
+    qkv: Tensor, gain_q: Tensor | None, gain_k: Tensor | None, cos: Tensor, sin: Tensor, heads: Heads
+) -> tuple[Tensor, Tensor]:
+    """qkv (B, T, (H + 2K) D or more) -> out (B, T, H * D), and what the backward needs besides.
+
+    Queries and keys are normed, if gains (D,) are given, and rotated by cos and sin (T, D), as model.py's `apply_rotary_emb` does.
+    """
+    B, T, _ = qkv.shape
+    shape, _kept = _shape(qkv, gain_q, gain_k, cos, sin, heads)
+    out = torch.empty(B, T, heads.queries * heads.head_dim, dtype=qkv.dtype)
+    lse = torch.empty(B, heads.queries, shape.tokens, dtype=torch.float32)
+    build.call(build.library("attention", ELEMENT=qkv.dtype).heed_attention, shape, qkv, out, lse)
+    return out, lse
+
+
+def attention_backward(
+    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, gain_q: Tensor | None, gain_k: Tensor | None, cos: Tensor,
+    sin: Tensor, heads: Heads
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """dqkv, of which only the queries, keys and values are written, and the gradients of both gains, from `attention`'s arguments and results."""
+    shape, _kept = _shape(qkv, gain_q, gain_k, cos, sin, heads)
+    dqkv, dgains = torch.empty_like(qkv), torch.empty(2, heads.head_dim, dtype=torch.float32)
+    backward = build.library("attention", ELEMENT=qkv.dtype).heed_attention_backward
+    build.call(backward, shape, qkv, out, lse, dout.contiguous(), dqkv, dgains[0], dgains[1])
+    return dqkv, *(dgains.unbind() if gain_q is not None else (None, None))
+
+
+class Shape(Structure):
+    """As `Attention` in attention.cpp."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("B", "T", "H", "K", "D", "normed", "window", "tokens", "pitch")),
+        *((name, c_double) for name in ("eps", "scale")),
+        *((name, c_void_p) for name in ("gain_q", "gain_k", "cos", "sin")),
+    )
+
+
+def _shape(
+    qkv: Tensor, gain_q: Tensor | None, gain_k: Tensor | None, cos: Tensor, sin: Tensor, heads: Heads
+) -> tuple[Shape, list[Tensor]]:
+    """The structure, and the tensors that it points to."""
+    (B, T, pitch), (H, K, D) = qkv.shape, heads[:3]
+    ones = torch.ones(D, dtype=torch.float32)
+    tables = [ones if g is None else g for g in (gain_q, gain_k)] + [cos, sin]
+    tables = [x.float().contiguous() for x in tables]
+    tokens = math.ceil(T / 64) * 64  # in whole blocks of the C++ file
+    pointers = (x.data_ptr() for x in tables)
+    counts = (B, T, H, K, D, gain_q is not None, heads.window, tokens, pitch)
+    return Shape(*counts, heads.eps, heads.scale, *pointers), tables
+
+
+class Attend(torch.autograd.Function):
+    """`apply(q, k, v, scale, window)`: q (B, T, H, D), k and v (B, T, K, D) -> (B, T, H, D); the mask is causal."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> Tensor:
+        B, T, H, D = q.shape
+        qkv = torch.cat((q, k, v), dim=2).view(B, T, -1)  # (B, T, H + 2K, D) -> (B, T, (H + 2K) D)
+        cos, sin, ctx.heads = torch.ones(T, D), torch.zeros(T, D), Heads(H, k.shape[2], D, window, scale, 0.0)
+        out, lse = attention(qkv, None, None, cos, sin, ctx.heads)
+        ctx.save_for_backward(qkv, out, lse, cos, sin)
+        return out.view(B, T, H, D)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, out, lse, cos, sin = ctx.saved_tensors
+        (B, T, H, D), K = dout.shape, ctx.heads.keys
+        dqkv, _, _ = attention_backward(dout.flatten(2), qkv, out, lse, None, None, cos, sin, ctx.heads)
+        return *dqkv.view(B, T, -1, D).split((H, K, K), dim=2), None, None
+
+
+class Loss(Structure):
+    """As in cross_entropy.cpp."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("N", "C", "V")),
+        *((name, c_double) for name in ("z_loss", "softcap")),
+        *((name, c_void_p) for name in ("x", "head", "head_t", "targets", "losses", "dx", "dw")),
+    )
+
+
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, losses: Tensor, dx: Tensor | None, dw: Tensor | None, z_loss: float,
+    softcap: float | None
+) -> None:  # fmt: skip
+    """Fills losses (N,), and of dx (N, C) and dw (V, C) what is wanted: see kernels/cross_entropy.py, whose arguments x
+    (N, C), weight (V, C) and targets (N,) are. Raises ValueError where it is not to be had."""
+    build.require(x)
+    x, targets, (head, head_t) = x.contiguous(), targets.contiguous(), pack(weight.to(x.dtype))
+    pointers = (None if a is None else a.data_ptr() for a in (x, head, head_t, targets, losses, dx, dw))
+    loss = Loss(*x.shape, len(weight), z_loss, softcap or 0.0, *pointers)
+    build.call(build.library("cross_entropy", ELEMENT=x.dtype).heed_linear_cross_entropy, loss)

@@ -1,1 +1,0 @@
-"""What a run needs beside the model: configuration, machine, optimizers, checkpoints, metrics."""

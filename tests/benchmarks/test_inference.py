@@ -1,0 +1,65 @@
+"""python -m benchmarks inference: its bound by hand, and all of its code once, on a tiny model."""
+
+import csv
+
+import pytest
+import torch
+
+from benchmarks import __main__ as bench
+from benchmarks import engines, inference
+from benchmarks.inference import SIZES, bytes_a_step
+from model import GPT, ModelConfig
+from tests.conftest import TINY, command
+
+
+def test_a_step_reads_the_weights_once_and_each_sequences_cache():
+    weights = sum(p.numel() for p in GPT(TINY).parameters())
+    row = 2 * 2 * 2 * 16  # keys and values, layers, key heads, head size
+    assert bytes_a_step(TINY, "fp32", 3, 10.0) == 4 * weights + 3 * 10 * row * 4
+    assert bytes_a_step(TINY, "bf16", 1, 10.0) == 2 * weights + 10 * row * 2
+    assert bytes_a_step(TINY, "int8", 1, 10.0) == 1 * weights + 10 * row * 2
+
+
+def test_the_sizes_are_what_they_are_called():
+    with torch.device("meta"):
+        counts = {name: sum(p.numel() for p in GPT(config).parameters()) for name, config in SIZES.items()}
+    assert {name: round(count / 1e6) for name, count in counts.items()} == {"10M": 11, "50M": 55, "124M": 124}
+
+
+def test_all_engines_generate_the_same(tmp_path):
+    others = [name for name in ("transformers", "llama.cpp F32") if not engines.missing(name)]
+    done = command(
+        "benchmarks", "inference", "--quick", f"--out={tmp_path}", "--only", "heed fp32", "heed int8", "nanoGPT",
+        *others, where=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "nanoGPT is left out: there is no --nanogpt DIR" in done.stdout
+    rows = list(csv.DictReader((tmp_path / "inference.csv").open()))
+    assert [(row["batch"], row["who"]) for row in rows] == [
+        (batch, who) for batch in ("1", "3") for who in ("heed fp32", "heed int8", *others)
+    ]
+    for row in rows:
+        assert float(row["tokens/s"]) > 0 and float(row["TTFT ms"]) > 0 and 0 < float(row["MBU"]) < 10
+        assert row["same"] == "100%" or row["who"] == "heed int8"
+        assert row["who"].startswith("heed") == (float(row["heed/it"]) == 1.0)
+
+
+def test_mistakes_are_one_line(tmp_path):
+    for words, says in (
+        (["--nanogpt", str(tmp_path)], "no model.py"),
+        (["--max-new-tokens", "1"], "at least 1"),
+        (["--prompts", "1000"], "at most 1,024"),
+        (["--sizes", "1T"], "--sizes 1T: must be one of 10M, 50M, 124M"),
+        (["--only", "me"], "--only me: must be one of heed fp32, "),
+    ):
+        with pytest.raises(ValueError, match=says):
+            bench.main(bench.arguments(["inference", *words]))
+
+
+def test_an_engine_that_fails_is_named_and_the_others_go_on(tmp_path):
+    config = ModelConfig(**{**vars(inference.TINY), "vocab_size": 280})
+    engines.write(tmp_path, config, [])
+    here = inference.EngineProcess("heed fp32", tmp_path, None, 1)
+    with pytest.raises(ValueError, match="heed fp32: IndexError"):
+        here.generate([280], 1, 2)
+    here.close()

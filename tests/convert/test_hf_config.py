@@ -1,0 +1,61 @@
+"""config.json read as heed's configuration: old words, and what is refused."""
+
+import dataclasses
+
+import pytest
+
+from convert.hf_config import from_hf, to_hf
+from model import ModelConfig
+from tests.conftest import TINY
+from tests.convert.test_to_hf import YARN
+
+
+def test_old_words_are_understood():
+    """config.json as transformers 4 wrote it: TinyLlama's and Qwen3-0.6B's, with YaRN as its card advises."""
+    old = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": False, "hidden_act": "silu",
+        "hidden_size": 2048, "intermediate_size": 5632, "max_position_embeddings": 2048, "num_attention_heads": 32,
+        "num_hidden_layers": 22, "num_key_value_heads": 4, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+        "rope_scaling": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "vocab_size": 32000,
+    }  # fmt: skip
+    tiny = ModelConfig(32000, 2048, 22, 32, 4, 2048, 64, 5632, tie_embeddings=False, qk_norm=False, norm_eps=1e-5)
+    assert from_hf(old) == tiny
+    assert from_hf(old | {"num_key_value_heads": None}) == dataclasses.replace(tiny, n_kv_head=32)
+    qwen = old | {"model_type": "qwen3", "head_dim": 128, "rope_theta": 1000000, "max_position_embeddings": 40960,
+                  "use_sliding_window": False, "sliding_window": None, "max_window_layers": 28}  # fmt: skip
+    config = from_hf(qwen)
+    assert (config.rope_theta, config.head_dim, config.qk_norm, config.layer_pattern) == (1e6, 128, True, "L")
+    slides = from_hf(qwen | {"use_sliding_window": True, "sliding_window": 512, "max_window_layers": 20})
+    assert (slides.window, slides.layer_pattern) == (512, "L" * 20 + "SS")
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    stretched = from_hf(qwen | {"rope_scaling": yarn, "max_position_embeddings": 131072})
+    assert (stretched.yarn_factor, stretched.yarn_original_context, stretched.rope_theta) == (4.0, 32768, 1e6)
+
+
+WORDS = to_hf(dataclasses.replace(TINY, **YARN)) | {"rope_scaling": None}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"model_type": "gpt2"}, "model_type = 'gpt2': heed reads qwen3, qwen3_next, llama, ministral"),
+        ({"attention_bias": True}, "attention_bias = True: heed's model has False"),
+        ({"mlp_bias": True}, "mlp_bias = True: heed's model has False"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu': heed's model has 'silu'"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config = "),
+        ({"hidden_size": None}, "hidden_size = None: must be of type int"),
+        ({"hidden_size": "32"}, "hidden_size = '32': must be of type int"),
+        ({"num_key_value_heads": 3}, "model.n_kv_head = 3: must divide"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_type = 'llama3': heed has default and"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type = 'linear': heed has default and yarn"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
+        ({"rope_parameters": WORDS["rope_parameters"] | {"beta_fast": 16}}, "rope_parameters.beta_fast = 16: "),
+        ({"rope_parameters": WORDS["rope_parameters"] | {"mscale": 0.7}}, "rope_parameters.mscale = 0.7: "),
+        ({"layer_types": ["full_attention", "linear_attention"]}, "layer_types: must be 2 times one of"),
+        ({"model_type": "qwen3_next"}, "mlp_only_layers: must name every layer"),
+    ],
+)
+def test_what_heed_cannot_compute_is_refused_by_name(change, says):
+    with pytest.raises(ValueError, match=r"^config\.json: ") as error:
+        from_hf(WORDS | change)
+    assert says in str(error.value) and "\n" not in str(error.value)

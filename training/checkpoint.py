@@ -1,0 +1,126 @@
+"""Checkpoints, written atomically: a process killed at any moment leaves no damaged checkpoint behind.
+
+    runs/NAME/step-000500/model.safetensors   weights, under Hugging Face's names
+                          optimizer.pt        the state of the optimizers (tensors and numbers, no code)
+                          state.json          step, counters and configuration, and the SHA-256 of the two files above
+    runs/NAME/latest, runs/NAME/best          the name of a step folder, as text
+
+A folder is written under another name, flushed to the disk and renamed; a pointer is replaced atomically. So a folder
+is complete before a pointer names it.
+"""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from data.shards import sync
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, damaged, or of another run. The message is one line."""
+
+
+def save(
+    run: Path, step: int, model: nn.Module, optimizers: list[torch.optim.Optimizer], state: dict[str, Any]
+) -> Path:
+    """Write run/step-NNNNNN and point `latest` at it; returns the folder. `state` must be JSON."""
+    folder = run / f"step-{step:06d}"
+    draft = run / f".draft-{folder.name}"
+    for leftover in (*run.glob(".draft-*"), folder):  # left by a process killed here: no pointer names it
+        shutil.rmtree(leftover, ignore_errors=True)
+    draft.mkdir(parents=True)
+    save_file(model.state_dict(), draft / "model.safetensors", metadata={"format": "pt"})
+    torch.save([optimizer.state_dict() for optimizer in optimizers], draft / "optimizer.pt")
+    hashes = {name: _sha256(draft / name) for name in ("model.safetensors", "optimizer.pt")}
+    (draft / "state.json").write_text(json.dumps({"step": step, **state, "sha256": hashes}, indent=1))
+    for path in (*draft.iterdir(), draft):
+        sync(path)
+    draft.rename(folder)
+    sync(run)
+    point(run, "latest", folder)
+    return folder
+
+
+def point(run: Path, pointer: str, folder: Path) -> None:
+    """Make run/pointer name the folder, atomically."""
+    draft = run / f".draft-pointer-{pointer}"
+    draft.write_text(folder.name + "\n")
+    sync(draft)
+    draft.replace(run / pointer)
+    sync(run)
+
+
+def find(run: Path, which: str) -> Path:
+    """The folder of a checkpoint: "latest", "best" or "step-000500". Without a best, "best" is the latest.
+
+    Raises CheckpointError.
+    """
+    if not run.is_dir():
+        raise CheckpointError(f"{run}: no such run")
+    pointer = run / ("latest" if which == "best" and not (run / "best").exists() else which)
+    folder = run / pointer.read_text().strip() if pointer.is_file() else pointer
+    if not (folder / "state.json").is_file():
+        there = ", ".join(sorted(p.name for p in run.glob("step-*"))) or "none"
+        raise CheckpointError(f"{run}: no checkpoint {which!r}; there are: {there}")
+    return folder
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """state.json, after verifying the hashes of both files. Raises CheckpointError."""
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        hashes = state["sha256"]
+        for name, expected in hashes.items():
+            if _sha256(folder / name) != expected:
+                raise CheckpointError(
+                    f"{folder / name}: damaged, its SHA-256 differs from state.json; use another checkpoint"
+                )
+    except (OSError, json.JSONDecodeError, KeyError) as error:
+        raise CheckpointError(f"{folder}: damaged checkpoint ({type(error).__name__}: {error}); use another") from None
+    return state
+
+
+def load_weights(folder: Path, model: nn.Module, *, grow: bool = False) -> None:
+    """Load the weights into the model; names and shapes must match. Raises CheckpointError.
+
+    grow: the model's vocabulary may be larger. New rows of the embedding and the head are the mean of the old ones, so
+    a new token starts as likely as an average one (Hewitt 2021, "Initializing New Word Embeddings").
+    """
+    try:
+        weights = load_file(folder / "model.safetensors")
+        for name in ("model.embed_tokens.weight", "lm_head.weight") if grow else ():
+            if name in weights:
+                old = weights[name]  # (V, C)
+                more = max(0, model.get_parameter(name).shape[0] - len(old))
+                weights[name] = torch.cat((old, old.mean(0, keepdim=True).expand(more, -1)))
+        model.load_state_dict(weights)
+    except (SafetensorError, RuntimeError) as error:
+        first = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{folder / 'model.safetensors'}: does not fit this model: {first}") from None
+
+
+def load_optimizers(folder: Path, optimizers: list[torch.optim.Optimizer]) -> None:
+    """Load the state of the optimizers."""
+    states = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
+    for optimizer, state in zip(optimizers, states, strict=True):
+        optimizer.load_state_dict(state)
+
+
+def prune(run: Path, keep: int) -> None:
+    """Delete all checkpoints but the latest `keep` and those that a pointer names."""
+    named = {(run / pointer).read_text().strip() for pointer in ("latest", "best") if (run / pointer).is_file()}
+    for folder in sorted(run.glob("step-*"))[:-keep]:
+        if folder.name not in named:
+            shutil.rmtree(folder)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,174 @@
+"""Configuration of a run: one frozen dataclass per section; each validates its own fields.
+
+The docstring under a field documents it, here and in `--help`. training/recipes.py makes a Config from a TOML file.
+"""
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from model import ModelConfig
+
+
+class ConfigError(ValueError):
+    """A mistake in a recipe or on the command line. The message is one line."""
+
+
+def _require(config: Any, section: str, **rules: tuple[bool, str]) -> None:
+    for name, (holds, why) in rules.items():
+        if not holds:
+            raise ValueError(f"{section}.{name} = {getattr(config, name)!r}: {why}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The text, and how it is tokenized."""
+
+    source: str = "shakespeare"
+    """shakespeare | kjv | wiki, a .txt/.jsonl/.parquet file, a folder, a glob, or hf:NAME for a hub dataset"""
+    format: str = "text"
+    """text: the loss is over every token | chat: conversations in .jsonl, the loss is over the answers"""
+    split: str = "train"
+    """split of a hub dataset"""
+    text_column: str = "text"
+    """column with the text, in .jsonl, .parquet and hub datasets"""
+    limit: int = 0
+    """maximum number of documents; 0 reads all"""
+    val_source: str = ""
+    """separate source for validation; empty holds out val_fraction of the source"""
+    val_fraction: float = 0.05
+    """fraction of the source that is held out for validation"""
+    tokenizer: str = "bpe"
+    """bpe | byte | char, trained on the source; or a tokenizer.json, or a hub name"""
+    vocab_size: int = 4096
+    """size of a bpe vocabulary; the other tokenizers have a fixed size"""
+
+    def __post_init__(self) -> None:
+        _require(
+            self,
+            "data",
+            source=(bool(self.source), "must name a text"),
+            format=(self.format in ("text", "chat"), "must be text or chat"),
+            limit=(self.limit >= 0, "must be at least 0"),
+            val_fraction=(0.0 < self.val_fraction <= 0.5, "must be above 0 and at most 0.5"),
+            vocab_size=(
+                self.vocab_size >= (259 if self.format == "chat" else 257),
+                "must be at least 257: 256 bytes and the end-of-text token; 259 with the two special tokens of a chat",
+            ),
+        )
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The optimizers and their learning rate schedule."""
+
+    optimizer: str = "muon"
+    """muon (for the blocks' matrices, with AdamW for the rest) | adamw (for all)"""
+    lr: float = 3e-3
+    """AdamW's peak learning rate"""
+    muon_lr: float = 0.02
+    """Muon's peak learning rate: its updates are scaled to AdamW's usual size (root mean square 0.2)"""
+    weight_decay: float = 0.1
+    """decoupled weight decay of matrices, times the learning rate"""
+    beta1: float = 0.9
+    """AdamW's decay rate of the first moment"""
+    beta2: float = 0.95
+    """AdamW's decay rate of the second moment"""
+    muon_momentum: float = 0.95
+    """Muon's momentum"""
+    warmup_steps: int = 20
+    """steps of linear warmup of the learning rates"""
+    lr_decay_frac: float = 0.6
+    """fraction of all steps, at the end, over which the learning rates decay linearly to 0"""
+    grad_clip: float = 1.0
+    """maximum norm of the gradient; a larger gradient is scaled down to it"""
+
+    def __post_init__(self) -> None:
+        _require(
+            self,
+            "optim",
+            optimizer=(self.optimizer in ("muon", "adamw"), "must be muon or adamw"),
+            lr=(self.lr > 0, "must be above 0"),
+            muon_lr=(self.muon_lr > 0, "must be above 0"),
+            weight_decay=(self.weight_decay >= 0, "must be at least 0"),
+            beta1=(0 <= self.beta1 < 1, "must be at least 0 and below 1"),
+            beta2=(0 <= self.beta2 < 1, "must be at least 0 and below 1"),
+            muon_momentum=(0 <= self.muon_momentum < 1, "must be at least 0 and below 1"),
+            warmup_steps=(self.warmup_steps >= 0, "must be at least 0"),
+            lr_decay_frac=(0 <= self.lr_decay_frac <= 1, "must be from 0 to 1"),
+            grad_clip=(self.grad_clip > 0, "must be above 0"),
+        )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length of the run, batch size, evaluations, device and precision."""
+
+    seed: int = 0
+    """random seed of the weights, the order of batches and dropout"""
+    steps: int = 0
+    """number of optimizer steps; exactly one of steps and minutes is above 0"""
+    minutes: float = 0.0
+    """wall-clock budget: the first steps are timed, then the number of steps is set to end in time"""
+    batch_tokens: int = 16384
+    """tokens per optimizer step, over all devices; a multiple of model.context"""
+    micro_batch_size: int = 16
+    """sequences per forward pass on one device: lower it if memory runs out, the result stays the same"""
+    activation_checkpointing: bool = False
+    """store only the inputs of each layer and recompute its activations in the backward pass: slower, less memory"""
+    num_evals: int = 4
+    """number of evaluations (checkpoint, validation loss, sample), evenly spaced, the last one at the end"""
+    keep_checkpoints: int = 2
+    """number of latest checkpoints to keep, besides the best"""
+    prompt: str = ""
+    """prompt of the sample at every evaluation, in a chat the user's message; empty begins a new document"""
+    device: str = "auto"
+    """auto | cpu | cuda | mps"""
+    dtype: str = "auto"
+    """auto (bfloat16 where its matmuls are faster) | float32 | bfloat16"""
+    compile: str = "auto"
+    """auto (torch.compile on a GPU, heed's fused C++ layers on a CPU with g++ or clang++) | on (torch.compile) | off"""
+    wandb: str = "off"
+    """Weights & Biases: off | offline | online; metrics.jsonl is always written"""
+
+    def __post_init__(self) -> None:
+        _require(
+            self,
+            "train",
+            seed=(0 <= self.seed < 2**31, "must be from 0 to 2147483647"),
+            steps=(
+                self.steps >= 0 and (self.steps > 0) != (self.minutes > 0),
+                "one of steps and minutes must be above 0",
+            ),
+            minutes=(self.minutes >= 0, "must be at least 0"),
+            batch_tokens=(self.batch_tokens >= 1, "must be at least 1"),
+            micro_batch_size=(self.micro_batch_size >= 1, "must be at least 1"),
+            num_evals=(self.num_evals >= 1, "must be at least 1: the last evaluation is the result"),
+            keep_checkpoints=(self.keep_checkpoints >= 1, "must be at least 1"),
+            device=(self.device in ("auto", "cpu", "cuda", "mps"), "must be auto, cpu, cuda or mps"),
+            dtype=(self.dtype in ("auto", "float32", "bfloat16"), "must be auto, float32 or bfloat16"),
+            compile=(self.compile in ("auto", "on", "off"), "must be auto, on or off"),
+            wandb=(self.wandb in ("off", "offline", "online"), "must be off, offline or online"),
+        )
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run. `name` is its folder under runs/."""
+
+    name: str
+    init_from: str = ""  # the run whose weights and tokenizer it starts from, see training/init_from.py
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=1000))
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
+            raise ValueError(f"name = {self.name!r}: must be a folder name of A-Z, a-z, 0-9, '.', '_' and '-'")
+        if self.train.batch_tokens % self.model.context:
+            why = f"must be a multiple of model.context = {self.model.context}"
+            raise ValueError(f"train.batch_tokens = {self.train.batch_tokens}: {why}")
+
+
+SECTIONS: dict[str, type] = {"model": ModelConfig, "data": DataConfig, "optim": OptimConfig, "train": TrainConfig}

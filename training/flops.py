@@ -1,0 +1,46 @@
+"""Number of parameters of a model, its FLOPs per training token, and the peak FLOP/s of GPUs."""
+
+import re
+
+import torch
+
+from model import GPT, ModelConfig
+
+# Dense bf16 peaks of the vendors' data sheets, by a regular expression for torch.cuda.get_device_name.
+PEAK_FLOPS = {
+    r"A100": 312e12,
+    r"H100 (80GB HBM3|SXM)": 989e12,
+    r"H200": 989e12,
+    r" B200": 2250e12,
+    r"MI300X": 1307e12,
+}
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """Number of trainable parameters, without allocating them."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in GPT(config).parameters())
+
+
+def flops_per_token(config: ModelConfig) -> float:
+    """FLOPs to train on one token at full context: the forward pass, and twice that for the backward pass.
+
+    Counts matmuls alone, 2 FLOPs per multiply-add (Kaplan et al. 2020, section 2.1): the weights', the output head's
+    and attention's own two, over the keys that each query attends to. The embedding is a look-up and costs nothing.
+    """
+    C, H, K, D, T = config.n_embd, config.n_head, config.n_kv_head, config.head_dim, config.context
+    weights = C * D * (H * (3 if config.gate else 2) + 2 * K) + 3 * C * config.n_ffn
+    multiply_adds = float(config.n_layer * weights + C * config.vocab_size)
+    for layer in range(config.n_layer):
+        W = min(config.mask_spec(layer).window or T, T)
+        keys = (W * (W + 1) / 2 + (T - W) * W) / T  # mean over the context of min(position, W)
+        multiply_adds += 2 * H * D * keys
+    return 3 * 2 * multiply_adds
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Peak bf16 FLOP/s of a device, to compute MFU; None if unknown."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for pattern, peak in PEAK_FLOPS.items() if re.search(pattern, name)), None)

@@ -1,0 +1,141 @@
+"""Fused layers for training on a CPU: model.py's layers with the C++ operations of kernels/cpu/.
+
+`apply_fused_layers(model)` replaces the `forward` of every layer and of the last norm from outside. Results
+and gradients are those of model.py: tests/training/test_fused.py compares them in fp64 for every supported flag.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inference.engine import SUPPORTED, check_supported
+from kernels import cpu
+from kernels.cpu import fused_layers, train_ops
+from kernels.cpu.fused_layers import PackedWeight
+from model import GPT, Attention, Block, Decoder, FeedForward, KVCache
+from training.device import Machine
+
+
+class FusedLayersError(RuntimeError):
+    """A model whose layers cannot be fused, or that was changed after they were."""
+
+
+def apply_fused_layers(model: GPT) -> None:
+    """Run the model's layers with fused C++ operations from now on. Changes `model` in place; parameters stay.
+
+    It must be the last change to the model: every forward pass checks that no module was replaced, moved or cast since,
+    and raises FusedLayersError otherwise. Call it again after a change to fuse the changed model.
+
+    Raises:
+        kernels.cpu.Unavailable: a flag of the model that the C++ operations do not support.
+        FusedLayersError: a layer that is not exactly model.py's (a subclass, another module), or not fp32 on a CPU.
+    """
+    check_supported(model.config, SUPPORTED | {"qk_norm"})
+    decoder = model.model
+    _check_layers(decoder)
+    block: Any
+    for block in decoder.layers:
+        block.forward = FusedBlock(block)
+    decoder.norm.forward = functools.partial(fused_rms_norm, decoder.norm)  # type: ignore[method-assign]
+    if old := getattr(decoder, "fused_check", None):
+        old.remove()
+    modules = [(module, type(module), dict(module._modules)) for module in decoder.modules()]
+    check = decoder.register_forward_pre_hook(functools.partial(_check_unchanged, modules))
+    object.__setattr__(decoder, "fused_check", check)
+
+
+def optimize_layers(model: GPT, machine: Machine) -> str:
+    """Apply the machine's layer implementation to the model, in place. Returns a log line if that is not possible."""
+    if machine.layer_impl == "compiled":
+        for layer in model.model.layers:
+            layer.compile()  # all layers share the compiled code of the first
+    if machine.layer_impl == "fused":
+        try:
+            apply_fused_layers(model)
+        except cpu.Unavailable as reason:
+            return f"layers eager ({reason})"
+    return ""
+
+
+def fused_rms_norm(norm: nn.RMSNorm, x: Tensor) -> Tensor:
+    """nn.RMSNorm.forward: (..., C) -> (..., C)."""
+    return train_ops.RMSNorm.apply(x, norm.weight, norm.eps)
+
+
+class FusedBlock:
+    """Block.forward as two nodes of autograd: x + attention(norm(x)) and x + feed_forward(norm(x))."""
+
+    def __init__(self, block: Block) -> None:
+        attention, mlp = block.self_attn, block.mlp
+        gated = attention.head_dim if attention.gate else 0
+        self.block = block
+        self.qkv = PackedWeight(attention, "q_proj", "k_proj", "v_proj", gated=gated)
+        self.o = PackedWeight(attention, "o_proj")
+        self.gate_up = PackedWeight(mlp, "gate_proj", "up_proj", unit=32)
+        self.down = PackedWeight(mlp, "down_proj")
+
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None) -> Tensor:
+        """x (B, T, C); cos, sin (1, T, 1, D) -> (B, T, C)."""
+        block = self.block
+        if cache is not None:
+            return Block.forward(block, x, cos, sin, cache)
+        attention, dropout = block.self_attn, block.dropout if block.training else 0.0
+        D, q_norm, k_norm = attention.head_dim, attention.q_norm, attention.k_norm
+        gains = [n.weight if isinstance(n, nn.RMSNorm) else None for n in (q_norm, k_norm)]
+        eps = q_norm.eps if isinstance(q_norm, nn.RMSNorm) else 0.0
+        H, K = attention.o_proj.in_features // D, attention.k_proj.out_features // D
+        heads = train_ops.Heads(H, K, D, attention.mask_spec.window or 0, D**-0.5, eps)
+        norm = block.input_layernorm
+        x = fused_layers.Attention.apply(
+            x, norm.weight, norm.eps, dropout, self.qkv, self.o, *gains, cos[0, :, 0], sin[0, :, 0], heads,
+            *self.qkv.weights, *self.o.weights,
+        )  # fmt: skip
+        norm = block.post_attention_layernorm
+        weights = (*self.gate_up.weights, *self.down.weights)
+        return fused_layers.FeedForward.apply(x, norm.weight, norm.eps, dropout, self.gate_up, self.down, *weights)
+
+
+def _check_layers(decoder: Decoder) -> None:
+    """Raise FusedLayersError unless every module is exactly model.py's and every parameter is fp32 on a CPU."""
+    expected: list[tuple[str, nn.Module, tuple[type, ...]]] = [("model.norm", decoder.norm, (nn.RMSNorm,))]
+    block: Any
+    for number, block in enumerate(decoder.layers):
+        name = f"model.layers.{number}"
+        expected.append((name, block, (Block,)))
+        if type(block) is not Block:
+            break  # its parts may have other names
+        expected.append((f"{name}.input_layernorm", block.input_layernorm, (nn.RMSNorm,)))
+        expected.append((f"{name}.self_attn", block.self_attn, (Attention,)))
+        expected.append((f"{name}.post_attention_layernorm", block.post_attention_layernorm, (nn.RMSNorm,)))
+        expected.append((f"{name}.mlp", block.mlp, (FeedForward,)))
+        for part, module in block.self_attn.named_children():
+            kinds: tuple[type, ...] = (nn.RMSNorm, nn.Identity) if part in ("q_norm", "k_norm") else (nn.Linear,)
+            expected.append((f"{name}.self_attn.{part}", module, kinds))
+        expected += [(f"{name}.mlp.{part}", module, (nn.Linear,)) for part, module in block.mlp.named_children()]
+    for name, module, kinds in expected:
+        if type(module) not in kinds:
+            right = " or ".join(kind.__name__ for kind in kinds)
+            raise FusedLayersError(f"{name} is {type(module).__name__}, fused layers need exactly {right}")
+    _check_parameters(decoder)
+
+
+def _check_parameters(decoder: nn.Module) -> None:
+    for name, parameter in decoder.named_parameters():
+        if not (parameter.is_cpu and parameter.dtype is torch.float32):
+            where = f"{str(parameter.dtype).removeprefix('torch.')} on {parameter.device}"
+            raise FusedLayersError(f"model.{name} is {where}, fused layers need float32 on a CPU")
+
+
+def _check_unchanged(modules: list[tuple[nn.Module, type, dict[str, Any]]], decoder: nn.Module, inputs: Any) -> None:
+    """Before every forward pass. Raise FusedLayersError if the model is not as it was when its layers were fused."""
+    for module, kind, children in modules:
+        if type(module) is not kind or module._modules != children:
+            raise FusedLayersError(
+                f"{kind.__name__} was changed, or modules in it were replaced, after apply_fused_layers(model): "
+                "call it again, as the last change"
+            )
+        for parameter in module._parameters.values():
+            if parameter is not None and not (parameter.is_cpu and parameter.dtype is torch.float32):
+                _check_parameters(decoder)  # raises, with the name
