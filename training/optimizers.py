@@ -5,6 +5,8 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
+from kernels import cpu
+from kernels.cpu.train_ops import muon_step
 from training.config import OptimConfig
 
 
@@ -29,12 +31,14 @@ class Muon(torch.optim.Optimizer):
 
     The step is scaled to a root mean square of 0.2, AdamW's usual size, whatever the shape (Liu et al. 2025, arXiv
     2502.16982, section 2.2), and weight decay is decoupled. Matrices of one shape are handled as one batch.
-    torch.optim.Muon has no batches and always computes in bf16, which many CPUs only emulate.
+    torch.optim.Muon has no batches and always computes in bf16, which many CPUs only emulate. On a CPU a step is one call
+    of kernels/cpu/muon.cpp, where there is a C++ compiler.
     """
 
     def __init__(self, params: list[nn.Parameter], lr: float, momentum: float, weight_decay: float, dtype: torch.dtype):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.dtype = dtype
+        self.fused = cpu.trains(dtype) and all(p.is_cpu and p.dtype == torch.float32 for p in params)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -44,11 +48,15 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     by_shape[p.shape].append(p)
-            for shape, params in by_shape.items():
-                gradients = [p.grad for p in params if p.grad is not None]
-                for p in params:
                     if p not in self.state:
                         self.state[p]["momentum"] = torch.zeros_like(p)
+            if self.fused:
+                everything = [p for params in by_shape.values() for p in params]
+                buffers = [self.state[p]["momentum"] for p in everything]
+                muon_step(everything, buffers, self.dtype, group["lr"], group["momentum"], group["weight_decay"])
+                continue
+            for shape, params in by_shape.items():
+                gradients = [p.grad for p in params if p.grad is not None]
                 buffers = [self.state[p]["momentum"] for p in params]
                 torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
                 ahead = torch._foreach_lerp(gradients, buffers, group["momentum"])  # Nesterov: one step further

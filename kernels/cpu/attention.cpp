@@ -13,8 +13,8 @@
 using E = ELEMENT;
 using X = Multiplied<E>;
 
-constexpr int64_t BLOCK = 64;   // queries and keys at once in the backward: three blocks of scores fit into 48 KB
-constexpr int64_t CHUNK = 512;  // keys at once in the forward, in multiples of BLOCK
+constexpr int64_t BLOCK = 64;   // queries at once, and in the backward keys: three blocks of scores fit into 48 KB
+constexpr int64_t CHUNK = 128;  // keys at once in the forward
 constexpr float LOG2_E = 1.44269504f;
 
 struct Attention {
@@ -105,29 +105,78 @@ static Packed<X> at(Packed<X> b, int64_t k, int64_t n) {
     return {b.data + k / 32 * b.down + n / 16 * b.right, b.down, b.right};
 }
 
-// The keys from ... to of a chunk are seen: their scores become weights, the others' 0. `top`, `total` and `sums` are what
-// the online softmax keeps for this query: its largest score so far, in base 2, and the sums of weights and of values.
-static inline void softmax_row(float* scores, int64_t from, int64_t to, int64_t n, float& top, float& total, float* sums,
-                               int64_t width, X* weights) {
-    std::fill(scores, scores + from, -INFINITY), std::fill(scores + to, scores + n, -INFINITY);
-    Floats most = Floats{} - INFINITY, added{};
-    for (int64_t i = 0; i < n; i += LANES) keep_larger(most, load(scores + i));
-    float before = top;
-    top = std::max(before, largest(most) * LOG2_E);
-    if (top == -INFINITY) {
-        lanes(n, [&](int64_t i, auto v) { store(weights + i, decltype(v){}); });
-        return;
-    }
-    float kept = std::exp2(before - top);
-    if (kept != 1) each(sums, width, [&](auto v) { return v * kept; });
-    for (int64_t i = 0; i < n; i += LANES) {
-        Floats p = exp2(load(scores + i) * LOG2_E - top);
-        store(weights + i, p), added += p;
-    }
-    total = total * kept + sum(added);
+// a and b are neighbours along K: two rows of 16 numbers of a packed tile.
+static inline void store_pair(float* to, Floats a, Floats b, int64_t v) {
+    store(to + v, a), store(to + 16 + v, b);
 }
+#ifdef __AVX512BF16__
+static inline void store_pair(Bf16* to, Floats a, Floats b, int64_t) {
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                           5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    __m512i both = _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a));
+    std::memcpy(to, &both, sizeof both);
+}
+#endif
 
 // 2. Forward ---------------------------------------------------------------------------------------------------------
+
+// A block of queries and what the online softmax keeps of each: its largest score so far, in base 2, the sum of its
+// weights, and of its values (width, BLOCK). Queries are columns, so that nothing is summed up within a vector.
+struct Softmax {
+    float top[BLOCK], total[BLOCK];
+    Buffer<float> scores, sums;
+    Buffer<X> weights;
+    explicit Softmax(int64_t width) : scores(CHUNK * BLOCK), sums(width * BLOCK), weights(CHUNK * BLOCK) {}
+    Packed<X> packed() { return {weights, BLOCK * 32, TILE}; }
+
+    void begin(int64_t width) {
+        std::fill_n(top, BLOCK, -INFINITY), std::fill_n(total, BLOCK, 0.f);
+        std::fill_n((float*)sums, width * BLOCK, 0.f);
+    }
+
+    // The scores of n keys become weights.
+    void add(int64_t n, int64_t width) {
+        for (int64_t q = 0; q < BLOCK; q += LANES) {
+            Floats before = load(top + q), most = before / LOG2_E, sum = load(total + q);
+            for (int64_t k = 0; k < n; k++) keep_larger(most, load(scores + k * BLOCK + q));
+            Floats now = most * LOG2_E, kept = exp2(before - now);
+            now = most == -INFINITY ? Floats{} : now, sum *= kept;  // no key so far: weights of 0, not of infinity
+            for (int64_t k = 0; k < n; k += 2) {
+                Floats a = exp2(load(scores + k * BLOCK + q) * LOG2_E - now);
+                Floats b = exp2(load(scores + (k + 1) * BLOCK + q) * LOG2_E - now);
+                store_pair(weights + (k / 32 * BLOCK / 16 + q / 16) * TILE + k % 32 * 16, a, b, q % 16);
+                sum += a + b;
+            }
+            store(top + q, most * LOG2_E), store(total + q, sum);
+            for (int64_t d = 0; d < width; d++) store(sums + d * BLOCK + q, load(sums + d * BLOCK + q) * kept);
+        }
+    }
+
+    // The queries' rows of values, (BLOCK, width), and their log-sum-exp.
+    void finish(int64_t width, float* rows, float* lse) {
+        for (int64_t q = 0; q < BLOCK; q++) lse[q] = top[q] + std::log2(total[q]), total[q] = 1 / total[q];
+        for (int64_t d = 0; d < width; d++)
+            for (int64_t q = 0; q < BLOCK; q += LANES) store(sums + d * BLOCK + q, load(sums + d * BLOCK + q) * load(total + q));
+        for (int64_t d = 0; d < width; d += 16)
+            for (int64_t q = 0; q < BLOCK; q += 16) transpose(sums + d * BLOCK + q, BLOCK, rows + q * width + d, width);
+    }
+};
+
+// Scores of n keys from `key` on, by BLOCK queries from `query` on: minus infinity where the query does not see the key.
+static void hide(const Attention& m, int64_t key, int64_t n, int64_t query, float* scores) {
+    for (int64_t k = 0; k < n; k++, scores += BLOCK) {
+        int64_t from = std::clamp<int64_t>(key + k - query, 0, BLOCK);
+        int64_t to = m.window ? std::clamp<int64_t>(key + k + m.window - query, 0, BLOCK) : BLOCK;
+        std::fill(scores, scores + from, -INFINITY), std::fill(scores + to, scores + BLOCK, -INFINITY);
+    }
+}
+
+// kt (width, tokens) = rows (tokens, width), transposed, from the tiles that pack_transposed made of them.
+static void unpack(const Attention& m, Packed<X> tiles, X* kt) {
+    int64_t T = m.tokens;
+    for (int64_t d = 0; d < m.width(); d += 32)
+        for (int64_t t = 0; t < T; t += 16) unpack_transposed(at(tiles, d, t).data, kt + d * T + t, T);
+}
 
 // qkv (B * T, (H + 2K) D) -> out (B * T, H * D) and lse (B, H, tokens), the scores' log-sum-exp in base 2.
 extern "C" void heed_attention(const Attention& m, const E* qkv, E* out, float* lse, int64_t threads) {
@@ -135,41 +184,34 @@ extern "C" void heed_attention(const Attention& m, const E* qkv, E* out, float* 
 #pragma omp parallel num_threads(threads)
     {
         Tiles tiles;
-        Buffer<X> rows(T * D), keys(T * D), values(T * D), weights(32 * CHUNK);
-        Buffer<float> scores(32 * CHUNK), sums(32 * D);
-        float top[32], total[32];
+        Buffer<X> rows(T * D), keys(T * D), packed(T * D), vt(T * D);
+        Buffer<float> values(BLOCK * D);
+        Softmax softmax(D);
 #pragma omp for
         for (int64_t task = 0; task < m.B * m.K; task++) {
             int64_t b = task / m.K, k = task % m.K;
-            load_head(m, qkv, b, m.H + k, rows);
-            Packed<X> kt = pack_all(m, rows, keys, true);
-            load_head(m, qkv, b, m.H + m.K + k, rows);
-            Packed<X> v = pack_all(m, rows, values, false);
+            load_head(m, qkv, b, m.H + k, keys), load_head(m, qkv, b, m.H + m.K + k, rows);
+            unpack(m, pack_all(m, rows, packed, true), vt);
             for (int64_t h = k * G; h < (k + 1) * G; h++) {
                 load_head(m, qkv, b, h, rows);
-                for (int64_t q = 0; q < m.T; q += 32) {
-                    std::fill_n(top, 32, -INFINITY), std::fill_n(total, 32, 0.f);
-                    std::fill_n((float*)sums, 32 * D, 0.f);
-                    int64_t end = q + 32, n;  // of the keys that these queries see
+                Packed<X> qt = pack_all(m, rows, packed, true);
+                for (int64_t q = 0; q < m.T; q += BLOCK) {
+                    softmax.begin(D);
+                    int64_t end = q + BLOCK, n;  // of the keys that these queries see
                     for (int64_t first = m.begin(q) / 32 * 32; first < end; first += n) {
                         n = std::min(CHUNK, end - first);
-                        multiply<false, X>(rows + q * D, D, at(kt, 0, first), D, n, scores, CHUNK);
-                        for (int64_t r = 0; r < 32; r++) {
-                            // of this chunk, the keys from ... to
-                            int64_t from = std::max<int64_t>(0, m.begin(q + r) - first), to = std::min(n, q + r + 1 - first);
-                            softmax_row(scores + r * CHUNK, from, std::max(from, to), n, top[r], total[r], sums + r * D, D,
-                                        weights + r * CHUNK);
-                        }
-                        multiply<true, X>(weights, CHUNK, at(v, first, 0), n, D, sums, D);
+                        for (int64_t i = 0; i < n; i += 32)
+                            multiply<false, X>(keys + (first + i) * D, D, at(qt, 0, q), D, BLOCK, softmax.scores + i * BLOCK, BLOCK);
+                        if (m.window || first + n > q) hide(m, first, n, q, softmax.scores);
+                        softmax.add(n, D);
+                        for (int64_t d = 0; d < D; d += 32)
+                            multiply<true, X>(vt + d * T + first, T, softmax.packed(), n, BLOCK, softmax.sums + d * BLOCK, BLOCK);
                     }
-                    for (int64_t r = 0; r < std::min<int64_t>(32, m.T - q); r++) {
-                        E* to = out + ((b * m.T + q + r) * m.H + h) * m.D;
-                        float factor = 1 / total[r];
+                    softmax.finish(D, values, lse + (b * m.H + h) * T + q);
+                    for (int64_t r = 0; r < std::min(BLOCK, m.T - q); r++)
                         lanes(m.D, [&](int64_t d, auto v) {
-                            store(to + d, decltype(v)(load<decltype(v)>(sums + r * D + d) * factor));
+                            store(out + ((b * m.T + q + r) * m.H + h) * m.D + d, load<decltype(v)>(values + r * D + d));
                         });
-                        lse[(b * m.H + h) * T + q + r] = top[r] + std::log2(total[r]);
-                    }
                 }
             }
         }
@@ -189,14 +231,6 @@ static inline void gradient_row(const Attention& m, int64_t key, int64_t first, 
         Floats weight = exp2(load(scores + i) * LOG2_E - load(lse + i));
         store(p + i, weight), store(dscores + i, weight * (load(dp + i) - load(delta + i)));
     }
-}
-
-// kt (width, tokens) = rows (tokens, width), transposed, from the tiles that pack_transposed made of them.
-static void unpack(const Attention& m, Packed<X> tiles, X* kt) {
-    int64_t T = m.tokens;
-    for (int64_t d = 0; d < m.width(); d += 32)
-        for (int64_t t = 0; t < T; t += 16)
-            unpack_transposed(at(tiles, d, t).data, kt + d * T + t, T);
 }
 
 // dqkv from dout (B * T, H * D), in the shapes of qkv and out; dgain_q and dgain_k (D).

@@ -94,14 +94,14 @@ def _processor() -> str:
 def call(function: Any, *arguments: Any) -> int:
     """Call a C++ function and return its result.
 
-    A contiguous tensor is passed as a pointer, None as a null pointer, a structure by reference, an int as int64_t, a
+    A contiguous tensor is passed as a pointer, None as a null pointer, a structure or an array of them by reference, an int as int64_t, a
     float as double. The last argument is the number of threads.
     """
     words: list[Any] = []
     for a in (*arguments, torch.get_num_threads()):
         if a is None or isinstance(a, Tensor):
             words.append(ctypes.c_void_p(None if a is None else a.data_ptr()))
-        elif isinstance(a, ctypes.Structure):
+        elif isinstance(a, ctypes.Structure | ctypes.Array):
             words.append(ctypes.byref(a))
         else:
             words.append(ctypes.c_double(a) if isinstance(a, float) else ctypes.c_int64(a))

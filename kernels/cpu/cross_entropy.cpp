@@ -1,7 +1,11 @@
 // The head and the loss in one when a model trains on a CPU: see cross_entropy.py, whose formulas these are.
 //
-// Threads share the vocabulary, so that each one's columns of the head, and of its gradient, stay in the cache of its core
-// while all tokens pass by, some at a time. They meet where a row's log-sum-exp, and then its dx, is put together.
+// Threads share the vocabulary, so that each one's columns of the head, and of its gradient, stay near its core while all
+// tokens pass by, SOME at a time. They meet where a row's log-sum-exp, and then its dx, is put together.
+//
+// With e = exp(logit - top) of a row, its largest logit subtracted, the row's gradient is factor * e - [target], and the
+// factor is known only when all of the row is. So e is multiplied as it is: the factor goes to rows of dx and of x, and
+// what belongs to the target is subtracted from one row of dx and of dw, in fp32.
 //
 // N tokens, C width, V vocabulary. E is the type of x (-DELEMENT); logits, sums and dw are fp32.
 #include "linear.h"
@@ -12,127 +16,120 @@ static inline float exp(float x) { return std::exp(x); }
 
 struct Loss {
     int64_t N, C, V;
-    double z_loss, softcap;  // without a softcap it is 0
-    const E* x;              // (N, C)
-    const X *head, *head_t;  // the head's weight (V, C), packed for x W^T and for dy W
-    const int64_t* targets;  // (N); one that is not in the vocabulary does not count
-    float* losses;           // (N)
-    E* dx;                   // (N, C), or null
-    float* dw;               // (V, C), or null
+    double z_loss, softcap;   // without a softcap it is 0
+    const E *x, *weight;      // (N, C), and the head's weight (V, C)
+    const X *head, *head_t;   // the same, packed for x W^T and for dy W
+    const int64_t* targets;   // (N); one that is not in the vocabulary does not count
+    float* losses;            // (N)
+    E* dx;                    // (N, C), or null
+    float* dw;                // (V, C), or null
+    bool counts(int64_t r) const { return targets[r] >= 0 && targets[r] < V; }
 };
 
-// One thread's columns of the head, from `from` to `to`, and `n` tokens' logits of them.
-struct Share {
-    const Loss& m;
-    int64_t from, to, pitch;
-    Buffer<float> logits;
-    float cap = m.softcap;
-    Share(const Loss& m, Part part, int64_t tokens)
-        : m(m), from(part.from), to(part.to), pitch(round_up(to - from, 32) + 16), logits(tokens * pitch) {}
-    float* row(int64_t r) { return logits + r * pitch; }
-
-    // Row r of the logits, softcapped: its largest, and the sum of exp(logit - largest). Without a softcap these numbers
-    // take the logits' place.
-    void exponentiate(int64_t r, float& top, float& total) {
-        Floats most = Floats{} - INFINITY, sums{};
-        float* x = row(r);
-        if (cap) each(x, to - from, [&](auto v) { return cap * decltype(v)(tanh(v / cap)); });
-        lanes(to - from, [&](int64_t i, auto v) { keep_larger(most, load<decltype(v)>(x + i)); });
-        top = largest(most);
-        lanes(to - from, [&](int64_t i, auto v) {
-            v = exp(load<decltype(v)>(x + i) - top);
-            if (!cap) store(x + i, v);
-            add(sums, v);
-        });
-        total = sum(sums);
-    }
-
-    // dloss/dlogit of row r: exp(logit - lse) * factor, minus 1 at the target, times the slope of the softcap.
-    void differentiate(int64_t r, int64_t target, float top, float own_top, float factor, X* g) {
-        float* x = row(r);
-        float rescale = factor * std::exp(own_top - top), slope = 1, at = 0;
-        if (target >= from && target < to) at = x[target - from];
-        lanes(to - from, [&](int64_t i, auto v) {
-            using L = decltype(v);
-            v = load<L>(x + i);
-            if (cap) {
-                L t = v / cap;
-                v = exp(v - top) * factor * (1 - t * t);
-            } else {
-                v *= rescale;
-            }
-            store(g + i, v);
-        });
-        if (target >= from && target < to) {
-            if (cap) slope = 1 - at / cap * at / cap, at = std::exp(at - top) * factor;
-            else at *= rescale;
-            g[target - from] = X((at - 1) * slope);
-        }
-    }
+// What a thread finds in a row: the largest of its logits, and the sum of e.
+struct Sum {
+    float top = -INFINITY, total = 0;
 };
+
+// e, times the slope of the softcap, of one row of n logits, which are overwritten.
+static Sum exponentiate(float* x, int64_t n, float cap, X* e) {
+    Floats most = Floats{} - INFINITY, sums{};
+    if (cap) each(x, n, [&](auto v) { return cap * decltype(v)(tanh(v / cap)); });
+    lanes(n, [&](int64_t i, auto v) { keep_larger(most, load<decltype(v)>(x + i)); });
+    float top = largest(most);
+    lanes(n, [&](int64_t i, auto v) {
+        using L = decltype(v);
+        L logit = load<L>(x + i), t = L(logit / (cap ? cap : 1));
+        v = exp(L(logit - top)), add(sums, v);
+        store(e + i, cap ? L(v * (1 - t * t)) : v);
+    });
+    return {top, sum(sums)};
+}
 
 extern "C" void heed_linear_cross_entropy(const Loss& m, int64_t threads) {
-    int64_t width = round_up(m.C, 32), vocabulary = round_up(m.V, 32), share = round_up(m.V / threads + 1, 32);
-    // So many tokens at a time that a thread's logits take a megabyte, if that is at least 32.
-    int64_t tokens = std::max<int64_t>(32, std::min(SOME / 2, (1 << 18) / share / 32 * 32));
-    Buffer<float> tops(threads * tokens), totals(threads * tokens), at_targets(tokens), dx(threads * tokens * width);
+    int64_t width = round_up(m.C, 32), vocabulary = round_up(m.V, 32);
+    float cap = m.softcap, z = m.z_loss;
+    std::vector<Sum> found(threads * SOME);
+    std::vector<float> at_target(SOME), slopes(m.N);
+    Buffer<float> dx(m.dx ? threads * SOME * width : 0);
 #pragma omp parallel num_threads(threads)
     {
         Tiles tiles;
         int64_t me = omp_get_thread_num(), crew = omp_get_num_threads();
-        Share mine(m, Part(m.V, 32), tokens);
-        int64_t columns = mine.to - mine.from;
-        Rows x(tokens, m.C), g(tokens, columns);
+        Part mine(m.V, 32);
+        int64_t columns = mine.to - mine.from, pitch = round_up(columns, 32) + 16;
+        Rows x(SOME, m.C), e(SOME, columns);
         Columns x_columns(m.C);
-        Gradient dw(1, m.C, columns);
-        Buffer<X> room(m.dw ? g.width * tokens : 0);
+        Gradient dw(1, m.C, m.dw ? columns : 0);
+        Buffer<X> room(m.dw ? e.width * SOME : 0);
+        Buffer<float> logits(32 * pitch);
+        float factors[SOME];
         dw.clear(0);
-        for (int64_t first = 0; first < m.N; first += tokens) {
-            int64_t n = std::min(tokens, m.N - first);
-            x.load(m.x + first * m.C, n, m.C);
-            for (int64_t v = 0; v < columns; v += 32)
-                for (int64_t r = 0; r < n; r += 32)
-                    multiply<false, X>(x.row(r), x.pitch, right(m.head, width, mine.from + v), width, 32, mine.row(r) + v,
-                                       mine.pitch);
-            for (int64_t r = 0; r < n; r++) {
-                int64_t target = m.targets[first + r];
-                float at = target >= mine.from && target < mine.to ? mine.row(r)[target - mine.from] : 0;
-                if (target >= mine.from && target < mine.to) at_targets[r] = mine.cap ? mine.cap * std::tanh(at / mine.cap) : at;
-                tops[me * tokens + r] = -INFINITY, totals[me * tokens + r] = 0;
-                if (columns) mine.exponentiate(r, tops[me * tokens + r], totals[me * tokens + r]);
+        for (int64_t first = 0; first < m.N; first += SOME) {
+            int64_t n = std::min(SOME, m.N - first);
+            x.load(m.x + first * m.C, n, m.C), e.clear_edges(n, columns);
+            for (int64_t r = 0; r < n && columns; r += 32) {
+                for (int64_t v = 0; v < columns; v += 32)
+                    multiply<false, X>(x.row(r), x.pitch, right(m.head, width, mine.from + v), width, 32, logits + v, pitch);
+                for (int64_t i = r; i < std::min(r + 32, n); i++) {
+                    int64_t target = m.targets[first + i] - mine.from;
+                    float* row = logits + (i - r) * pitch;
+                    if (target >= 0 && target < columns) at_target[i] = cap ? cap * tanh(row[target] / cap) : row[target];
+                    found[me * SOME + i] = exponentiate(row, columns, cap, e.row(i));
+                }
             }
 #pragma omp barrier
-            g.clear_edges(n, columns);
             for (int64_t r = 0; r < n; r++) {
-                int64_t target = m.targets[first + r];
-                bool counts = target >= 0 && target < m.V;
-                float top = -INFINITY, total = 0, z = m.z_loss;
-                for (int64_t t = 0; t < crew; t++) top = std::max(top, tops[t * tokens + r]);
-                for (int64_t t = 0; t < crew; t++) total += totals[t * tokens + r] * std::exp(tops[t * tokens + r] - top);
-                float lse = top + std::log(total);
-                if (me == 0) m.losses[first + r] = counts ? std::log(total) + (top - at_targets[r]) + z * lse * lse : 0;
-                if (!m.dx && !m.dw) continue;
-                if (counts) mine.differentiate(r, target, top, tops[me * tokens + r], (1 + 2 * z * lse) / total, g.row(r));
-                else std::fill_n(g.row(r), g.width, X(0.f));
+                Sum all, own = columns ? found[me * SOME + r] : Sum{};
+                for (int64_t t = 0; t < crew; t++)
+                    if (!Part(m.V, 32, t).empty()) all.top = std::max(all.top, found[t * SOME + r].top);
+                for (int64_t t = 0; t < crew; t++)
+                    if (!Part(m.V, 32, t).empty())
+                        all.total += found[t * SOME + r].total * std::exp(found[t * SOME + r].top - all.top);
+                float lse = all.top + std::log(all.total), ratio = cap ? at_target[r] / cap : 0;
+                bool counts = m.counts(first + r);
+                factors[r] = counts ? (1 + 2 * z * lse) / all.total * std::exp(own.top - all.top) : 0;
+                if (me) continue;
+                slopes[first + r] = counts ? 1 - ratio * ratio : 0;
+                m.losses[first + r] = counts ? std::log(all.total) + (all.top - at_target[r]) + z * lse * lse : 0;
             }
-            if (m.dx && columns)  // this thread's part of dx, over its columns
-                for (int64_t c = 0; c < width; c += 32)
-                    for (int64_t r = 0; r < n; r += 32) {
-                        Packed<X> weights = right(m.head_t, vocabulary, c);
-                        weights.data += mine.from * 16;
-                        multiply<false, X>(g.row(r), g.pitch, weights, g.width, 32, dx + (me * tokens + r) * width + c, width);
-                    }
-            if (m.dw) x_columns.fill(x, round_up(n, 32)), dw.add(0, x_columns, g, round_up(n, 32), room);
+            for (int64_t c = 0; c < width && m.dx && columns; c += 32) {  // this thread's part of dx, over its columns
+                Packed<X> weights = right(m.head_t, vocabulary, c);
+                weights.data += mine.from * 16;
+                for (int64_t r = 0; r < n; r += 32) {
+                    float* to = dx + (me * SOME + r) * width + c;
+                    multiply<false, X>(e.row(r), e.pitch, weights, e.width, 32, to, width);
+                    for (int64_t i = 0; i < std::min<int64_t>(32, n - r); i++)
+                        each(to + i * width, 32, [&](auto v) { return v * factors[r + i]; });
+                }
+            }
+            if (m.dw && columns) {
+                for (int64_t r = 0; r < n; r++)
+                    lanes(m.C, [&](int64_t c, auto v) {
+                        store(x.row(r) + c, decltype(v)(load<decltype(v)>(x.row(r) + c) * factors[r]));
+                    });
+                x_columns.fill(x, round_up(n, 32)), dw.add(0, x_columns, e, round_up(n, 32), room);
+            }
 #pragma omp barrier
-            Part rows(n);
-            for (int64_t r = rows.from; m.dx && r < rows.to; r++)
+            Part rows(m.dx ? n : 0);
+            for (int64_t r = rows.from; r < rows.to; r++)
                 lanes(m.C, [&](int64_t c, auto v) {
-                    v = decltype(v){};
+                    using L = decltype(v);
+                    v = L{};
                     for (int64_t t = 0; t < crew; t++)
-                        if (!Part(m.V, 32, t).empty()) v += load<decltype(v)>(dx + (t * tokens + r) * width + c);
+                        if (!Part(m.V, 32, t).empty()) v += load<L>(dx + (t * SOME + r) * width + c);
+                    if (m.counts(first + r)) v -= slopes[first + r] * load<L>(m.weight + m.targets[first + r] * m.C + c);
                     store(m.dx + (first + r) * m.C + c, v);
                 });
         }
         if (m.dw) dw.add_up(m.dw + mine.from * m.C, true, Part(dw.blocks, 1, 0, 1));
+        for (int64_t r = 0; r < m.N && m.dw; r++)
+            if (m.targets[r] >= mine.from && m.targets[r] < mine.to) {
+                float* to = m.dw + m.targets[r] * m.C;
+                lanes(m.C, [&](int64_t c, auto v) {
+                    using L = decltype(v);
+                    store(to + c, L(load<L>(to + c) - slopes[r] * load<L>(m.x + r * m.C + c)));
+                });
+            }
     }
 }

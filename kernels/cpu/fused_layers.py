@@ -106,7 +106,7 @@ class FeedForward(torch.autograd.Function):
         gate_up, down = ctx.packed
         dy, dx, dgain = dy.contiguous(), torch.empty_like(x), torch.empty_like(gain)
         dout = drop_backward(dy, mask, ctx.dropout)
-        (shape, kept), F = FeedForward.shape(ctx, x, gain), down.weights[0].shape[1]
+        (shape, _kept), F = FeedForward.shape(ctx, x, gain), down.weights[0].shape[1]
         dgate_up = torch.empty(2 * math.ceil(F / 32) * 32, x.shape[-1], dtype=torch.float32)
         ddown = torch.empty_like(down.weights[0])
         backward = build.library("feed_forward", ELEMENT=ctx.dtype).heed_feed_forward_backward

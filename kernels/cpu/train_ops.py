@@ -12,7 +12,7 @@ from ctypes import Structure, c_double, c_int64, c_void_p
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from kernels.cpu import build
@@ -153,7 +153,7 @@ class Loss(Structure):
     _fields_ = (
         *((name, c_int64) for name in ("N", "C", "V")),
         *((name, c_double) for name in ("z_loss", "softcap")),
-        *((name, c_void_p) for name in ("x", "head", "head_t", "targets", "losses", "dx", "dw")),
+        *((name, c_void_p) for name in ("x", "weight", "head", "head_t", "targets", "losses", "dx", "dw")),
     )
 
 
@@ -164,7 +164,31 @@ def linear_cross_entropy(
     """Fills losses (N,), and of dx (N, C) and dw (V, C) what is wanted: see kernels/cross_entropy.py, whose arguments x
     (N, C), weight (V, C) and targets (N,) are. Raises ValueError where it is not to be had."""
     build.require(x)
-    x, targets, (head, head_t) = x.contiguous(), targets.contiguous(), pack(weight.to(x.dtype))
-    pointers = (None if a is None else a.data_ptr() for a in (x, head, head_t, targets, losses, dx, dw))
+    x, weight, targets = x.contiguous(), weight.to(x.dtype).contiguous(), targets.contiguous()
+    head, head_t = pack(weight)
+    pointers = (None if a is None else a.data_ptr() for a in (x, weight, head, head_t, targets, losses, dx, dw))
     loss = Loss(*x.shape, len(weight), z_loss, softcap or 0.0, *pointers)
     build.call(build.library("cross_entropy", ELEMENT=x.dtype).heed_linear_cross_entropy, loss)
+
+
+class MuonMatrix(Structure):
+    """As in muon.cpp."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("weight", "momentum", "gradient")),
+        *((name, c_int64) for name in ("rows", "columns")),
+    )
+
+
+def muon_step(
+    weights: list[nn.Parameter], momenta: list[Tensor], dtype: torch.dtype, lr: float, momentum: float, weight_decay: float
+) -> None:
+    """A step of Muon for matrices with gradients, in place: weights and momenta (rows, columns) fp32; dtype is that of
+    the matmuls. The largest matrices come first, so that no thread is left with one at the end."""
+    order = sorted(zip(weights, momenta, strict=True), key=lambda pair: -pair[0].numel())
+    gradients = [p.grad.contiguous() for p, _ in order if p.grad is not None]
+    pairs = [(p.data_ptr(), m.data_ptr(), g.data_ptr(), *p.shape) for (p, m), g in zip(order, gradients, strict=True)]
+    matrices = (MuonMatrix * len(pairs))(*pairs)
+    library = build.library("muon", ELEMENT=dtype)
+    build.call(library.heed_muon, matrices, len(pairs), lr, momentum, weight_decay)
+    torch.autograd.graph.increment_version([p for p, _ in order])  # what was computed from the weights is out of date
