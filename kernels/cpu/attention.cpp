@@ -28,11 +28,23 @@ struct Attention {
 
 // 1. From a token's row to what is multiplied, and back --------------------------------------------------------------
 
+// The factor of each token's norm in head h of sequence b, or 1.
+static void load_scales(const Attention& m, const E* qkv, int64_t b, int64_t h, float* scales) {
+    for (int64_t t = 0; t < m.T; t += 16) {
+        const E* from = qkv + (b * m.T + t) * m.pitch + h * m.D;
+        if (!m.normed) std::fill_n(scales + t, 16, 1.f);
+        else if (t + 16 <= m.T) inverse_rms_16(from, m.pitch, m.D, m.eps, scales + t);
+        else
+            for (int64_t i = t; i < m.T; i++) scales[i] = inverse_rms(from + (i - t) * m.pitch, m.D, m.eps);
+    }
+}
+
 // to (tokens, width) = head `h` of sequence b, normed and rotated if it is a query or a key; queries times scale.
-static void load_head(const Attention& m, const E* qkv, int64_t b, int64_t h, X* to) {
+static void load_head(const Attention& m, const E* qkv, int64_t b, int64_t h, X* to, float* scales) {
     int64_t D = m.D, half = D / 2;
     if (m.T < m.tokens || D < m.width()) std::fill_n(to, m.tokens * m.width(), X(0.f));
     const float* gain = h < m.H ? m.gain_q : m.gain_k;
+    if (h < m.H + m.K) load_scales(m, qkv, b, h, scales);
     for (int64_t t = 0; t < m.T; t++, to += m.width()) {
         const E* from = qkv + (b * m.T + t) * m.pitch + h * D;
         if (h >= m.H + m.K) {
@@ -40,7 +52,7 @@ static void load_head(const Attention& m, const E* qkv, int64_t b, int64_t h, X*
             continue;
         }
         const float *cos = m.cos + t * D, *sin = m.sin + t * D;
-        float scale = (h < m.H ? m.scale : 1) * (m.normed ? inverse_rms(from, D, m.eps) : 1);
+        float scale = (h < m.H ? m.scale : 1) * scales[t];
         lanes(half, [&](int64_t d, auto v) {
             using L = decltype(v);
             L low = load<L>(from + d) * scale * load<L>(gain + d);
@@ -53,10 +65,11 @@ static void load_head(const Attention& m, const E* qkv, int64_t b, int64_t h, X*
 
 // The way back: dqkv of head h from its gradient `from` (tokens, width); dgain (D) is added to.
 static void store_head_gradient(const Attention& m, const E* qkv, int64_t b, int64_t h, const float* from, E* dqkv,
-                                float* dgain) {
+                                float* dgain, float* scales) {
     int64_t D = m.D, half = D / 2;
     Buffer<float> turned(D);
     const float* gain = h < m.H ? m.gain_q : m.gain_k;
+    if (h < m.H + m.K) load_scales(m, qkv, b, h, scales);
     for (int64_t t = 0; t < m.T; t++, from += m.width()) {
         int64_t at = (b * m.T + t) * m.pitch + h * D;
         E* to = dqkv + at;
@@ -73,7 +86,7 @@ static void store_head_gradient(const Attention& m, const E* qkv, int64_t b, int
             store(turned + half + d, L(high * load<L>(cos + half + d) + low * load<L>(sin + d)));
         });
         if (m.normed)
-            norm_backward(qkv + at, (const float*)turned, gain, inverse_rms(qkv + at, D, m.eps), D, to, dgain);
+            norm_backward(qkv + at, (const float*)turned, gain, scales[t], D, to, dgain);
         else
             lanes(D, [&](int64_t d, auto v) { store(to + d, load<decltype(v)>(turned + d)); });
     }
@@ -185,15 +198,15 @@ extern "C" void heed_attention(const Attention& m, const E* qkv, E* out, float* 
     {
         Tiles tiles;
         Buffer<X> rows(T * D), keys(T * D), packed(T * D), vt(T * D);
-        Buffer<float> values(BLOCK * D);
+        Buffer<float> values(BLOCK * D), scales(T);
         Softmax softmax(D);
 #pragma omp for
         for (int64_t task = 0; task < m.B * m.K; task++) {
             int64_t b = task / m.K, k = task % m.K;
-            load_head(m, qkv, b, m.H + k, keys), load_head(m, qkv, b, m.H + m.K + k, rows);
+            load_head(m, qkv, b, m.H + k, keys, scales), load_head(m, qkv, b, m.H + m.K + k, rows, scales);
             unpack(m, pack_all(m, rows, packed, true), vt);
             for (int64_t h = k * G; h < (k + 1) * G; h++) {
-                load_head(m, qkv, b, h, rows);
+                load_head(m, qkv, b, h, rows, scales);
                 Packed<X> qt = pack_all(m, rows, packed, true);
                 for (int64_t q = 0; q < m.T; q += BLOCK) {
                     softmax.begin(D);
@@ -244,16 +257,16 @@ extern "C" void heed_attention_backward(const Attention& m, const E* qkv, const 
         Buffer<X> rows(T * D), keys(T * D), values(T * D), kt(T * D), packed(T * D), q_pairs(T * D), q_columns(T * D),
             dout_pairs(T * D), dout_columns(T * D), weights(BLOCK * BLOCK), dscores(BLOCK * BLOCK), dscore_pairs(BLOCK * BLOCK);
         Buffer<float> scores(BLOCK * BLOCK), dweights(BLOCK * BLOCK), dq(T * D), dqt(T * D), dk(T * D), dv(T * D), delta(T);
-        Buffer<float> ends(T);
+        Buffer<float> ends(T), scales(T);
         float *sums_q = &parts_q[omp_get_thread_num() * m.D], *sums_k = &parts_k[omp_get_thread_num() * m.D];
 #pragma omp for
         for (int64_t task = 0; task < m.B * m.K; task++) {
             int64_t b = task / m.K, k = task % m.K;
-            load_head(m, qkv, b, m.H + k, keys), load_head(m, qkv, b, m.H + m.K + k, values);
+            load_head(m, qkv, b, m.H + k, keys, scales), load_head(m, qkv, b, m.H + m.K + k, values, scales);
             unpack(m, pack_all(m, keys, packed, true), kt);
             std::fill_n((float*)dk, T * D, 0.f), std::fill_n((float*)dv, T * D, 0.f);
             for (int64_t h = k * G; h < (k + 1) * G; h++) {
-                load_head(m, qkv, b, h, rows);
+                load_head(m, qkv, b, h, rows, scales);
                 Packed<X> q = pack_all(m, rows, q_pairs, false), qt = pack_all(m, rows, q_columns, true);
                 load_output(m, dout, b, h, rows);
                 Packed<X> g = pack_all(m, rows, dout_pairs, false), gt = pack_all(m, rows, dout_columns, true);
@@ -288,10 +301,10 @@ extern "C" void heed_attention_backward(const Attention& m, const E* qkv, const 
                     }
                 for (int64_t d = 0; d < D; d += 16)
                     for (int64_t t = 0; t < T; t += 16) transpose(dqt + d * T + t, T, dq + t * D + d, D);
-                store_head_gradient(m, qkv, b, h, dq, dqkv, sums_q);
+                store_head_gradient(m, qkv, b, h, dq, dqkv, sums_q, scales);
             }
-            store_head_gradient(m, qkv, b, m.H + k, dk, dqkv, sums_k);
-            store_head_gradient(m, qkv, b, m.H + m.K + k, dv, dqkv, sums_k);
+            store_head_gradient(m, qkv, b, m.H + k, dk, dqkv, sums_k, scales);
+            store_head_gradient(m, qkv, b, m.H + m.K + k, dv, dqkv, sums_k, scales);
         }
     }
     add_up(parts_q, m.D, dgain_q), add_up(parts_k, m.D, dgain_k);

@@ -10,7 +10,7 @@
 // N tokens, C width, V vocabulary. E is the type of x (-DELEMENT); logits, sums and dw are fp32.
 #include "linear.h"
 
-static inline Floats tanh(Floats x) { return 1 - 2 / (exp(2 * x) + 1); }
+static inline Floats tanh(Floats x) { return 1 - 2 * reciprocal(exp(2 * x) + 1); }
 static inline float tanh(float x) { return std::tanh(x); }
 static inline float exp(float x) { return std::exp(x); }
 

@@ -17,7 +17,7 @@ struct FeedForward {
     const X *gate_up, *down, *gate_up_t, *down_t;
 };
 
-static inline Floats sigmoid(Floats x) { return 1 / (1 + exp(-x)); }
+static inline Floats sigmoid(Floats x) { return reciprocal(1 + exp(-x)); }
 
 // norm(x) of n tokens from `first` on, and the inverse of their root mean squares; zeros up to the next 32.
 static void load_normed(const FeedForward& m, int64_t first, int64_t n, Rows& rows, float* inverse) {

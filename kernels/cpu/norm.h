@@ -1,11 +1,29 @@
 // RMSNorm of one row, forward and backward, for train.cpp and attention.cpp.
 #pragma once
-#include "simd.h"
+#include "tile_matmul.h"
 
 template <class T> static inline float inverse_rms(const T* x, int64_t n, double eps) {
     Floats squares{};
     lanes(n, [&](int64_t i, auto v) { v = load<decltype(v)>(x + i), add(squares, v * v); });
     return 1 / std::sqrt(sum(squares) / n + float(eps));
+}
+
+// The same for 16 rows, `pitch` apart: sums over a vector's numbers are sums of vectors once they are transposed.
+template <class T> static inline void inverse_rms_16(const T* x, int64_t pitch, int64_t n, double eps, float* inverse) {
+    float squares[16 * 16] = {}, turned[16 * 16];
+    for (int64_t r = 0; r < 16; r++) {
+        Floats sums{};
+        lanes(n, [&](int64_t i, auto v) { v = load<decltype(v)>(x + r * pitch + i), add(sums, v * v); });
+        store(squares + r * 16, sums);
+    }
+    transpose(squares, 16, turned, 16);
+    for (int64_t r = 0; r < 16; r += LANES) {
+        Floats sums{};
+        for (int64_t i = 0; i < LANES; i++) sums += load(turned + i * 16 + r);
+        sums = sums / float(n) + float(eps);
+        for (int64_t i = 0; i < LANES; i++) sums[i] = 1 / std::sqrt(sums[i]);
+        store(inverse + r, sums);
+    }
 }
 
 // total[0 ... n) = the sum over the threads of what each has in its part of `parts` (threads, n).
