@@ -6,8 +6,8 @@
     torchrun --nproc-per-node 8 train.py CONFIG      the same run on several devices
 
 A run is a folder, runs/NAME/: config.toml, tokenizer.json, metrics.jsonl, loss.png and checkpoints. A step is a
-function of (seed, step) and the saved state alone, so a run that was killed and resumed equals one that was not, on a
-CPU bit for bit.
+function of (seed, step) and the saved state alone. So a run with a number of steps that was killed and resumed equals
+one that was not, bit for bit on the same CPU with the same number of threads.
 """
 
 import argparse

@@ -21,7 +21,8 @@ class Tile(NamedTuple):
 
 # kernel -> target -> the largest head size (or other width) that the tile is for -> tile
 TABLE: dict[str, dict[str, dict[int, Tile]]] = {
-    # One row at a time: N columns of it. Few, full CTAs: what they read still lies in the L2 the second time.
+    # One row at a time: N columns of it. Few, full CTAs, which read each row twice: the second time the rows in flight
+    # are still in the L2 with 50,257 columns in bf16, not with 151,936 (calculated for sm_90: 27 and 80 MB of 50 MB).
     "cross_entropy": {
         "sm_80": {1024: Tile(1, 1024, 4, 1), 4096: Tile(1, 4096, 16, 1), 1 << 30: Tile(1, 8192, 32, 1)},
         "sm_90": {1024: Tile(1, 1024, 4, 1), 4096: Tile(1, 4096, 16, 1), 1 << 30: Tile(1, 8192, 32, 1)},

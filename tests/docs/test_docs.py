@@ -2,21 +2,29 @@
 
 python blocks of a page run in order, in one namespace, from the root of the repository; what a block prints must be the
 text block that follows it. Commands (sh blocks) run as they stand, on the tests' small text instead of Shakespeare.
+Links, commands within a sentence and the front page's list of files are checked, not run.
 """
 
 import contextlib
 import io
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import benchmarks.__main__
+import convert.__main__
+import evals.__main__
 from tests.conftest import ROOT, SMALL, UNMEASURED
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("[0-9]*.md"))]
+REFERENCE = [ROOT / name for name in ("benchmarks/README.md", "CONTRIBUTING.md")]
+REFERENCE += [ROOT / "docs" / name for name in ("EXPERIMENTS.md", "glossary.md")]
+FILES = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
 
 
@@ -100,13 +108,68 @@ LIMITS = {"model.py": 400, "train.py": 400, "sample.py": 250}
 
 
 def test_files_are_as_short_as_promised():
-    names = subprocess.run(["git", "ls-files", "*.py", "*.cpp", "*.h"], cwd=ROOT, capture_output=True, text=True)
-    for path in map(ROOT.joinpath, names.stdout.split()):
+    for path in (ROOT / name for name in FILES if name.endswith((".py", ".cpp", ".h"))):
         limit = LIMITS.get(path.name, 450) if path.parent == ROOT else 450
         assert len(path.read_text().splitlines()) <= limit, path
 
 
-def test_links_between_pages_lead_somewhere():
-    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+def anchors(page: Path) -> set[str]:
+    """The names that GitHub gives to a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", re.sub(r"\]\(.*?\)", "]", text)).lower().replace(" ", "-") for text in headings}
+
+
+@pytest.mark.parametrize("page", [*PAGES, *REFERENCE], ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text().replace("\n", " "))
+    for target, anchor in links:
+        path = page.parent / target if target else page
+        assert path.exists(), f"{page.name}: {target}"
+        assert not anchor or anchor in anchors(path), f"{page.name}: {target}#{anchor}"
+
+
+PARSERS = {
+    "benchmarks": benchmarks.__main__.arguments,
+    "evals": evals.__main__.arguments,
+    "convert": convert.__main__.parse_args,
+}
+
+
+@pytest.mark.parametrize("page", [*PAGES, *REFERENCE], ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_within_a_sentence_exist(page):
+    """`python -m benchmarks data --turns 2`: the command and its flags exist. Some arguments may be left out."""
+    prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S).replace("\n", " ")
+    for package, words in re.findall(r"`python -m (benchmarks|evals|convert) ([^`]+)`", prose):
+        error = io.StringIO()
+        with (
+            contextlib.suppress(SystemExit),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(error),
+        ):
+            PARSERS[package](shlex.split(words))
+        wrong = error.getvalue() and "arguments are required" not in error.getvalue()
+        assert not wrong, f"{page.name}: {words}: {error.getvalue()}"
+
+
+def front_page() -> list[str]:
+    return (ROOT / "README.md").read_text().splitlines()
+
+
+def test_the_front_page_lists_the_files():
+    start = next(n for n, line in enumerate(front_page()) if line.startswith("model.py "))
+    listed = [line.split()[0] for line in front_page()[start : front_page().index("```", start)]]
+    for name in listed:
+        assert any(file == name or (name.endswith("/") and file.startswith(name)) for file in FILES), name
+    tops = {file.partition("/")[0] + "/" * ("/" in file) for file in FILES if not file.startswith(".")}
+    assert tops - {*listed} == {"CONTRIBUTING.md", "LICENSE", "README.md", "requirements.txt"}
+
+
+def test_the_front_page_begins_with_what_it_shows():
+    """A picture, two sentences, a table, the two commands, a sample; few rows of tables on the whole page."""
+    lines = front_page()
+    parts = ("![", "heed ", "|", "```sh")
+    where = [next(n for n, line in enumerate(lines) if line.startswith(begin)) for begin in parts]
+    assert where == sorted(where) and where[0] == 2
+    sample = lines.index("```", where[-1] + 4)
+    assert lines.index("```", sample + 1) - sample - 1 == 8 and sample < 30
+    assert sum(line.startswith("|") for line in lines) <= 12
