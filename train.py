@@ -14,12 +14,17 @@ import argparse
 import dataclasses
 import difflib
 import math
+import os
 import shutil
 import signal
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+# Read when torch is imported: a thread that waits for another spins for about a millisecond, then sleeps. By default it
+# spins much longer, and takes the time of the thread that it waits for if other processes use the CPU, too.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
 

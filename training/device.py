@@ -118,7 +118,7 @@ def _layer_impl(asked: str, device: torch.device, dtype: torch.dtype) -> tuple[s
         return name, f"{name} (train.compile = {asked})"
     if device.type == "cpu":
         try:
-            cpu.library("linear", ELEMENT=dtype)
+            cpu.compile_training(dtype)
         except cpu.Unavailable as reason:
             return "eager", f"eager ({reason})"
         return "fused", "fused C++ (no compile time)"

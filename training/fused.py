@@ -84,7 +84,7 @@ class FusedBlock:
         attention, dropout = block.self_attn, block.dropout if block.training else 0.0
         D, q_norm, k_norm = attention.head_dim, attention.q_norm, attention.k_norm
         gains = [n.weight if isinstance(n, nn.RMSNorm) else None for n in (q_norm, k_norm)]
-        eps = q_norm.eps if isinstance(q_norm, nn.RMSNorm) else 0.0
+        eps = q_norm.eps or 0.0 if isinstance(q_norm, nn.RMSNorm) else 0.0
         H, K = attention.o_proj.in_features // D, attention.k_proj.out_features // D
         heads = train_ops.Heads(H, K, D, attention.mask_spec.window or 0, D**-0.5, eps)
         norm = block.input_layernorm

@@ -31,8 +31,8 @@ class Muon(torch.optim.Optimizer):
 
     The step is scaled to a root mean square of 0.2, AdamW's usual size, whatever the shape (Liu et al. 2025, arXiv
     2502.16982, section 2.2), and weight decay is decoupled. Matrices of one shape are handled as one batch.
-    torch.optim.Muon has no batches and always computes in bf16, which many CPUs only emulate. On a CPU a step is one call
-    of kernels/cpu/muon.cpp, where there is a C++ compiler.
+    torch.optim.Muon has no batches and always computes in bf16, which many CPUs only emulate. On a CPU a step is one
+    call of kernels/cpu/muon.cpp, where there is a C++ compiler.
     """
 
     def __init__(self, params: list[nn.Parameter], lr: float, momentum: float, weight_decay: float, dtype: torch.dtype):

@@ -1,5 +1,6 @@
-"""C++ for CPUs: compiled when first needed (build.py), to train (train_ops, fused_layers) and to decode (decode_step)."""
+"""C++ for CPUs, compiled when first needed (build.py): training (train_ops, fused_layers) and decoding
+(decode_step)."""
 
-from kernels.cpu.build import Unavailable, call, library, require, trains
+from kernels.cpu.build import Unavailable, call, compile_training, library, require, trains
 
-__all__ = ["Unavailable", "call", "library", "require", "trains"]
+__all__ = ["Unavailable", "call", "compile_training", "library", "require", "trains"]

@@ -12,6 +12,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,15 @@ TYPES = {torch.float32: "float", torch.bfloat16: "Bf16", torch.int8: "int8_t"}
 
 class Unavailable(Exception):
     """A C++ file cannot be compiled or does not support a model. The message is one line."""
+
+
+TRAINING = ("attention", "cross_entropy", "feed_forward", "linear", "muon")  # files compiled for a dtype
+
+
+def compile_training(dtype: torch.dtype) -> None:
+    """Compile the files that train on activations of this dtype, in parallel. Raises Unavailable."""
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda name: library(name, ELEMENT=dtype), TRAINING))
 
 
 @functools.cache
@@ -68,9 +78,8 @@ def library(name: str, **types: torch.dtype) -> ctypes.CDLL:
     try:
         if not path.exists():
             FOLDER.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(
-                dir=FOLDER
-            ) as draft:  # renamed when it is complete: two processes may compile at once
+            # The file is renamed when it is complete, since two processes may compile it at once.
+            with tempfile.TemporaryDirectory(dir=FOLDER) as draft:
                 out = Path(draft, "compiled.so")
                 done = subprocess.run([*command, "-o", str(out)], capture_output=True, text=True)
                 if done.returncode:
@@ -94,11 +103,14 @@ def _processor() -> str:
 def call(function: Any, *arguments: Any) -> int:
     """Call a C++ function and return its result.
 
-    A contiguous tensor is passed as a pointer, None as a null pointer, a structure or an array of them by reference, an int as int64_t, a
-    float as double. The last argument is the number of threads.
+    A tensor is passed as a pointer, None as a null pointer, a structure or an array of them by reference, an int as
+    int64_t, a float as double. The last argument is the number of threads. Raises ValueError if a tensor is not
+    contiguous or not on a CPU.
     """
     words: list[Any] = []
     for a in (*arguments, torch.get_num_threads()):
+        if isinstance(a, Tensor) and not (a.is_cpu and a.is_contiguous()):
+            raise ValueError(f"a tensor of shape {tuple(a.shape)} on {a.device} is not contiguous memory of a CPU")
         if a is None or isinstance(a, Tensor):
             words.append(ctypes.c_void_p(None if a is None else a.data_ptr()))
         elif isinstance(a, ctypes.Structure | ctypes.Array):

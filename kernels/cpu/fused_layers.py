@@ -1,8 +1,8 @@
-"""A layer's two halves to train on a CPU, each as one node of autograd: x + attention(norm(x)) and x + swiglu(norm(x)).
+"""The two halves of a layer for training on a CPU: x + attention(norm(x)) and x + swiglu(norm(x)).
 
-The feed-forward half is one call of feed_forward.cpp; the attention half is linear.cpp's for what stands before
-and after attention, and attention.cpp's. Nothing is cast, copied or added up between them, and little is kept for
-the backward. Weights are packed once an optimizer step (`PackedWeight`), not once a micro-batch.
+Each is one node of autograd. feed_forward.cpp computes the feed-forward half in one call. The attention half is
+linear.cpp for the projections and attention.cpp between them. The backward recomputes most activations instead of
+saving them. Weights are packed once per optimizer step (`PackedWeight`), not once per micro-batch.
 
 Shapes: B sequences, T tokens, R = B * T, C width, H query heads, K key/value heads, D head size, F feed-forward width.
 """
@@ -20,21 +20,26 @@ from kernels.cpu.train_ops import Heads, attention, attention_backward, autocast
 
 
 class PackedWeight:
-    """The weights (rows, C) of some linear layers of a module, one below the other, as the C++ files multiply by them:
-    made again when one of them has changed."""
+    """The weights (rows, C) of several linear layers of a module, stacked and packed for the tile matmul. They are
+    packed again when one of them has changed."""
 
     def __init__(self, module: nn.Module, *names: str, unit: int = 1, gated: int = 0) -> None:
-        """Each weight begins at a multiple of `unit` rows. `gated`: D, when the first layer's rows are by turns a head's D
-        query rows and its D gate rows, as in Qwen3-Next; the gates of all heads then come last."""
+        """
+        Args:
+            module, names: the module and the names of its linear layers.
+            unit: each weight starts at a multiple of `unit` rows.
+            gated: D, if the first weight alternates D query rows and D gate rows of each head, as in Qwen3-Next. The
+                gate rows of all heads are moved to the end.
+        """
         self.module, self.names, self.unit, self.gated, self.key = module, names, unit, gated, None
 
     @property
     def weights(self) -> list[Tensor]:
-        """The weights as they are now."""
+        """The current weights."""
         return [getattr(self.module, name).weight for name in self.names]
 
     def __call__(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """To multiply by: x W^T, and dy W for gradients."""
+        """The packed matrix W for x W^T, and for dy W."""
         weights = self.weights
         key: Any = (dtype, *((w.data_ptr(), w._version) for w in weights))
         if key != self.key:
@@ -42,14 +47,14 @@ class PackedWeight:
         return self.packed
 
     def join(self, parts: list[Tensor]) -> Tensor:
-        """The weights as one matrix."""
+        """The weights stacked to one matrix."""
         if self.gated:  # (H * 2D, C) -> (H, 2, D, C) -> (H * D, C) twice
             q, gate = parts[0].view(-1, 2, self.gated, parts[0].shape[1]).unbind(1)
             parts = [q.flatten(0, 1), *parts[1:], gate.flatten(0, 1)]
         return torch.cat([nn.functional.pad(w, (0, 0, 0, -len(w) % self.unit)) for w in parts])
 
     def split(self, gradient: Tensor) -> list[Tensor]:
-        """The gradient of that matrix as those of the weights."""
+        """The gradient of the stacked matrix as gradients of the weights."""
         rows = [len(w) for w in self.weights]
         if self.gated:
             q, *others, gate = gradient.split([rows[0] // 2, *rows[1:], rows[0] // 2])
@@ -75,20 +80,17 @@ class Weights(Structure):
 
 
 class FeedForward(torch.autograd.Function):
-    """`apply(x, gain, eps, dropout, gate_up, down, *weights)`: x (B, T, C) fp32 -> the same shape, with the weights of
-    gate_up (2F, C), which begin at multiples of 32 rows, and down (C, F)."""
+    """x + dropout(swiglu(norm(x))): `apply(x, gain, eps, dropout, gate_up, down, *weights)`.
+
+    x: (B, T, C) fp32. gate_up: gate_proj and up_proj, each (F, C), packed with unit=32. down: down_proj (C, F).
+    weights: those of both, to which autograd hands the gradients.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        gain: Tensor,
-        eps: float,
-        dropout: float,
-        gate_up: PackedWeight,
-        down: PackedWeight,
-        *weights: Tensor,
-    ) -> Tensor:
+        ctx: Any, x: Tensor, gain: Tensor, eps: float, dropout: float, gate_up: PackedWeight, down: PackedWeight,
+        *weights: Tensor
+    ) -> Tensor:  # fmt: skip
         ctx.dtype, x = autocast_dtype(x), x.contiguous()
         ctx.packed, ctx.eps, ctx.dropout = (gate_up, down), eps, dropout
         out = torch.empty_like(x)
@@ -96,13 +98,13 @@ class FeedForward(torch.autograd.Function):
         forward = build.library("feed_forward", ELEMENT=ctx.dtype).heed_feed_forward
         build.call(forward, shape, out, dropout == 0)
         out, mask = drop(out, x, dropout)
-        ctx.save_for_backward(x, gain, mask)
+        ctx.save_for_backward(x, gain, mask, *weights)  # the weights, so that torch notices if they change
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        x, gain, mask = ctx.saved_tensors
+        x, gain, mask, *_ = ctx.saved_tensors
         gate_up, down = ctx.packed
         dy, dx, dgain = dy.contiguous(), torch.empty_like(x), torch.empty_like(gain)
         dout = drop_backward(dy, mask, ctx.dropout)
@@ -115,7 +117,7 @@ class FeedForward(torch.autograd.Function):
 
     @staticmethod
     def shape(ctx: Any, x: Tensor, gain: Tensor) -> tuple[Weights, object]:
-        """What both functions of the C++ file are given, and what must live as long."""
+        """The argument of both C++ functions, and the tensors that it points to, which must outlive it."""
         (gate_up, gate_up_t), (down, down_t) = (packed(ctx.dtype) for packed in ctx.packed)
         tensors = (x, gain, gate_up, down, gate_up_t, down_t)
         F = ctx.packed[1].weights[0].shape[1]
@@ -123,13 +125,18 @@ class FeedForward(torch.autograd.Function):
 
 
 class Attention(torch.autograd.Function):
-    """`apply(x, gain, eps, dropout, qkv, o, gain_q, gain_k, cos, sin, heads, *weights)`: x (B, T, C) fp32 -> the same
-    shape, with the weights of qkv ((H + 2K) D, C), with a gate ((2H + 2K) D, C), and o (C, H * D); cos and sin (T, D)."""
+    """x + dropout(attention(norm(x))): `apply(x, gain, eps, dropout, qkv, o, gain_q, gain_k, cos, sin, heads,
+    *weights)`.
+
+    x: (B, T, C) fp32. qkv: q_proj, k_proj and v_proj ((H + 2K) D, C), with a gate ((2H + 2K) D, C). o: o_proj (C, H *
+    D). gain_q, gain_k: (D,) or None. cos, sin: (T, D). weights: those of qkv and o, to which autograd hands the
+    gradients.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, gain: Tensor, eps: float, dropout: float, qkv: PackedWeight, o: PackedWeight, gain_q: Tensor | None,
-        gain_k: Tensor | None, cos: Tensor, sin: Tensor, heads: Heads, *weights: Tensor
+        ctx: Any, x: Tensor, gain: Tensor, eps: float, dropout: float, qkv: PackedWeight, o: PackedWeight,
+        gain_q: Tensor | None, gain_k: Tensor | None, cos: Tensor, sin: Tensor, heads: Heads, *weights: Tensor
     ) -> Tensor:  # fmt: skip
         dtype, x = autocast_dtype(x), x.contiguous()
         (B, T, C), N = x.shape, sum(len(w) for w in qkv.weights)
@@ -141,14 +148,14 @@ class Attention(torch.autograd.Function):
         out = torch.empty_like(x)
         build.call(call.heed_linear_add, read, o(dtype)[0], None if dropout else x, out, B * T, read.shape[2], C)
         out, mask = drop(out, x, dropout)
-        ctx.save_for_backward(x, gain, inverse, mixed, attended, lse, mask, gain_q, gain_k, cos, sin)
+        ctx.save_for_backward(x, gain, inverse, mixed, attended, lse, mask, gain_q, gain_k, cos, sin, *weights)
         ctx.packed, ctx.dropout, ctx.heads = (qkv, o), dropout, heads
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        x, gain, inverse, mixed, attended, lse, mask, *tables = ctx.saved_tensors
+        x, gain, inverse, mixed, attended, lse, mask, gain_q, gain_k, cos, sin = ctx.saved_tensors[:11]
         (B, T, C), N, Q = x.shape, mixed.shape[2], attended.shape[2]
         qkv, o = ctx.packed
         call = linear(mixed.dtype)
@@ -159,7 +166,9 @@ class Attention(torch.autograd.Function):
         dout, packed = drop_backward(dy, mask, ctx.dropout), o(mixed.dtype)[1]
         build.call(call.heed_linear_add_backward, dout, read, packed, dread, do, B * T, Q, C)
         dattended = dread if gate is None else dread * gate
-        dmixed, dgain_q, dgain_k = attention_backward(dattended, mixed, attended, lse, *tables, ctx.heads)
+        dmixed, dgain_q, dgain_k = attention_backward(
+            dattended, mixed, attended, lse, gain_q, gain_k, cos, sin, ctx.heads
+        )
         if gate is not None:
             dmixed[..., -Q:] = dread * attended * gate * (1 - gate)
         dx, dgain, dqkv = torch.empty_like(x), torch.empty_like(gain), torch.empty(N, C, dtype=torch.float32)
@@ -169,7 +178,7 @@ class Attention(torch.autograd.Function):
 
 
 def drop(out: Tensor, x: Tensor, probability: float) -> tuple[Tensor, Tensor | None]:
-    """Dropout of `out`, then x is added, and what dropout kept; without dropout x has been added already."""
+    """x + dropout(out) and the mask. Without dropout, C++ has added x already, and the mask is None."""
     if not probability:
         return out, None
     out, mask = torch.native_dropout(out, probability, True)
@@ -177,5 +186,5 @@ def drop(out: Tensor, x: Tensor, probability: float) -> tuple[Tensor, Tensor | N
 
 
 def drop_backward(dy: Tensor, mask: Tensor | None, probability: float) -> Tensor:
-    """The gradient of what `drop` was given."""
+    """The gradient of the argument `out` of `drop`."""
     return dy if mask is None else torch.ops.aten.native_dropout_backward(dy, mask, 1 / (1 - probability))

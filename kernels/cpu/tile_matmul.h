@@ -127,8 +127,9 @@ static inline void multiply(const X* a, int64_t lda, const Packed<X>& b, int64_t
 
 // to[j][i] = from[i][j] for 16 x 16 numbers of 32 bits; `pitch` and `step` are the lengths of their rows.
 static inline void transpose(const void* from, int64_t pitch, void* to, int64_t step) {
-    const int32_t* source = (const int32_t*)from;
-    int32_t* target = (int32_t*)to;
+    typedef int32_t __attribute__((may_alias)) Word;  // whatever type the numbers have
+    const Word* source = (const Word*)from;
+    Word* target = (Word*)to;
 #ifdef __AVX512F__
     __m512i a[16], b[16];
     for (int i = 0; i < 16; i++) a[i] = read<__m512i>(source + i * pitch);

@@ -1,7 +1,7 @@
-"""The C++ operations that train a model on a CPU, called on tensors: RMSNorm, attention, the loss.
+"""The C++ operations that train a model on a CPU, called on tensors: RMSNorm, attention, the loss, Muon's step.
 
-A matrix library runs matmuls at full rate. Between them torch walks through all activations, operation by operation; the
-C++ files walk once, through the cache of a core. kernels/cpu/fused_layers.py makes layers of them.
+Operation by operation, torch reads and writes all activations in memory. Each C++ file keeps them in the cache of a
+core from its first to its last operation. kernels/cpu/fused_layers.py builds layers from them.
 
 Shapes: B sequences, T tokens, C width, H query heads, K key/value heads, D head size, V vocabulary.
 Activations are fp32 or bf16, sums fp32; gains are fp32.
@@ -12,21 +12,27 @@ from ctypes import Structure, c_double, c_int64, c_void_p
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.cpu import build
 
 
 def norm(x: Tensor, gain: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x (..., C) fp32 by its root mean square, times gain (C,), in dtype; and the inverse of that mean, for the way back."""
+    """RMSNorm of x (..., C) fp32 with gain (C,), in `dtype`, and 1 / rms(x) (...), which the backward needs.
+
+    Raises:
+        ValueError: x is not fp32.
+    """
+    if x.dtype != torch.float32:
+        raise ValueError(f"x is {x.dtype}: the C++ norm reads fp32")
     y, inverse = torch.empty(x.shape, dtype=dtype), torch.empty(x.shape[:-1], dtype=torch.float32)
     build.call(build.library("linear", ELEMENT=dtype).heed_norm, x, gain, y, inverse, inverse.numel(), x.shape[-1], eps)
     return y, inverse
 
 
 def norm_backward(dy: Tensor, x: Tensor, gain: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
-    """dx and dgain."""
+    """dx (..., C) and dgain (C,), both fp32, from dy (..., C)."""
     dx, dgain = torch.empty_like(x), torch.empty_like(gain)
     backward, rows = build.library("linear", ELEMENT=dy.dtype).heed_norm_backward, inverse.numel()
     build.call(backward, dy, x, gain, inverse, dx, dgain, rows, x.shape[-1])
@@ -34,7 +40,7 @@ def norm_backward(dy: Tensor, x: Tensor, gain: Tensor, inverse: Tensor) -> tuple
 
 
 def pack(w: Tensor) -> tuple[Tensor, Tensor]:
-    """w (N, K) as heed_pack packs it: for x W^T, and for dy W."""
+    """w (N, K) in the layout of the tile matmul: for x W^T, and for dy W."""
     library = build.library("linear", ELEMENT=w.dtype)
     dtype = torch.bfloat16 if library.heed_multiplied_size() == 2 else torch.float32
     both = torch.empty(2, math.prod(math.ceil(n / 32) * 32 for n in w.shape), dtype=dtype)
@@ -44,7 +50,7 @@ def pack(w: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class RMSNorm(torch.autograd.Function):
-    """`apply(x, gain, eps)`: see `norm`; the dtype is autocast's, or x's."""
+    """`apply(x, gain, eps)`: see `norm`. The result has autocast's dtype if autocast is on, else x's."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
@@ -60,27 +66,28 @@ class RMSNorm(torch.autograd.Function):
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
-    """What matrices are multiplied in: autocast's dtype where it is on, or x's."""
+    """The dtype of matmuls: autocast's if autocast is on, else that of x."""
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
 class Heads(NamedTuple):
-    """What attention is, beside its weights. The mask is causal; `window`: keys that a query sees, 0 is all."""
+    """The shape of an attention layer with a causal mask."""
 
-    queries: int  # H, heads of queries
-    keys: int  # K, heads of keys and values
+    queries: int  # H, query heads
+    keys: int  # K, key/value heads
     head_dim: int  # D
-    window: int
-    scale: float  # of the scores
+    window: int  # keys that a query sees, its own included; 0 for all
+    scale: float  # multiplies the scores
     eps: float  # of QK-norm
 
 
 def attention(
     qkv: Tensor, gain_q: Tensor | None, gain_k: Tensor | None, cos: Tensor, sin: Tensor, heads: Heads
 ) -> tuple[Tensor, Tensor]:
-    """qkv (B, T, (H + 2K) D or more) -> out (B, T, H * D), and what the backward needs besides.
+    """QK-norm, RoPE and causal attention of qkv (B, T, (H + 2K) D or more) -> out (B, T, H * D) and the log-sum-exp of
+    the scores (B, H, T rounded up), in base 2, for the backward.
 
-    Queries and keys are normed, if gains (D,) are given, and rotated by cos and sin (T, D), as model.py's `apply_rotary_emb` does.
+    Queries and keys are normed if gains (D,) are given. cos, sin (T, D): as model.py's `apply_rotary_emb` reads them.
     """
     B, T, _ = qkv.shape
     shape, _kept = _shape(qkv, gain_q, gain_k, cos, sin, heads)
@@ -94,7 +101,8 @@ def attention_backward(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, gain_q: Tensor | None, gain_k: Tensor | None, cos: Tensor,
     sin: Tensor, heads: Heads
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """dqkv, of which only the queries, keys and values are written, and the gradients of both gains, from `attention`'s arguments and results."""
+    """dqkv and the gradients of both gains, from the arguments and results of `attention`. What follows queries, keys
+    and values in a row of dqkv is not written."""
     shape, _kept = _shape(qkv, gain_q, gain_k, cos, sin, heads)
     dqkv, dgains = torch.empty_like(qkv), torch.empty(2, heads.head_dim, dtype=torch.float32)
     backward = build.library("attention", ELEMENT=qkv.dtype).heed_attention_backward
@@ -115,19 +123,20 @@ class Shape(Structure):
 def _shape(
     qkv: Tensor, gain_q: Tensor | None, gain_k: Tensor | None, cos: Tensor, sin: Tensor, heads: Heads
 ) -> tuple[Shape, list[Tensor]]:
-    """The structure, and the tensors that it points to."""
+    """The structure, and the tensors that it points to, which must outlive it."""
     (B, T, pitch), (H, K, D) = qkv.shape, heads[:3]
     ones = torch.ones(D, dtype=torch.float32)
     tables = [ones if g is None else g for g in (gain_q, gain_k)] + [cos, sin]
     tables = [x.float().contiguous() for x in tables]
-    tokens = math.ceil(T / 64) * 64  # in whole blocks of the C++ file
+    tokens = math.ceil(T / 64) * 64  # BLOCK in attention.cpp
     pointers = (x.data_ptr() for x in tables)
     counts = (B, T, H, K, D, gain_q is not None, heads.window, tokens, pitch)
     return Shape(*counts, heads.eps, heads.scale, *pointers), tables
 
 
 class Attend(torch.autograd.Function):
-    """`apply(q, k, v, scale, window)`: q (B, T, H, D), k and v (B, T, K, D) -> (B, T, H, D); the mask is causal."""
+    """Causal attention without norm and RoPE: `apply(q, k, v, scale, window)`, q (B, T, H, D), k and v (B, T, K, D) ->
+    (B, T, H, D)."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> Tensor:
@@ -161,8 +170,9 @@ def linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, losses: Tensor, dx: Tensor | None, dw: Tensor | None, z_loss: float,
     softcap: float | None
 ) -> None:  # fmt: skip
-    """Fills losses (N,), and of dx (N, C) and dw (V, C) what is wanted: see kernels/cross_entropy.py, whose arguments x
-    (N, C), weight (V, C) and targets (N,) are. Raises ValueError where it is not to be had."""
+    """The backend "cpp" of kernels/cross_entropy.py: writes losses (N,) and, if they are not None, dx (N, C) in x's
+    dtype and dw (V, C) fp32, for x (N, C), weight (V, C) and targets (N,). Raises ValueError for other devices and
+    dtypes."""
     build.require(x)
     x, weight, targets = x.contiguous(), weight.to(x.dtype).contiguous(), targets.contiguous()
     head, head_t = pack(weight)
@@ -181,14 +191,16 @@ class MuonMatrix(Structure):
 
 
 def muon_step(
-    weights: list[nn.Parameter], momenta: list[Tensor], dtype: torch.dtype, lr: float, momentum: float, weight_decay: float
-) -> None:
-    """A step of Muon for matrices with gradients, in place: weights and momenta (rows, columns) fp32; dtype is that of
-    the matmuls. The largest matrices come first, so that no thread is left with one at the end."""
+    weights: list[Tensor], momenta: list[Tensor], dtype: torch.dtype, lr: float, momentum: float,
+    weight_decay: float
+) -> None:  # fmt: skip
+    """One step of Muon (training/optimizers.py), in place. weights, with gradients, and momenta: (rows, columns) fp32.
+    dtype: of the matmuls."""
+    # Each thread takes the next matrix. The largest come first, so that none is left for a single thread at the end.
     order = sorted(zip(weights, momenta, strict=True), key=lambda pair: -pair[0].numel())
     gradients = [p.grad.contiguous() for p, _ in order if p.grad is not None]
     pairs = [(p.data_ptr(), m.data_ptr(), g.data_ptr(), *p.shape) for (p, m), g in zip(order, gradients, strict=True)]
-    matrices = (MuonMatrix * len(pairs))(*pairs)
+    matrices = (MuonMatrix * len(pairs))(*(MuonMatrix(*pair) for pair in pairs))
     library = build.library("muon", ELEMENT=dtype)
     build.call(library.heed_muon, matrices, len(pairs), lr, momentum, weight_decay)
-    torch.autograd.graph.increment_version([p for p, _ in order])  # what was computed from the weights is out of date
+    torch.autograd.graph.increment_version([p for p, _ in order])  # as an in-place operation of torch does

@@ -10,41 +10,83 @@ from model import KVCache
 from tests.conftest import TINY, randomized
 from tests.inference.test_engine import exact as logits
 from tests.kernels.test_cross_entropy import compare, draw
+from tests.kernels.test_muon_step import compare_steps
 from tests.training.test_fused import far, in_cpp, results
 
-# (name, what stands in the file, what is put in its place)
+# File: (name, text in the file, replacement)
 MUTANTS: dict[str, list[tuple[str, str, str]]] = {}
-MUTANTS["train_ops"] = [
-    # RMSNorm
-    ("norm: not divided", "L(load<L>(from + i) * scale *", "L(load<L>(from + i) *"),
-    ("norm: x's own direction stays in the gradient", "- load<L>(x + i) * scale * mean) * scale", ") * scale"),
-    ("norm: a sum in the place of a mean", "mean = sum(products) / n", "mean = sum(products)"),
-    ("norm: the gain's gradient without x", "+ d * normed)", "+ d)"),
-    ("norm: the sums of one thread alone", "i < parts.size()", "i < (size_t)n"),
-    # heads
-    ("heads: turned by cos twice", "high * load<L>(sin + d)", "high * load<L>(cos + d)"),
-    ("heads: turned back by the wrong half", "high * load<L>(sin + half + i)", "high * load<L>(sin + i)"),
-    ("heads: queries not scaled", "(h < m.H ? m.scale : 1) * (m.normed", "(m.normed"),
-    ("heads: their gradient not scaled", "float scale = h < m.H ? m.scale : 1;", "float scale = 1;"),
-    ("heads: keys' gain is the queries'", "h < m.H ? sums_q : sums_k", "sums_q"),
-    # softmax
-    ("softmax: the query's own key is hidden", "row % queries - low + 1", "row % queries - low"),
-    ("softmax: a window of one too many", "end(row) - window)", "end(row) - window - 1)"),
-    ("softmax: what lies before the window is seen", "std::fill(all, p, E(0.f));", ""),
-    ("softmax: later keys are seen", "std::fill(p + n, all + m.keys, E(0.f));", ""),
-    ("softmax: gradient without its mean", "(load<L>(d + i) - g)", "load<L>(d + i)"),
-    # SwiGLU
-    ("swiglu: the sigmoid's other side", "g / (1 + exp(-g)) *", "g / (1 + exp(g)) *"),
-    ("swiglu: its slope", "(1 + g * (1 - s))", "(1 - g * (1 - s))"),
-    ("swiglu: the up's gradient without the gate", "L(d * g * s)", "L(d * s)"),
-    # cross-entropy
-    ("loss: the wrong side", "std::log(total) + (top - at_target)", "std::log(total) - (top - at_target)"),
-    ("loss: the target's own gradient", "* factor - 1) * slope", "* factor + 1) * slope"),
-    ("loss: half of the z-loss's gradient", "1 + 2 * z * lse", "1 + z * lse"),
-    ("loss: the softcap's slope", "v *= 1 - t * t;", ""),
-    ("loss: what does not count counts", "losses[r] = counts ? std::log", "losses[r] = true ? std::log"),
+MUTANTS["norm.h"] = [
+    ("norm: no division", "L(load<L>(x + i) * scale * load<L>(gain + i))", "L(load<L>(x + i) * load<L>(gain + i))"),
+    ("norm: the direction of x stays in the gradient", "- load<L>(x + i) * scale * mean) * scale", ") * scale"),
+    ("norm: a sum instead of a mean", "mean = sum(products) / n", "mean = sum(products)"),
+    ("norm: the gradient of the gain without x", "+ d * normed)", "+ d)"),
+    ("norm: the sums of one thread only", "i < parts.size()", "i < (size_t)n"),
+    (
+        "norm: the residual's gradient is lost",
+        "load<decltype(v)>(dx + i) + load<decltype(v)>(residual + i)",
+        "load<decltype(v)>(dx + i)",
+    ),
 ]
-MUTANTS["decode_step"] = [
+MUTANTS["attention.cpp"] = [
+    ("RoPE: cos twice", "high * load<L>(sin + d)", "high * load<L>(cos + d)"),
+    ("RoPE: the wrong half backward", "high * load<L>(sin + half + d)", "high * load<L>(sin + d)"),
+    ("scale: of queries", "(h < m.H ? m.scale : 1) * scales[t]", "scales[t]"),
+    ("scale: of the queries' gradient", "float scale = h < m.H ? m.scale : 1;", "float scale = 1;"),
+    ("QK-norm: the keys' gain is the queries'", "m.H + k, dk, dqkv, sums_k", "m.H + k, dk, dqkv, sums_q"),
+    ("mask: a query's own key is hidden", "(key + k - query, 0, BLOCK)", "(key + k + 1 - query, 0, BLOCK)"),
+    ("mask: a window of one too many", "key + k + m.window - query", "key + k + m.window + 1 - query"),
+    ("mask: later keys are visible backward", "from = std::min(std::max<int64_t>(0, key - first), BLOCK)", "from = 0"),
+    ("mask: a window of one too many backward", "key + m.window - first", "key + m.window + 1 - first"),
+    ("mask: a visible block is skipped backward", "m.begin(i) >= key + BLOCK", "m.begin(i) >= key"),
+    ("softmax: the sum of earlier keys is not rescaled", ", sum *= kept;", ";"),
+    (
+        "softmax: the values of earlier keys are not rescaled",
+        "load(sums + d * BLOCK + q) * kept)",
+        "load(sums + d * BLOCK + q))",
+    ),
+    ("softmax: its gradient without the mean", "(load(dp + i) - load(delta + i))", "load(dp + i)"),
+    ("keys: their gradient from dout", "at(q, i, 0), BLOCK, D, dk", "at(g, i, 0), BLOCK, D, dk"),
+]
+MUTANTS["feed_forward.cpp"] = [
+    ("swiglu: the other side of the sigmoid", "exp(-x)", "exp(x)"),
+    ("swiglu: its slope", "(1 + g * (1 - s))", "(1 - g * (1 - s))"),
+    ("swiglu: the gradient of up without the gate", "F + at, d * g * s)", "F + at, d * s)"),
+    ("the residual stream is lost", "if (residual) v +=", "if (!residual) v +="),
+    ("the gradient of down from the normed x", "columns.fill(dout, all), downs.add", "downs.add"),
+]
+MUTANTS["linear.cpp"] = [
+    ("the residual stream is lost", "if (x) v +=", "if (!x) v +="),
+    ("the gradient of q, k and v is transposed", "gradient.add_up(dw, true", "gradient.add_up(dw, false"),
+    ("the norms of other tokens", "inverse[first + i], normed.row(i)", "inverse[i], normed.row(i)"),
+]
+MUTANTS["linear.h"] = [
+    ("gradients of one thread only", "for (int64_t t = 1; t < threads; t++)", "for (int64_t t = 1; t < 1; t++)"),
+    ("edges: old numbers stay", "if (n % 32) std::fill_n", "if (n % 32 > 31) std::fill_n"),
+]
+MUTANTS["cross_entropy.cpp"] = [
+    (
+        "loss: the wrong sign",
+        "std::log(all.total) + (all.top - at_target[r])",
+        "std::log(all.total) - (all.top - at_target[r])",
+    ),
+    ("dx: the sign of the target's part", "v -= slopes[first + r]", "v += slopes[first + r]"),
+    ("dw: the sign of the target's part", "load<L>(to + c) - slopes[r]", "load<L>(to + c) + slopes[r]"),
+    ("half of the z-loss's gradient", "1 + 2 * z * lse", "1 + z * lse"),
+    ("the slope of the softcap", "cap ? L(v * (1 - t * t)) : v", "v"),
+    ("an ignored target counts", "m.losses[first + r] = counts ?", "m.losses[first + r] = true ?"),
+    ("the sum of one thread only", "all.total += found", "all.total = found"),
+    ("threads with other largest logits", "* std::exp(own.top - all.top)", ""),
+]
+MUTANTS["muon.cpp"] = [
+    ("momentum: no Nesterov step", "next = g + (kept - g) * mu", "next = kept"),
+    ("momentum: of the gradient alone", "kept = old + (g - old) * (1 - mu)", "kept = g"),
+    ("a coefficient of the polynomial", "C = 2.0315", "C = 2.5"),
+    ("four iterations", "step < 5", "step < 4"),
+    ("the lower half of a symmetric matrix", "if (i < j) store", "if (i > j) store"),
+    ("no weight decay", "1 - lr * weight_decay", "1"),
+    ("tall matrices are not scaled as wide ones", "std::sqrt(wide)", "std::sqrt(matrix.columns)"),
+]
+MUTANTS["decode_step.cpp"] = [
     ("attend: the last chunk's largest score stays", "kept = std::exp(before - largest)", "kept = before > -INFINITY"),
     ("attend: the last chunk's sum stays", "drawn.total[h] * kept", "drawn.total[h]"),
     ("attend: another head's keys", "h / group * D, &queries", "h % m.K * D, &queries"),
@@ -69,22 +111,32 @@ MUTANTS["decode_step"] = [
 
 
 def probe(file: str) -> None:
-    """AssertionError unless what it computes is right, with two threads."""
+    """AssertionError unless what the file computes is right, with two threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
+    probes = {"cross_entropy.cpp": loss, "muon.cpp": muon, "decode_step.cpp": decode_step}
     try:
-        {"train_ops": train_ops, "decode_step": decode_step}[file]()
+        probes.get(file, layers)()
     finally:
         torch.set_num_threads(before)
 
 
-def train_ops() -> None:
-    """Every term of the loss; a model with GQA, a window
-    and lengths beyond a block; gradients that two threads add up."""
+def loss() -> None:
+    """Every term of the loss."""
     for terms in ({}, {"z_loss": 0.1, "softcap": 3.0}):
         compare(*draw(37, 24, 65, seed=3), 0.3, backend="cpp", **terms)
+
+
+def muon() -> None:
+    """Tall, wide and square matrices over some steps."""
+    for shape in ((48, 37), (33, 70), (64, 64)):
+        compare_steps(shape, torch.float32)
+
+
+def layers() -> None:
+    """A model with GQA, a window, and tokens and lengths beyond a block; gradients that two threads add up."""
     model = randomized(dataclasses.replace(TINY, context=150, window=40, layer_pattern="SL"))
-    tokens = torch.randint(0, 97, (2, 150), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(0, 97, (4, 150), generator=torch.Generator().manual_seed(0))
     exact = results(copy.deepcopy(model).double(), tokens)
     for name, error in far(results(in_cpp(model), tokens), exact).items():
         assert error < 1e-4, name

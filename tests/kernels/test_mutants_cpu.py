@@ -12,12 +12,12 @@ HERE = build.HERE
 
 @pytest.fixture
 def compiled(monkeypatch, tmp_path, tmp_path_factory, compilers):
-    """compiled(name, text) puts it in the place of kernels/cpu/NAME.cpp, for this test."""
+    """compiled(name, text) replaces kernels/cpu/NAME, for this test."""
 
     def put(name: str, text: str) -> None:
         for file in (*HERE.glob("*.h"), *HERE.glob("*.cpp")):
             shutil.copy(file, tmp_path)
-        (tmp_path / f"{name}.cpp").write_text(text)
+        (tmp_path / name).write_text(text)
         monkeypatch.setattr(build, "HERE", tmp_path)
         monkeypatch.setattr(
             build, "FOLDER", tmp_path_factory.getbasetemp() / "compiled"
@@ -28,7 +28,7 @@ def compiled(monkeypatch, tmp_path, tmp_path_factory, compilers):
 
 
 def source(name: str) -> str:
-    return (HERE / f"{name}.cpp").read_text()
+    return (HERE / name).read_text()
 
 
 @pytest.mark.parametrize("name", MUTANTS)

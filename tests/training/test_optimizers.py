@@ -30,6 +30,7 @@ def test_muon_steps_as_written(monkeypatch):
     monkeypatch.setattr(optimizers, "orthogonalize", lambda x, _: x)
     p = torch.nn.Parameter(torch.full((2, 8), 2.0))
     muon = optimizers.Muon([p], lr=0.1, momentum=0.9, weight_decay=0.5, dtype=torch.float32)
+    muon.fused = False
     weight, memory = 2.0, 0.0
     for gradient in (1.0, -3.0):
         p.grad = torch.full((2, 8), gradient)
