@@ -1,9 +1,9 @@
 // Causal attention for training on a CPU, forward and backward, from the output of the q, k and v projections to the
-// input of the output projection: QK-norm, RoPE, softmax(q k^T) v. Flash attention (Dao et al. 2022, arXiv 2205.14135)
-// with the blocks of a core's cache: scores and weights never reach memory, the backward computes them again.
+// input of the output projection: QK-norm, RoPE, softmax(q k^T) v. It is flash attention (Dao et al. 2022, arXiv
+// 2205.14135) with blocks that fit into the cache of a core: scores never reach memory, and the backward recomputes them.
 //
-// One task is a sequence b and a key/value head, with its G query heads. It packs keys and values for tile_matmul, then
-// takes 32 queries at a time. E is the type of activations (-DELEMENT); sums, the softmax and gains are fp32.
+// One task is a sequence b and a key/value head with its G query heads. It packs keys and values for the tile matmul, then
+// processes BLOCK queries at a time. E is the type of activations (-DELEMENT); sums, the softmax and gains are fp32.
 //
 // B sequences, T tokens, H query heads, K key/value heads, D head size. Inside a task T and D are rounded up to
 // `tokens`, a multiple of BLOCK, and a multiple of 32, with zeros: causal queries see no such key, and what such queries give is not stored.

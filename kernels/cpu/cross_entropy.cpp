@@ -1,11 +1,12 @@
-// The head and the loss in one when a model trains on a CPU: see cross_entropy.py, whose formulas these are.
+// The output head and the loss in one, for training on a CPU. kernels/cross_entropy.py has the formulas.
 //
-// Threads share the vocabulary, so that each one's columns of the head, and of its gradient, stay near its core while all
-// tokens pass by, SOME at a time. They meet where a row's log-sum-exp, and then its dx, is put together.
+// The vocabulary is split between threads: a thread's columns of the head and of its gradient stay in the cache of its
+// core, while all tokens are processed, SOME at a time. Threads synchronize twice for these: to combine the log-sum-exp of
+// each row, and to add up dx.
 //
-// With e = exp(logit - top) of a row, its largest logit subtracted, the row's gradient is factor * e - [target], and the
-// factor is known only when all of the row is. So e is multiplied as it is: the factor goes to rows of dx and of x, and
-// what belongs to the target is subtracted from one row of dx and of dw, in fp32.
+// With e = exp(logit - top), where top is the largest logit of a row, the gradient of the row is factor * e - [target]. The
+// factor is known only when all threads are done with the row. So e is multiplied without it: the factor scales rows of dx
+// and of x, and the target's 1 is subtracted from one row of dx and of dw, in fp32.
 //
 // N tokens, C width, V vocabulary. E is the type of x (-DELEMENT); logits, sums and dw are fp32.
 #include "linear.h"
@@ -26,12 +27,12 @@ struct Loss {
     bool counts(int64_t r) const { return targets[r] >= 0 && targets[r] < V; }
 };
 
-// What a thread finds in a row: the largest of its logits, and the sum of e.
+// Of a row of logits, a thread's part: the largest, and the sum of e.
 struct Sum {
     float top = -INFINITY, total = 0;
 };
 
-// e, times the slope of the softcap, of one row of n logits, which are overwritten.
+// Writes e times the slope of the softcap for a row of n logits. Overwrites the logits.
 static Sum exponentiate(float* x, int64_t n, float cap, X* e) {
     Floats most = Floats{} - INFINITY, sums{};
     if (cap) each(x, n, [&](auto v) { return cap * decltype(v)(tanh(v / cap)); });
@@ -93,7 +94,7 @@ extern "C" void heed_linear_cross_entropy(const Loss& m, int64_t threads) {
                 slopes[first + r] = counts ? 1 - ratio * ratio : 0;
                 m.losses[first + r] = counts ? std::log(all.total) + (all.top - at_target[r]) + z * lse * lse : 0;
             }
-            for (int64_t c = 0; c < width && m.dx && columns; c += 32) {  // this thread's part of dx, over its columns
+            for (int64_t c = 0; c < width && m.dx && columns; c += 32) {  // this thread's part of dx: the sum over its columns
                 Packed<X> weights = right(m.head_t, vocabulary, c);
                 weights.data += mine.from * 16;
                 for (int64_t r = 0; r < n; r += 32) {

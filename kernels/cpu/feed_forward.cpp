@@ -1,10 +1,10 @@
-// The feed-forward half of a layer when a model trains on a CPU: x + swiglu(norm(x)), forward and backward, in one walk.
+// The feed-forward half of a layer for training on a CPU: x + swiglu(norm(x)), forward and backward, each in one pass.
 //
-// A thread takes 32 tokens from their row of x to their row of the output; what lies between stays in the cache of its
-// core. The backward computes it again: reading it back from memory would take as long.
+// A thread computes its tokens from x to the output, SOME at a time, and everything between stays in the cache of its core.
+// The backward recomputes the activations: reading them from memory would take as long.
 //
 // R tokens, C width, F feed-forward width. E is what the matrices are multiplied in (-DELEMENT); x, sums and gains are
-// fp32. Threads share tokens, and add up their gradients in a fixed order.
+// fp32. Tokens are split between threads, and their gradients are added up in a fixed order.
 #include "linear.h"
 #include "norm.h"
 
@@ -37,7 +37,7 @@ extern "C" void heed_feed_forward(const FeedForward& m, float* out, int64_t resi
         for (int64_t first = mine.from; first < mine.to; first += SOME) {
             int64_t n = std::min(SOME, mine.to - first);
             load_normed(m, first, n, normed, inverse);
-            for (int64_t f = 0; f < F; f += 32)  // a part of the weights serves all of these tokens
+            for (int64_t f = 0; f < F; f += 32)  // these columns of the weights are read once for all tokens
                 for (int64_t r = 0; r < n; r += 32) {
                     multiply<false, X>(normed.row(r), normed.pitch, right(m.gate_up, C, f), C, 32, gate, 32);
                     multiply<false, X>(normed.row(r), normed.pitch, right(m.gate_up, C, F + f), C, 32, up, 32);

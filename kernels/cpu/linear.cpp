@@ -1,5 +1,5 @@
-// Linear layers with what stands next to them when a model trains on a CPU: norm(x) W^T and x + a W^T, and their
-// gradients. fused_layers.py makes the attention half of a layer of them, with attention.cpp in between.
+// Linear layers fused with their neighbours, for training on a CPU: norm(x) W^T and x + a W^T, and their gradients.
+// fused_layers.py builds the attention half of a layer from them, with attention.cpp in between.
 //
 // R tokens, C width of x, N or K width of the other side. x and its gradients are fp32, other activations E.
 #include "linear.h"
@@ -7,7 +7,7 @@
 
 extern "C" int heed_multiplied_size() { return sizeof(X); }
 
-// y = norm(x), both (R, C), and the inverse of the root mean square of each row, which is all that the backward needs.
+// y = norm(x), both (R, C), and 1 / rms of each row, which the backward needs.
 extern "C" void heed_norm(const float* x, const float* gain, E* y, float* inverse, int64_t R, int64_t C, double eps,
                           int64_t threads) {
 #pragma omp parallel for num_threads(threads)
@@ -48,7 +48,7 @@ extern "C" void heed_pack(const E* w, X* to, int64_t N, int64_t K, int64_t trans
 
 // f(r, n, c, sums) for blocks of 32 x 32 of `rows` times a packed matrix (rows.width, N): row r, column n.
 template <class F> static void multiply_all(Rows& rows, int64_t tokens, const X* packed, int64_t N, float* sums, F f) {
-    for (int64_t n = 0; n < N; n += 32)  // a part of the weights serves all of these tokens
+    for (int64_t n = 0; n < N; n += 32)  // these columns of the weights are read once for all tokens
         for (int64_t r = 0; r < tokens; r += 32) {
             multiply<false, X>(rows.row(r), rows.pitch, right(packed, rows.width, n), rows.width, 32, sums, 32);
             for (int64_t i = 0; i < std::min<int64_t>(32, tokens - r); i++)

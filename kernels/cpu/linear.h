@@ -8,8 +8,8 @@
 using E = ELEMENT;
 using X = Multiplied<E>;
 
-constexpr int64_t SOME = 256;  // tokens whose activations wait in the cache for the gradients of weights
-constexpr int64_t GAP = 32;    // rows a power of two apart would share a few lines of the cache
+constexpr int64_t SOME = 256;  // tokens at once: their activations fit into the cache of a core
+constexpr int64_t GAP = 32;    // rows a power of two apart would compete for a few lines of the cache
 
 // The columns from n on of a packed matrix that sums over k, both rounded up to 32.
 static inline Packed<X> right(const X* packed, int64_t k, int64_t n) { return {packed + n * k, TILE, k * 16}; }
@@ -20,7 +20,7 @@ struct Rows {
     Buffer<X> data;
     Rows(int64_t tokens, int64_t n) : width(round_up(n, 32)), pitch(width + GAP), data(tokens * pitch) {}
     X* row(int64_t r) { return data + r * pitch; }
-    // Zeros in what n tokens of m numbers leave of the last 32 rows and columns.
+    // Zeros the padding of n tokens of m numbers: up to multiples of 32 rows and columns.
     void clear_edges(int64_t n, int64_t m) {
         if (n % 32) std::fill_n(row(n), (round_up(n, 32) - n) * pitch, X(0.f));
         if (m < width)
@@ -47,8 +47,7 @@ struct Columns {
     }
 };
 
-// The sum over tokens of a_t b_t^T, M x N numbers, in blocks of 32 x 32 that are one piece of memory each; one sum for
-// each thread, which adds its own tokens to it.
+// The sum over tokens of a_t b_t^T, M x N numbers, stored in blocks of 32 x 32. Each thread has a sum of its own.
 struct Gradient {
     static constexpr int64_t BLOCK = 32 * 32;
     int64_t threads, M, N, down, blocks;

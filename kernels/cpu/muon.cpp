@@ -1,8 +1,8 @@
-// A step of Muon on a CPU (training/optimizers.py has the formulas): momentum, five Newton-Schulz iterations and the update,
-// one matrix after the other. A thread takes a whole matrix, which stays in the cache of its core.
+// A step of Muon on a CPU (training/optimizers.py has the formulas): momentum, five Newton-Schulz iterations, the update.
+// A thread processes a whole matrix, which stays in the cache of its core.
 //
-// E is what the iterations multiply in (-DELEMENT); weights, gradients and momentum are fp32. Inside, a matrix is wide: m
-// rows, n columns, m <= n, both rounded up to 32 with zeros, which stay zeros.
+// E is the type of the iterations (-DELEMENT); weights, gradients and momentum are fp32. The iterations work on a wide
+// matrix: m rows, n columns, m <= n, both padded with zeros to multiples of 32.
 #include "linear.h"
 
 struct MuonMatrix {

@@ -1,4 +1,4 @@
-// Small matrix multiplications for attention.cpp: 32 rows at a time, both operands in the cache of one core.
+// Small matmuls for the C++ files: 32 rows at a time, both operands in the cache of one core.
 //
 // X is the type that is multiplied: bf16 where the processor multiplies bf16, two neighbours at a time, else fp32. Sums
 // are fp32. The left operand is row-major. The right operand is packed in tiles of 32 (K) x 16 (N) numbers, in which
@@ -33,10 +33,10 @@ template <class T> struct Buffer {
     operator T*() const { return data; }
 };
 
-// 1. AMX: its tile registers belong to a thread, which declares their shape before use and gives them back after it ----
+// 1. AMX: a thread configures its tile registers before use, and releases them ----------------------------------------
 
 #ifdef __AMX_BF16__
-// Whether the system lets this process use AMX (Linux asks for a request, once): ARCH_REQ_XCOMP_PERM for XTILEDATA.
+// Linux grants AMX to a process on request, once: ARCH_REQ_XCOMP_PERM for XTILEDATA.
 static const bool AMX = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
 
 struct Tiles {
