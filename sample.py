@@ -64,8 +64,8 @@ from inference.engine import make_engine  # noqa: E402
 from inference.huge_pages import use_huge_pages  # noqa: E402
 from inference.quantize import quantize  # noqa: E402
 from inference.sampling import SamplingParams  # noqa: E402
-from model import GPT, KVCache, ModelConfig  # noqa: E402
-from training.checkpoint import CheckpointError, find, load_weights, read_state  # noqa: E402
+from model import GPT, KVCache  # noqa: E402
+from training.checkpoint import CheckpointError, find, load_weights, model_config, read_state  # noqa: E402
 
 # 1. Tokens ----------------------------------------------------------------------------------------------------------
 
@@ -146,8 +146,7 @@ def newest_run() -> Path:
 def load(run: Path, checkpoint: str = "best") -> tuple[GPT, Tokenizer]:
     """Load a run's model and tokenizer. Raises CheckpointError."""
     folder = find(run, checkpoint)
-    config = ModelConfig(**read_state(folder)["config"]["model"])
-    load_weights(folder, model := GPT(config).eval())
+    load_weights(folder, model := GPT(model_config(folder, read_state(folder))).eval())
     model = use_huge_pages(model.to("cuda" if torch.cuda.is_available() else "cpu"))
     return model, Tokenizer.load(run / "tokenizer.json")
 

@@ -12,7 +12,7 @@ from data.chat_format import SPECIAL_TOKENS, chat_template
 from data.download import PUBLIC_TEXTS
 from data.tokenizer import Tokenizer
 from model import ModelConfig
-from training.checkpoint import find, read_state
+from training.checkpoint import find, model_config, read_state
 from training.flops import count_parameters
 from training.metrics import read
 
@@ -25,7 +25,7 @@ def export(run: Path, folder: Path, checkpoint: str = "best", dtype: str = "floa
     """
     source = find(run, checkpoint)
     state = read_state(source)
-    config = ModelConfig(**state["config"]["model"])
+    config = model_config(source, state)
     words = to_hf(config)
     tokenizer = Tokenizer.load(run / "tokenizer.json")
     begin = (tokenizer.bos_tokens or [tokenizer.eot])[0]

@@ -2,7 +2,8 @@
 
     runs/NAME/step-000500/model.safetensors   weights, under Hugging Face's names
                           optimizer.pt        the state of the optimizers (tensors and numbers, no code)
-                          state.json          step, counters and configuration, and the SHA-256 of the two files above
+                          state.json          format version, step, counters, configuration, and the SHA-256 of the
+                                              two files above
     runs/NAME/latest, runs/NAME/best          the name of a step folder, as text
 
 A folder is written under another name, flushed to the disk and renamed; a pointer is replaced atomically. So a folder
@@ -21,6 +22,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from data.shards import sync
+from model import ModelConfig
+
+
+FORMAT_VERSION = 2  # of state.json; 1 had no version and no training seconds, and is still read
 
 
 class CheckpointError(ValueError):
@@ -39,7 +44,8 @@ def save(
     save_file(model.state_dict(), draft / "model.safetensors", metadata={"format": "pt"})
     torch.save([optimizer.state_dict() for optimizer in optimizers], draft / "optimizer.pt")
     hashes = {name: _sha256(draft / name) for name in ("model.safetensors", "optimizer.pt")}
-    (draft / "state.json").write_text(json.dumps({"step": step, **state, "sha256": hashes}, indent=1))
+    about = {"format_version": FORMAT_VERSION, "step": step, **state}
+    (draft / "state.json").write_text(json.dumps(about | {"sha256": hashes}, indent=1))
     for path in (*draft.iterdir(), draft):
         sync(path)
     draft.rename(folder)
@@ -73,18 +79,38 @@ def find(run: Path, which: str) -> Path:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """state.json, after verifying the hashes of both files. Raises CheckpointError."""
+    """state.json, after verifying its format and the hashes of both files. Raises CheckpointError."""
+    path = folder / "state.json"
     try:
-        state = json.loads((folder / "state.json").read_text())
-        hashes = state["sha256"]
-        for name, expected in hashes.items():
-            if _sha256(folder / name) != expected:
+        state = json.loads(path.read_bytes())
+        version = state.get("format_version", 1)
+        if version not in (1, FORMAT_VERSION):
+            newer = isinstance(version, int) and version > FORMAT_VERSION
+            raise CheckpointError(
+                f"{path}: format_version = {version!r}: this heed reads 1 to {FORMAT_VERSION}; "
+                + ("use a newer heed" if newer else "use another checkpoint")
+            )
+        for name in ("model.safetensors", "optimizer.pt"):
+            if _sha256(folder / name) != state["sha256"][name]:
                 raise CheckpointError(
                     f"{folder / name}: damaged, its SHA-256 differs from state.json; use another checkpoint"
                 )
-    except (OSError, json.JSONDecodeError, KeyError) as error:
-        raise CheckpointError(f"{folder}: damaged checkpoint ({type(error).__name__}: {error}); use another") from None
+        if type(state["step"]) is not int or not isinstance(state.get("config", {}), dict):
+            raise TypeError("step must be a whole number and config an object")
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise CheckpointError(f"{folder}: damaged checkpoint ({reason}); use another") from None
     return state
+
+
+def model_config(folder: Path, state: dict[str, Any]) -> ModelConfig:
+    """The model's configuration in the `state` of the checkpoint `folder`. Raises CheckpointError."""
+    try:
+        return ModelConfig(**state["config"]["model"])
+    except (KeyError, TypeError, ValueError) as error:  # a field that this heed does not have, or a value of its own
+        raise CheckpointError(f"{folder / 'state.json'}: config.model does not fit this heed: {error}") from None
 
 
 def load_weights(folder: Path, model: nn.Module, *, grow: bool = False) -> None:
