@@ -1,6 +1,7 @@
 """Export a run as a folder that Hugging Face's AutoModelForCausalLM and AutoTokenizer load without heed."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ def export(run: Path, folder: Path, checkpoint: str = "best", dtype: str = "floa
     stored = {name: (w - less if w.ndim == 1 else w).to(getattr(torch, dtype)) for name, w in weights.items()}
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save(folder / "tokenizer.json")
+    shutil.copymode(folder / "tokenizer.json", folder / "model.safetensors")  # safetensors ignores the umask
     write_json(folder / "config.json", words | marks | {"dtype": dtype})
     # The defaults of sample.py. Padding has no effect, but without a pad token `generate` warns.
     generation: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_k": 0, "pad_token_id": tokenizer.eot}

@@ -43,6 +43,7 @@ def save(
     draft.mkdir(parents=True)
     save_file(model.state_dict(), draft / "model.safetensors", metadata={"format": "pt"})
     torch.save([optimizer.state_dict() for optimizer in optimizers], draft / "optimizer.pt")
+    shutil.copymode(draft / "optimizer.pt", draft / "model.safetensors")  # safetensors ignores the umask
     hashes = {name: _sha256(draft / name) for name in ("model.safetensors", "optimizer.pt")}
     about = {"format_version": FORMAT_VERSION, "step": step, **state}
     (draft / "state.json").write_text(json.dumps(about | {"sha256": hashes}, indent=1))
