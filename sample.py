@@ -65,7 +65,7 @@ from inference.huge_pages import use_huge_pages  # noqa: E402
 from inference.quantize import quantize  # noqa: E402
 from inference.sampling import SamplingParams  # noqa: E402
 from model import GPT, KVCache  # noqa: E402
-from training.checkpoint import CheckpointError, find, load_weights, model_config, read_state  # noqa: E402
+from training.checkpoint import CheckpointError, load_weights, model_config, open_checkpoint  # noqa: E402
 
 # 1. Tokens ----------------------------------------------------------------------------------------------------------
 
@@ -144,9 +144,9 @@ def newest_run() -> Path:
 
 
 def load(run: Path, checkpoint: str = "best") -> tuple[GPT, Tokenizer]:
-    """Load a run's model and tokenizer. Raises CheckpointError."""
-    folder = find(run, checkpoint)
-    load_weights(folder, model := GPT(model_config(folder, read_state(folder))).eval())
+    """Load a run's model and tokenizer; if the best checkpoint is damaged, the newest intact one. Raises CheckpointError."""
+    folder, state = open_checkpoint(run, checkpoint, warn=lambda line: print(f"sample.py: {line}", file=sys.stderr))
+    load_weights(folder, model := GPT(model_config(folder, state)).eval())
     model = use_huge_pages(model.to("cuda" if torch.cuda.is_available() else "cpu"))
     return model, Tokenizer.load(run / "tokenizer.json")
 

@@ -10,9 +10,13 @@ A folder is written under another name, flushed to the disk and renamed; a point
 is complete before a pointer names it.
 """
 
+import contextlib
 import hashlib
 import json
+import pickle
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +31,9 @@ from model import ModelConfig
 
 FORMAT_VERSION = 2  # of state.json; 1 had no version and no training seconds, and is still read
 
+POINTERS = ("latest", "best")
+STEP = re.compile(r"step-\d{6,12}")
+
 
 class CheckpointError(ValueError):
     """A checkpoint that is missing, damaged, or of another run. The message is one line."""
@@ -35,24 +42,46 @@ class CheckpointError(ValueError):
 def save(
     run: Path, step: int, model: nn.Module, optimizers: list[torch.optim.Optimizer], state: dict[str, Any]
 ) -> Path:
-    """Write run/step-NNNNNN and point `latest` at it; returns the folder. `state` must be JSON."""
+    """Write run/step-NNNNNN and point `latest` at it; returns the folder. `state` must be JSON.
+
+    A folder of that name, which `best` may name, keeps it until the new one is on the disk. Raises CheckpointError if
+    the checkpoint cannot be written: the disk is full.
+    """
     folder = run / f"step-{step:06d}"
-    draft = run / f".draft-{folder.name}"
-    for leftover in (*run.glob(".draft-*"), folder):  # left by a process killed here: no pointer names it
-        shutil.rmtree(leftover, ignore_errors=True)
-    draft.mkdir(parents=True)
-    save_file(model.state_dict(), draft / "model.safetensors", metadata={"format": "pt"})
-    torch.save([optimizer.state_dict() for optimizer in optimizers], draft / "optimizer.pt")
-    shutil.copymode(draft / "optimizer.pt", draft / "model.safetensors")  # safetensors ignores the umask
-    hashes = {name: _sha256(draft / name) for name in ("model.safetensors", "optimizer.pt")}
-    about = {"format_version": FORMAT_VERSION, "step": step, **state}
-    (draft / "state.json").write_text(json.dumps(about | {"sha256": hashes}, indent=1))
-    for path in (*draft.iterdir(), draft):
-        sync(path)
+    draft, aside = run / f".draft-{folder.name}", run / f".aside-{folder.name}"
+    _tidy(run)
+    try:
+        draft.mkdir(parents=True)
+        save_file(model.state_dict(), draft / "model.safetensors", metadata={"format": "pt"})
+        torch.save([optimizer.state_dict() for optimizer in optimizers], draft / "optimizer.pt")
+        shutil.copymode(draft / "optimizer.pt", draft / "model.safetensors")  # safetensors ignores the umask
+        hashes = {name: _sha256(draft / name) for name in ("model.safetensors", "optimizer.pt")}
+        about = {"format_version": FORMAT_VERSION, "step": step, **state}
+        (draft / "state.json").write_text(json.dumps(about | {"sha256": hashes}, indent=1))
+        for path in (*draft.iterdir(), draft):
+            sync(path)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise CheckpointError(f"{folder}: cannot be saved ({one_line(error)}); earlier checkpoints are kept") from None
+    if folder.exists():
+        folder.rename(aside)
     draft.rename(folder)
     sync(run)
     point(run, "latest", folder)
+    shutil.rmtree(aside, ignore_errors=True)
     return folder
+
+
+def _tidy(run: Path) -> None:
+    """Remove what a killed `save` left. A folder that was set aside and has no successor gets its name back."""
+    for draft in run.glob(".draft-*"):
+        shutil.rmtree(draft, ignore_errors=True)
+    for aside in run.glob(".aside-*"):
+        folder = run / aside.name.removeprefix(".aside-")
+        if folder.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            aside.rename(folder)
 
 
 def point(run: Path, pointer: str, folder: Path) -> None:
@@ -71,12 +100,45 @@ def find(run: Path, which: str) -> Path:
     """
     if not run.is_dir():
         raise CheckpointError(f"{run}: no such run")
-    pointer = run / ("latest" if which == "best" and not (run / "best").exists() else which)
-    folder = run / pointer.read_text().strip() if pointer.is_file() else pointer
-    if not (folder / "state.json").is_file():
-        there = ", ".join(sorted(p.name for p in run.glob("step-*"))) or "none"
+    folder = _named(run, which) if which in POINTERS else run / which if STEP.fullmatch(which) else None
+    if which == "best" and folder is None:
+        folder = _named(run, "latest")
+    if folder is None or not (folder / "state.json").is_file():
+        there = ", ".join(path.name for path in folders(run)) or "none"
         raise CheckpointError(f"{run}: no checkpoint {which!r}; there are: {there}")
     return folder
+
+
+def open_checkpoint(run: Path, which: str, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
+    """The folder and the state of a checkpoint, verified. Raises CheckpointError.
+
+    If "best" or "latest" is damaged or missing, it is the newest one that is intact, and `warn` is called with one line
+    that says so.
+    """
+    try:
+        folder = find(run, which)
+        return folder, read_state(folder)
+    except CheckpointError as error:
+        for folder in reversed(folders(run)) if which in POINTERS else ():
+            with contextlib.suppress(CheckpointError):
+                state = read_state(folder)
+                warn(f"{str(error).removesuffix('; use another checkpoint')}; using {folder.name}")
+                return folder, state
+        raise
+
+
+def folders(run: Path) -> list[Path]:
+    """The checkpoint folders of a run, by step."""
+    return sorted((p for p in run.glob("step-*") if STEP.fullmatch(p.name)), key=lambda p: int(p.name[5:]))
+
+
+def _named(run: Path, pointer: str) -> Path | None:
+    """The folder that a pointer names; None if there is no pointer, or it is damaged, or names a missing folder."""
+    try:
+        name = (run / pointer).read_text().strip()
+    except (OSError, ValueError):
+        return None
+    return run / name if STEP.fullmatch(name) and (run / name).is_dir() else None
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -101,8 +163,8 @@ def read_state(folder: Path) -> dict[str, Any]:
     except CheckpointError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise CheckpointError(f"{folder}: damaged checkpoint ({reason}); use another") from None
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise CheckpointError(f"{folder}: damaged checkpoint ({reason}); use another checkpoint") from None
     return state
 
 
@@ -129,23 +191,32 @@ def load_weights(folder: Path, model: nn.Module, *, grow: bool = False) -> None:
                 weights[name] = torch.cat((old, old.mean(0, keepdim=True).expand(more, -1)))
         model.load_state_dict(weights)
     except (SafetensorError, RuntimeError) as error:
-        first = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{folder / 'model.safetensors'}: does not fit this model: {first}") from None
+        path = folder / "model.safetensors"
+        raise CheckpointError(f"{path}: does not fit this model: {one_line(error)}") from None
 
 
 def load_optimizers(folder: Path, optimizers: list[torch.optim.Optimizer]) -> None:
-    """Load the state of the optimizers."""
-    states = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
-    for optimizer, state in zip(optimizers, states, strict=True):
-        optimizer.load_state_dict(state)
+    """Load the state of the optimizers. Raises CheckpointError."""
+    try:
+        states = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
+        for optimizer, state in zip(optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
+    except (ValueError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        path = folder / "optimizer.pt"
+        raise CheckpointError(f"{path}: does not fit the optimizers of this run: {one_line(error)}") from None
 
 
 def prune(run: Path, keep: int) -> None:
     """Delete all checkpoints but the latest `keep` and those that a pointer names."""
-    named = {(run / pointer).read_text().strip() for pointer in ("latest", "best") if (run / pointer).is_file()}
-    for folder in sorted(run.glob("step-*"))[:-keep]:
-        if folder.name not in named:
+    named = {_named(run, pointer) for pointer in POINTERS}
+    for folder in folders(run)[:-keep]:
+        if folder not in named:
             shutil.rmtree(folder)
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error, or its type, in one line of at most 200 characters."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:200]
 
 
 def _sha256(path: Path) -> str:

@@ -52,7 +52,9 @@ def test_format_1_generates_and_resumes(old):
 @pytest.mark.parametrize("version", [0, checkpoint.FORMAT_VERSION + 1, "2", None, []])
 def test_another_version_is_one_line(folder, version):
     change(folder, format_version=version)
-    with pytest.raises(CheckpointError, match=r"state.json: format_version = .*: this heed reads 1 to 2; use a") as told:
+    with pytest.raises(
+        CheckpointError, match=r"state.json: format_version = .*: this heed reads 1 to 2; use a"
+    ) as told:
         checkpoint.read_state(folder)
     assert ("newer heed" in str(told.value)) == (version == checkpoint.FORMAT_VERSION + 1)
 
