@@ -28,7 +28,6 @@ from torch import nn
 from data.shards import sync
 from model import ModelConfig
 
-
 FORMAT_VERSION = 2  # of state.json; 1 had no version and no training seconds, and is still read
 
 POINTERS = ("latest", "best")
@@ -74,9 +73,9 @@ def save(
 
 def _tidy(run: Path) -> None:
     """Remove what a killed `save` left. A folder that was set aside and has no successor gets its name back."""
-    for draft in run.glob(".draft-*"):
+    for draft in run.glob(".draft-step-*"):
         shutil.rmtree(draft, ignore_errors=True)
-    for aside in run.glob(".aside-*"):
+    for aside in run.glob(".aside-step-*"):
         folder = run / aside.name.removeprefix(".aside-")
         if folder.exists():
             shutil.rmtree(aside, ignore_errors=True)
@@ -86,11 +85,16 @@ def _tidy(run: Path) -> None:
 
 def point(run: Path, pointer: str, folder: Path) -> None:
     """Make run/pointer name the folder, atomically."""
-    draft = run / f".draft-pointer-{pointer}"
-    draft.write_text(folder.name + "\n")
+    replace_file(run / pointer, folder.name + "\n")
+
+
+def replace_file(path: Path, content: str) -> None:
+    """Write a file, atomically: after a kill or a power cut it has its old content or the new one."""
+    draft = path.with_name(f".draft-{path.name}")
+    draft.write_text(content, encoding="utf-8")
     sync(draft)
-    draft.replace(run / pointer)
-    sync(run)
+    draft.replace(path)
+    sync(path.parent)
 
 
 def find(run: Path, which: str) -> Path:
@@ -196,11 +200,14 @@ def load_weights(folder: Path, model: nn.Module, *, grow: bool = False) -> None:
 
 
 def load_optimizers(folder: Path, optimizers: list[torch.optim.Optimizer]) -> None:
-    """Load the state of the optimizers. Raises CheckpointError."""
+    """Load the state of the optimizers; their settings stay those of the configuration. Raises CheckpointError."""
     try:
         states = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
         for optimizer, state in zip(optimizers, states, strict=True):
+            settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
             optimizer.load_state_dict(state)
+            for group, own in zip(optimizer.param_groups, settings, strict=True):
+                group.update(own)  # load_state_dict replaced them, too
     except (ValueError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
         path = folder / "optimizer.pt"
         raise CheckpointError(f"{path}: does not fit the optimizers of this run: {one_line(error)}") from None
