@@ -144,7 +144,7 @@ def newest_run() -> Path:
 
 
 def load(run: Path, checkpoint: str = "best") -> tuple[GPT, Tokenizer]:
-    """Load a run's model and tokenizer; if the best checkpoint is damaged, the newest intact one. Raises CheckpointError."""
+    """Load a run's model and tokenizer; the newest intact checkpoint if the best is damaged. Raises CheckpointError."""
     folder, state = open_checkpoint(run, checkpoint, warn=lambda line: print(f"sample.py: {line}", file=sys.stderr))
     load_weights(folder, model := GPT(model_config(folder, state)).eval())
     model = use_huge_pages(model.to("cuda" if torch.cuda.is_available() else "cpu"))
