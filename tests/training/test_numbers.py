@@ -43,7 +43,7 @@ def test_a_config_made_in_a_program_is_checked_too(kind):
 
 def test_a_long_name_is_one_line():
     load("shakespeare", {"name": "a" * 200})
-    with pytest.raises(ConfigError, match="must be a folder name .* at most 200 characters"):
+    with pytest.raises(ConfigError, match=r"must be a folder name .* at most 200 characters"):
         load("shakespeare", {"name": "a" * 300})
 
 
