@@ -90,7 +90,8 @@ def texts(long: bool) -> dict[str, bytes]:
     plain = "".join(f"Line {n} of a text with birds and bees.\n" for n in range(300)).encode()
     return {
         "empty.txt": b"", "newline.txt": b"\n", "one.txt": b"a", "nul.txt": plain + b"\0",
-        "bom.txt": b"\xef\xbb\xbf" + plain, "bom-only.txt": b"\xef\xbb\xbf", "utf-16.txt": plain.decode().encode("utf-16"),
+        "bom.txt": b"\xef\xbb\xbf" + plain, "bom-only.txt": b"\xef\xbb\xbf",
+        "utf-16.txt": plain.decode().encode("utf-16"),
         "latin-1.txt": b"caf\xe9 " * 999,
         "cut.txt": plain + b"\xc3", "surrogates.txt": plain + b"\xed\xa0\x80", "noise.txt": number.randbytes(9999),
         "line.txt": b"a long line " * (size // 12), "space.txt": b" " * 9999, "controls.txt": bytes(range(1, 32)) * 99,

@@ -118,12 +118,7 @@ def test_texts(server, tmp_path, size):
         path = tmp_path / name
         path.write_bytes(texts(False)[name])
         words = [word for word in SMALLEST if not word.startswith("--data.tokenizer")]
-        own = (
-            f"--data.source={path}",
-            f"--data.format={form}",
-            f"--data.tokenizer={tokenizer}",
-            "--data.vocab_size=300",
-        )
+        words += [f"--data.source={path}", f"--data.format={form}", f"--data.tokenizer={tokenizer}"]
         shutil.rmtree(tmp_path / "runs", ignore_errors=True)
         server.judge("shakespeare", *words, "--data.vocab_size=300", "--train.steps=1", runs=tmp_path / "runs")
         assert path.read_bytes() == texts(False)[name]

@@ -78,7 +78,8 @@ def test_a_killed_process_ends_the_run_and_its_checkpoint_loads(tmp_path, text, 
     """The processes measure different gains of bf16; the run has one dtype, and is killed after some saves."""
     script = tmp_path / "ranks.py"
     script.write_text(
-        "import os, train\nfrom training import device\nos.write(1, f'pid {os.environ[\"RANK\"]} {os.getpid()}\\n'.encode())\n"
+        "import os, train\nfrom training import device\n"
+        "os.write(1, f'pid {os.environ[\"RANK\"]} {os.getpid()}\\n'.encode())\n"
         "device._bf16_gain = lambda: [0.1, 9.0][int(os.environ['RANK'])]\ntrain.main()\n"
     )
     words = ("--train.steps=1000000", "--train.num_evals=1", "--train.save_minutes=1e-9", "--train.dtype=auto")
