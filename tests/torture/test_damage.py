@@ -26,9 +26,9 @@ FEW = 14  # cases of a kind in the short version
 SIZES = pytest.mark.parametrize("size", [pytest.param("few"), pytest.param("all", marks=pytest.mark.full)])
 
 
-def some(cases: list, size: str) -> list:
-    """All cases, or FEW of them."""
-    return cases if size == "all" else random.Random(0).sample(cases, min(FEW, len(cases)))
+def some(cases: list, size: str, few: int = FEW) -> list:
+    """All cases, or a few of them."""
+    return cases if size == "all" else random.Random(0).sample(cases, min(few, len(cases)))
 
 
 @pytest.fixture(scope="session")
@@ -140,7 +140,7 @@ def test_a_full_disk(server, trained, text, tmp_path, size):
     largest = max(map(len, content(runs).values()))
     cases = [(what, number.randrange(4096, 2 * largest)) for what in ("resume", "prepare", "to-hf") for _ in range(20)]
     try:
-        for what, limit in some(cases, size):
+        for what, limit in some(cases, size, few=5):
             fresh(runs, tmp_path / "runs")
             before = content(tmp_path / "runs")
             options = {"runs": tmp_path / "runs", "limit": limit}
