@@ -82,6 +82,7 @@ class ModelConfig:
         check_numbers(self, "model", MAX_SIZE)
         for field in ("context", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_ffn"):
             must(getattr(self, field) >= 1, field, "must be at least 1")
+        must(self.n_layer <= 10_000, "n_layer", "must be at most 10000")
         must(self.vocab_size >= 0, "vocab_size", "must be at least 1, or 0 for the tokenizer's size")
         must(self.n_head % self.n_kv_head == 0, "n_kv_head", f"must divide model.n_head = {self.n_head}")
         must(self.head_dim % 2 == 0, "head_dim", "must be even: RoPE rotates pairs of dimensions")

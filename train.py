@@ -127,6 +127,7 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
         if saved == step:
             return
         if record:
+            check_weights(step, model)
             record.sync()
             dtype = str(machine.dtype).removeprefix("torch.")
             about = {"steps": budget.num_steps, "seconds": budget.elapsed, "dtype": dtype, "identity": identity}
@@ -153,8 +154,10 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
             with machine.uncompiled():
                 val_loss = validate(model, eval_text, config, world, machine, tokenizer.eot, graceful_exit)
                 sample = sample_text(model, tokenizer, config) if world.main and val_loss is not None else ""
-            if leaving := val_loss is None:  # stopped by a signal
-                continue
+            if val_loss is None:  # stopped by a signal
+                leaving = True
+                break
+            check_finite(step, val_loss)
             val_losses[step] = val_loss
             if record:
                 if val_loss == min(val_losses.values()):  # before the record: a resumed run repeats what has none
@@ -162,7 +165,6 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
                 val_bpb = bits_per_byte(val_loss, eval_text)
                 record.log(step, val_loss=val_loss, val_bpb=val_bpb, seconds=budget.elapsed)
                 log(f"step {step} | val_loss {val_loss:.4f} | val_bpb {val_bpb:.4f}\n{sample}")
-                checkpoint.prune(run, config.train.keep_checkpoints)
                 metrics.plot(run, f"{config.name}: {val_bpb:.3f} bits per byte on held-out text")
             world.barrier()
         if leaving or step == budget.num_steps > 0:
@@ -230,6 +232,7 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
             if record and not any("full_val_loss" in r for r in metrics.read(run / metrics.NAME) if r["step"] == step):
                 record.log(step, full_val_loss=best, full_val_bpb=bits_per_byte(best, text), seconds=budget.elapsed)
     if record:
+        checkpoint.prune(run, config.train.keep_checkpoints)
         record.close()
     distributed.cleanup(world)
     if leaving:
@@ -259,13 +262,19 @@ def sample_text(model: GPT, tokenizer: Tokenizer, config: Config) -> str:
     return "\n".join(f"    | {line}" for line in text.strip().splitlines())
 
 
-def check_finite(step: int, loss: float, grad_norm: float) -> None:
-    """Raise Diverged if the loss or the gradient norm is not finite, before the weights are updated."""
+def check_finite(step: int, loss: float, grad_norm: float = 0.0) -> None:
+    """Raise Diverged if the loss or the gradient norm is not finite; in training, before the weights are updated."""
     if not math.isfinite(loss + grad_norm):
         raise Diverged(
-            f"step {step}: the loss is {loss}, the gradient norm {grad_norm}. The weights were not updated and the "
-            "last checkpoint is good. Lower learning rates or more optim.warmup_steps may help"
+            f"step {step}: the loss is {loss}, the gradient norm {grad_norm}. The weights in the last checkpoint are "
+            "finite. Lower learning rates or more optim.warmup_steps may help"
         )
+
+
+def check_weights(step: int, model: GPT) -> None:
+    """Raise Diverged if a weight is not finite, before it is saved."""
+    if not all(bool(p.isfinite().all()) for p in model.parameters()):
+        raise Diverged(f"step {step}: a weight is not finite, and nothing was saved. Lower learning rates may help")
 
 
 def with_vocab_size(config: Config, tokenizer: Tokenizer) -> Config:
