@@ -1,6 +1,7 @@
 # make shakespeare   set up, download the text, train for five minutes, generate samples
 # make test          set up, lint and type-check, run all tests
 # make test-full     the same, with larger grids for the kernels
+# make torture       kill a run 250 times, damage its files, full disks, hostile texts: over a thousand cases
 # make check         set up, lint, format check, type check
 # make ... PYTHON=python3.12 creates the virtual environment with that Python.
 
@@ -9,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 LOG := $(VENV)/install.log
 
-.PHONY: shakespeare test test-full check
+.PHONY: shakespeare test test-full torture check
 
 # Continues an interrupted run; of a finished run it only generates samples.
 shakespeare: $(VENV)/ready
@@ -24,6 +25,9 @@ test: check
 
 test-full: check
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m "full or not full"
+
+torture: check
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -s -m "full or not full" tests/torture
 
 check: $(VENV)/ready-dev
 	@$(BIN)/ruff check -q .

@@ -8,6 +8,7 @@ B batch, T time (tokens in this call), C width (n_embd), H query heads, K key/va
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,18 @@ from kernels import CAUSAL, MaskSpec, attention
 from kernels.cross_entropy import linear_cross_entropy
 
 # 1. Configuration ---------------------------------------------------------------------------------------------------
+
+
+MAX_SIZE = 2**31 - 1  # of every whole number in a model's configuration
+
+
+def check_numbers(config: Any, section: str, largest: int = 2**53) -> None:
+    """Raise ValueError if a number of a configuration (a dataclass) is not finite, or larger than `largest`."""
+    for name, value in vars(config).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{section}.{name} = {value!r}: must be a finite number")
+        if isinstance(value, int) and abs(value) > largest:
+            raise ValueError(f"{section}.{name} = {value!r}: must be at most {largest}")
 
 
 @dataclass(frozen=True)
@@ -66,8 +79,10 @@ class ModelConfig:
             if not holds:
                 raise ValueError(f"model.{field} = {getattr(self, field)!r}: {why}")
 
+        check_numbers(self, "model", MAX_SIZE)
         for field in ("context", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_ffn"):
             must(getattr(self, field) >= 1, field, "must be at least 1")
+        must(self.n_layer <= 10_000, "n_layer", "must be at most 10000")
         must(self.vocab_size >= 0, "vocab_size", "must be at least 1, or 0 for the tokenizer's size")
         must(self.n_head % self.n_kv_head == 0, "n_kv_head", f"must divide model.n_head = {self.n_head}")
         must(self.head_dim % 2 == 0, "head_dim", "must be even: RoPE rotates pairs of dimensions")

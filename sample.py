@@ -64,8 +64,8 @@ from inference.engine import make_engine  # noqa: E402
 from inference.huge_pages import use_huge_pages  # noqa: E402
 from inference.quantize import quantize  # noqa: E402
 from inference.sampling import SamplingParams  # noqa: E402
-from model import GPT, KVCache, ModelConfig  # noqa: E402
-from training.checkpoint import CheckpointError, find, load_weights, read_state  # noqa: E402
+from model import GPT, KVCache  # noqa: E402
+from training.checkpoint import CheckpointError, load_weights, model_config, open_checkpoint  # noqa: E402
 
 # 1. Tokens ----------------------------------------------------------------------------------------------------------
 
@@ -144,10 +144,9 @@ def newest_run() -> Path:
 
 
 def load(run: Path, checkpoint: str = "best") -> tuple[GPT, Tokenizer]:
-    """Load a run's model and tokenizer. Raises CheckpointError."""
-    folder = find(run, checkpoint)
-    config = ModelConfig(**read_state(folder)["config"]["model"])
-    load_weights(folder, model := GPT(config).eval())
+    """Load a run's model and tokenizer; the newest intact checkpoint if the best is damaged. Raises CheckpointError."""
+    folder, state = open_checkpoint(run, checkpoint, warn=lambda line: print(f"sample.py: {line}", file=sys.stderr))
+    load_weights(folder, model := GPT(model_config(folder, state)).eval())
     model = use_huge_pages(model.to("cuda" if torch.cuda.is_available() else "cpu"))
     return model, Tokenizer.load(run / "tokenizer.json")
 

@@ -15,12 +15,8 @@ import dataclasses
 import difflib
 import math
 import os
-import shutil
-import signal
 import sys
 import time
-from pathlib import Path
-from typing import Any
 
 # Read when torch is imported: a thread that waits for another spins for about a millisecond, then sleeps. By default it
 # spins much longer, and takes the time of the thread that it waits for if other processes use the CPU, too.
@@ -29,7 +25,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import torch
 
 from data import chat_format
-from data.loader import Conversations, Loader, validation
+from data.loader import Conversations, Loader
 from data.prepare import prepare
 from data.shards import ShardError, Shards
 from data.sources import CorpusError
@@ -37,16 +33,19 @@ from data.tokenizer import Tokenizer, TokenizerError
 from kernels.reference import IGNORE_INDEX
 from model import GPT
 from sample import RUNS, stream_generate
-from training import checkpoint, device, distributed, init_from, metrics
-from training.budget import StepBudget, evaluation_due
+from training import checkpoint, device, distributed, init_from, metrics, run_folder
+from training.budget import SaveTimer, StepBudget, evaluation_due, resumed
 from training.checkpoint import CheckpointError
 from training.config import SECTIONS, Config, ConfigError
+from training.distributed import DistributedError
+from training.evaluation import validate
 from training.flops import count_parameters, flops_per_token, peak_flops
 from training.fused import optimize_layers
-from training.memory import peak_memory
+from training.memory import check_fits, peak_memory
 from training.optimizers import build_optimizers, lr_factor, set_learning_rate
 from training.recipes import documentation, dump, fields, load, recipes
 from training.renamed import RENAMED
+from training.stop import GracefulExit
 
 
 def train(config: Config, resume: bool, overwrite: bool) -> None:
@@ -57,9 +56,12 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
     world = distributed.init_distributed()
     log = metrics.log if world.main else lambda _: None
     run = RUNS / config.name
+    if resume and run_folder.unstarted(run):
+        log(f"resume {run}: it was stopped before its first checkpoint and begins again at step 0")
+        resume = False
     if world.main and not resume:
-        check_overwrite(run, overwrite)
-    machine = device.choose(config.train, world.local_rank)
+        run_folder.check_overwrite(run, overwrite)
+    machine = device.choose_together(config.train, world)
     for line in machine.reasons:
         log(line)
 
@@ -75,19 +77,23 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
         f"data {config.data.source}: {train_text.tokens:,} train tokens, {val_text.tokens:,} val tokens"
         f"{answers} ({val_text.bytes:,} bytes), {tokenizer.kind} tokenizer of {tokenizer.vocab_size:,}"
     )
+    eval_text = val_text.prefix(config.train.eval_tokens, tokenizer.decode)
+    loader = (Conversations if train_text.chat else Loader)(
+        train_text, context=config.model.context, seed=config.train.seed
+    )
 
     # 3. Model, optimizers, batch ------------------------------------------------------------------------------------
 
     config = with_vocab_size(config, tokenizer)
     context, micro_batch, share = config.model.context, *split_batch(config, world.size)  # share: sequences per process
+    num_params, token_flops = count_parameters(config.model), flops_per_token(config.model)
+    check_fits(num_params, machine.device)
     torch.manual_seed(config.train.seed)
     model = GPT(config.model).to(machine.device)
     model.model.activation_checkpointing = config.train.activation_checkpointing
     if note := optimize_layers(model, machine):
         log(note)
     optimizers = build_optimizers(model, config.optim, machine.dtype)
-    loader = (Conversations if train_text.chat else Loader)(train_text, context=context, seed=config.train.seed)
-    num_params, token_flops = count_parameters(config.model), flops_per_token(config.model)
     peak = peak_flops(machine.device)
     log(f"model {num_params:,} parameters, {token_flops / 1e6:,.1f} MFLOPs/token")
     if config.init_from and not resume:
@@ -101,56 +107,71 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
     # 4. Run folder: new, or resumed ---------------------------------------------------------------------------------
 
     identity = {"model": dataclasses.asdict(config.model), "tokenizer": tokenizer.sha256, "text": folder.name}
-    step, num_steps = 0, config.train.steps
+    step, num_steps, seconds = 0, config.train.steps, 0.0
     if resume:
-        latest = checkpoint.find(run, "latest")
-        state = checkpoint.read_state(latest)
-        check_unchanged(run, state["identity"], identity)
+        latest, state = checkpoint.open_checkpoint(run, "latest", warn=log)
+        changes = run_folder.check_resume(run, state, identity, config)
         checkpoint.load_weights(latest, model)
         checkpoint.load_optimizers(latest, optimizers)
-        step, num_steps = state["step"], config.train.steps or state["steps"]
+        step, (num_steps, seconds) = state["step"], resumed(config, state)
         log(f"resume {latest}, {num_steps - step if num_steps else 'an unknown number of'} steps left")
-    elif world.main:
-        shutil.rmtree(run, ignore_errors=True)
-        run.mkdir(parents=True)
-        (run / "config.toml").write_text(dump(config))
-        tokenizer.save(run / "tokenizer.json")
+        log(f"changed {changes or 'nothing'}")
+    world.barrier()  # all processes have read what the main process changes now
+    if world.main:
+        if resume:
+            checkpoint.replace_file(run / "config.toml", dump(config))
+        else:
+            run_folder.start(run, config, tokenizer)
     record = metrics.Metrics(run, step, config.train.wandb, dataclasses.asdict(config)) if world.main else None
     world.barrier()  # all processes read the same records
-    val_losses = {r["step"]: r["val_loss"] for r in metrics.read(run / "metrics.jsonl") if "val_loss" in r}
+    val_losses = {r["step"]: r["val_loss"] for r in metrics.read(run / metrics.NAME) if "val_loss" in r}
     saved = step if resume else -1
 
     def save() -> None:
         nonlocal saved
-        if world.main and saved != step:
+        if saved == step:
+            return
+        if record:
+            check_weights(step, model)
+            record.sync()
             dtype = str(machine.dtype).removeprefix("torch.")
-            about = {"steps": budget.num_steps, "dtype": dtype, "identity": identity}
+            about = {"steps": budget.num_steps, "seconds": budget.elapsed, "dtype": dtype, "identity": identity}
             checkpoint.save(run, step, model, optimizers, about | {"config": dataclasses.asdict(config)})
-            saved = step
+            checkpoint.prune(run, config.train.keep_checkpoints)
+        saved = step
+        save_timer.restart()
+        world.barrier()  # saving may take longer than a step may
 
-    def bits_per_byte(loss: float) -> float:
-        return loss * val_text.num_targets / val_text.bytes / math.log(2)
+    def bits_per_byte(loss: float, text: Shards) -> float:
+        return loss * text.num_targets / text.bytes / math.log(2)
 
     # 5. Training loop -----------------------------------------------------------------------------------------------
 
     graceful_exit, leaving = GracefulExit(), False
-    budget = StepBudget(config, num_steps, resume, val_text.tokens)
+    final_tokens = 0 if eval_text is val_text else val_text.tokens
+    budget = StepBudget(config, num_steps, eval_text.tokens, seconds, final_tokens)
+    save_timer = SaveTimer(config.train.save_minutes)
     model.train()
     while True:
         # Evaluate: save first, then the validation loss and a sample.
-        if evaluation_due(step, budget.num_steps, config.train.num_evals, val_losses):
+        if not leaving and evaluation_due(step, budget.num_steps, config.train.num_evals, val_losses):
             save()
             with machine.uncompiled():
-                val_losses[step] = validate(model, val_text, config, world, machine, tokenizer.eot)
-                sample = sample_text(model, tokenizer, config) if world.main else ""
+                val_loss = validate(model, eval_text, config, world, machine, tokenizer.eot, graceful_exit)
+                sample = sample_text(model, tokenizer, config) if world.main and val_loss is not None else ""
+            if val_loss is None:  # stopped by a signal
+                leaving = True
+                break
+            check_finite(step, val_loss)
+            val_losses[step] = val_loss
             if record:
-                val_loss, val_bpb = val_losses[step], bits_per_byte(val_losses[step])
+                if val_loss == min(val_losses.values()):  # before the record: a resumed run repeats what has none
+                    checkpoint.point(run, "best", run / f"step-{step:06d}")
+                val_bpb = bits_per_byte(val_loss, eval_text)
                 record.log(step, val_loss=val_loss, val_bpb=val_bpb, seconds=budget.elapsed)
                 log(f"step {step} | val_loss {val_loss:.4f} | val_bpb {val_bpb:.4f}\n{sample}")
-                if val_loss == min(val_losses.values()):
-                    checkpoint.point(run, "best", run / f"step-{step:06d}")
-                checkpoint.prune(run, config.train.keep_checkpoints)
                 metrics.plot(run, f"{config.name}: {val_bpb:.3f} bits per byte on held-out text")
+            world.barrier()
         if leaving or step == budget.num_steps > 0:
             break
 
@@ -170,10 +191,13 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
                 part = model.loss(inputs.to(machine.device), targets.to(machine.device)) / max(num_targets, 1)
             part.backward()
             loss += part.detach()
+        if not budget.durations:
+            world.barrier()  # in the first step torch.compile takes its time
         world.average_gradients(model)
         grad_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip))
-        mean_loss, exits = world.all_reduce_sum([float(loss) / world.size, graceful_exit.requested], machine.device)
-        leaving = exits > 0  # a signal to one process stops all of them together
+        # Signals to any process and the main process's clock: all of them stop, and save, together.
+        sums = [float(loss) / world.size, graceful_exit.requested, world.main and save_timer.due]
+        mean_loss, exits, saves = world.all_reduce_sum(sums, machine.device)
         check_finite(step + 1, mean_loss, grad_norm)
 
         # Update the weights.
@@ -181,6 +205,7 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
             optimizer.step()
             optimizer.zero_grad()
         step += 1
+        leaving = exits > 0
 
         # With a budget in minutes, set the number of steps; then log.
         budget.add_step(time.perf_counter() - started)
@@ -194,22 +219,32 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
             lr, tok_per_s = factor * config.optim.lr, config.train.batch_tokens / budget.step_seconds
             mfu = {"mfu": tok_per_s * token_flops / (peak * world.size)} if peak else {}
             record.log(step, loss=mean_loss, grad_norm=grad_norm, lr=lr, tok_per_s=round(tok_per_s), **mfu)
-            record.progress(
-                progress_line(step, budget, mean_loss, grad_norm, lr, tok_per_s), now=step in (1, budget.num_steps)
-            )
+            line = metrics.progress_line(step, budget, mean_loss, grad_norm, lr, tok_per_s)
+            record.progress(line, now=step in (1, budget.num_steps))
+        if saves:
+            save()
 
-    # 6. End: the last checkpoint and a summary ----------------------------------------------------------------------
+    # 6. End: the last checkpoint, the whole validation text, and a summary ------------------------------------------
 
+    if leaving:
+        log("signal received: saving; another one after ten seconds exits at once")
     save()
+    best, text = min(val_losses.values(), default=math.nan), eval_text
+    if final_tokens and not leaving:
+        full = validate(model, val_text, config, world, machine, tokenizer.eot, graceful_exit)
+        if not (leaving := full is None):
+            best, text = full, val_text
+            if record and not any("full_val_loss" in r for r in metrics.read(run / metrics.NAME) if r["step"] == step):
+                record.log(step, full_val_loss=best, full_val_bpb=bits_per_byte(best, text), seconds=budget.elapsed)
     if record:
+        checkpoint.prune(run, config.train.keep_checkpoints)
         record.close()
-    distributed.cleanup()
-    if step != budget.num_steps:
+    distributed.cleanup(world)
+    if leaving:
         log(f"stopped and saved at step {step}; --resume continues")
         sys.exit(128 + graceful_exit.signal)
-    best = min(val_losses.values())
     log(
-        f"val_loss: {best:.4f}\nval_bpb: {bits_per_byte(best):.4f}\ntraining_seconds: {budget.elapsed:.1f}\n"
+        f"val_loss: {best:.4f}\nval_bpb: {bits_per_byte(best, text):.4f}\ntraining_seconds: {budget.elapsed:.1f}\n"
         f"peak_memory_mb: {peak_memory(machine.device) / 2**20:.1f}\nnum_steps: {step}\nnum_params: {num_params}"
     )
 
@@ -219,37 +254,6 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
 
 class Diverged(ValueError):
     """The loss or the gradient norm is not a finite number."""
-
-
-class GracefulExit:
-    """The first Ctrl-C or SIGTERM asks the loop to save and exit after the current step; a second one kills it."""
-
-    def __init__(self) -> None:
-        self.requested, self.signal = False, 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.receive)
-
-    def receive(self, number: int, _: Any) -> None:
-        self.requested, self.signal = True, number
-        print("\nsaving after this step; repeat to exit at once", flush=True)
-        for again in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(again, signal.SIG_DFL)
-
-
-@torch.inference_mode()
-def validate(
-    model: GPT, text: Shards, config: Config, world: distributed.World, machine: device.Machine, eot: int
-) -> float:
-    """Mean loss over all targets of a text, in nats/token. The processes share the batches."""
-    model.eval()
-    total = 0.0
-    batches = validation(text, config.model.context, config.train.micro_batch_size, eot)
-    for number, (inputs, targets) in enumerate(batches):
-        if number % world.size == world.rank:
-            with machine.autocast():
-                total += float(model.loss(inputs.to(machine.device), targets.to(machine.device)))
-    model.train()
-    return world.all_reduce_sum([total], machine.device)[0] / text.num_targets
 
 
 def sample_text(model: GPT, tokenizer: Tokenizer, config: Config) -> str:
@@ -263,21 +267,19 @@ def sample_text(model: GPT, tokenizer: Tokenizer, config: Config) -> str:
     return "\n".join(f"    | {line}" for line in text.strip().splitlines())
 
 
-def check_finite(step: int, loss: float, grad_norm: float) -> None:
-    """Raise Diverged if the loss or the gradient norm is not finite, before the weights are updated."""
+def check_finite(step: int, loss: float, grad_norm: float = 0.0) -> None:
+    """Raise Diverged if the loss or the gradient norm is not finite; in training, before the weights are updated."""
     if not math.isfinite(loss + grad_norm):
         raise Diverged(
-            f"step {step}: the loss is {loss}, the gradient norm {grad_norm}. The weights were not updated and the "
-            "last checkpoint is good. Lower learning rates or more optim.warmup_steps may help"
+            f"step {step}: the loss is {loss}, the gradient norm {grad_norm}. The weights in the last checkpoint are "
+            "finite. Lower learning rates or more optim.warmup_steps may help"
         )
 
 
-def progress_line(step: int, budget: StepBudget, loss: float, grad_norm: float, lr: float, tok_per_s: float) -> str:
-    """What is logged after a step."""
-    of = f"/{budget.num_steps}" if budget.num_steps else ""
-    eta = f"{(budget.num_steps - step) * budget.step_seconds / 60:.1f} min" if budget.num_steps else "unknown"
-    numbers = f"loss {loss:.3f} | grad_norm {grad_norm:.2f} | lr {lr:.2g} | tok/s {tok_per_s:,.0f}"
-    return f"step {step}{of} | {numbers} | eta {eta}"
+def check_weights(step: int, model: GPT) -> None:
+    """Raise Diverged if a weight is not finite, before it is saved."""
+    if not all(bool(p.isfinite().all()) for p in model.parameters()):
+        raise Diverged(f"step {step}: a weight is not finite, and nothing was saved. Lower learning rates may help")
 
 
 def with_vocab_size(config: Config, tokenizer: Tokenizer) -> Config:
@@ -305,24 +307,6 @@ def split_batch(config: Config, devices: int) -> tuple[int, int]:
     return micro_batch, sequences // devices
 
 
-def check_overwrite(run: Path, overwrite: bool) -> None:
-    """Raise CheckpointError if the folder holds a checkpoint and `overwrite` is false."""
-    if (run / "latest").exists() and not overwrite:
-        raise CheckpointError(
-            f"runs/{run.name} exists: --resume continues it, --overwrite replaces it, --name starts another"
-        )
-
-
-def check_unchanged(run: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise CheckpointError if the model, the tokenizer or the text differs from what the run was started with."""
-    changed = [f"model.{k} was {v!r}, is {now['model'][k]!r}" for k, v in then["model"].items() if now["model"][k] != v]
-    for part in ("tokenizer", "text"):
-        if then[part] != now[part]:
-            changed.append(f"the {part}'s hash was {then[part][:12]}, is {now[part][:12]}")
-    if changed:
-        raise CheckpointError(f"runs/{run.name} cannot be resumed: {'; '.join(changed)}")
-
-
 # 8. The command line ------------------------------------------------------------------------------------------------
 
 
@@ -331,8 +315,11 @@ def main() -> None:
     try:
         if parsed := parse_args(sys.argv[1:]):
             train(*parsed)
-    except (ConfigError, CorpusError, TokenizerError, ShardError, CheckpointError, Diverged) as error:
+    except (ConfigError, CorpusError, TokenizerError, ShardError, CheckpointError, DistributedError, Diverged) as error:
         print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # a full disk, a file that may not be read
+        print(f"train.py: {error.filename or 'writing'}: {error.strerror}; checkpoints are kept", file=sys.stderr)
         sys.exit(2)
 
 
@@ -378,7 +365,7 @@ def parse_args(argv: list[str]) -> tuple[Config, bool, bool] | None:
     if known.resume and known.overwrite:
         raise ConfigError("--resume and --overwrite exclude each other")
     if known.resume:
-        config = init_from.config_for_resume(config, RUNS / config.name)
+        config = init_from.config_for_resume(config, RUNS / config.name, overrides)
     elif config.init_from:
         config = init_from.config_for_init(config, RUNS / config.name, overrides)
     if known.print_config:

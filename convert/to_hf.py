@@ -1,6 +1,7 @@
 """Export a run as a folder that Hugging Face's AutoModelForCausalLM and AutoTokenizer load without heed."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from data.chat_format import SPECIAL_TOKENS, chat_template
 from data.download import PUBLIC_TEXTS
 from data.tokenizer import Tokenizer
 from model import ModelConfig
-from training.checkpoint import find, read_state
+from training.checkpoint import find, model_config, read_state
 from training.flops import count_parameters
 from training.metrics import read
 
@@ -25,7 +26,7 @@ def export(run: Path, folder: Path, checkpoint: str = "best", dtype: str = "floa
     """
     source = find(run, checkpoint)
     state = read_state(source)
-    config = ModelConfig(**state["config"]["model"])
+    config = model_config(source, state)
     words = to_hf(config)
     tokenizer = Tokenizer.load(run / "tokenizer.json")
     begin = (tokenizer.bos_tokens or [tokenizer.eot])[0]
@@ -37,6 +38,7 @@ def export(run: Path, folder: Path, checkpoint: str = "best", dtype: str = "floa
     stored = {name: (w - less if w.ndim == 1 else w).to(getattr(torch, dtype)) for name, w in weights.items()}
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save(folder / "tokenizer.json")
+    shutil.copymode(folder / "tokenizer.json", folder / "model.safetensors")  # safetensors ignores the umask
     write_json(folder / "config.json", words | marks | {"dtype": dtype})
     # The defaults of sample.py. Padding has no effect, but without a pad token `generate` warns.
     generation: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_k": 0, "pad_token_id": tokenizer.eot}

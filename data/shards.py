@@ -9,9 +9,11 @@
 Shards are memory-mapped, not loaded: reading touches only the pages that it needs.
 """
 
+import copy
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,7 +126,7 @@ def whole(folder: Path) -> bool:
             for file, size in ((shard["file"], width), (mask_file(shard["file"]), 1))[: 2 if "answers" in split else 1]
         ]
         return manifest["format_version"] == FORMAT_VERSION and all(sizes) and (folder / "tokenizer.json").exists()
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
 
 
@@ -148,23 +150,28 @@ class Shards:
         try:
             content = json.loads((folder / "manifest.json").read_text())
             version = content["format_version"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ShardError(f"{folder / 'manifest.json'}: is no manifest ({error}); {AGAIN}") from None
         if version != FORMAT_VERSION:
             raise ShardError(f"{folder}: has format version {version}, this heed reads {FORMAT_VERSION}; {AGAIN}")
-        self.manifest = Manifest(**content)
-        if split not in self.manifest.splits:
-            raise ShardError(f"{folder}: has no split {split!r}, only {', '.join(self.manifest.splits)}")
-        about = self.manifest.splits[split]
-        self.tokens, self.bytes = int(about["tokens"]), int(about["bytes"])
-        self.chat, self.num_targets = "answers" in about, int(about.get("answers", self.tokens))
-        dtype, loss_mask = np.dtype(self.manifest.dtype).newbyteorder("<"), np.dtype(np.uint8)
-        self._ids, self._masks = list[np.ndarray](), list[np.ndarray]()
-        for shard in about["shards"]:
-            self._ids.append(_map(folder / shard["file"], dtype, shard["tokens"], shard["sha256"]))
-            if self.chat:
-                beside = folder / mask_file(shard["file"])
-                self._masks.append(_map(beside, loss_mask, shard["tokens"], shard["mask_sha256"]))
+        try:
+            self.manifest = Manifest(**content)
+            if split not in self.manifest.splits:
+                raise ShardError(f"{folder}: has no split {split!r}, only {', '.join(self.manifest.splits)}")
+            about = self.manifest.splits[split]
+            self.tokens, self.bytes = int(about["tokens"]), int(about["bytes"])
+            self.chat, self.num_targets = "answers" in about, int(about.get("answers", self.tokens))
+            dtype, loss_mask = np.dtype(self.manifest.dtype).newbyteorder("<"), np.dtype(np.uint8)
+            self._ids, self._masks = list[np.ndarray](), list[np.ndarray]()
+            for shard in about["shards"]:
+                self._ids.append(_map(folder / shard["file"], dtype, shard["tokens"], shard["sha256"]))
+                if self.chat:
+                    beside = folder / mask_file(shard["file"])
+                    self._masks.append(_map(beside, loss_mask, shard["tokens"], shard["mask_sha256"]))
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, ShardError):
+                raise
+            raise ShardError(f"{folder / 'manifest.json'}: is damaged ({error}); {AGAIN}") from None
         self._starts = np.cumsum([0, *(len(part) for part in self._ids)])
 
     def read(self, start: int, length: int) -> np.ndarray:
@@ -178,7 +185,29 @@ class Shards:
     def conversations(self) -> np.ndarray:
         """Where each conversation begins, and as the last number the end of the split, int64 (conversations + 1,)."""
         found = (np.flatnonzero(part == FIRST) + at for part, at in zip(self._masks, self._starts, strict=False))
-        return np.concatenate([*found, [self.tokens]])
+        starts = np.concatenate(list(found))
+        return np.append(starts[starts < self.tokens], self.tokens)
+
+    def prefix(self, tokens: int, decode: Callable[[list[int]], str]) -> "Shards":
+        """The first documents of this split, together at least `tokens` tokens; the split itself if it has no more, or
+        for 0. decode: ids to text without special tokens, to count the bytes of the targets."""
+        end = self._document_end(tokens) if 0 < tokens < self.tokens else self.tokens
+        if end == self.tokens:
+            return self
+        ids, part = self.read(0, end), copy.copy(self)
+        targets = ids[self.read_mask(0, end) == TARGET] if self.chat else ids
+        part.tokens, part.num_targets, part.bytes = end, len(targets), len(decode(targets.tolist()).encode())
+        return part if part.num_targets and part.bytes else self
+
+    def _document_end(self, start: int) -> int:
+        """Where the document ends that the token before `start` belongs to."""
+        if self.chat:
+            return int(next(end for end in self.conversations() if end >= start))
+        for at in range(start - 1, self.tokens, 1 << 16):
+            found = np.flatnonzero(self.read(at, min(1 << 16, self.tokens - at)) == self.manifest.eot)
+            if len(found):
+                return at + int(found[0]) + 1
+        return self.tokens
 
     def _gather(self, maps: list[np.ndarray], start: int, length: int) -> np.ndarray:
         out = np.empty(length, dtype=np.int64)

@@ -27,11 +27,11 @@ from data.tokenizer import Tokenizer
 from evals import tasks
 from model import GPT
 from sample import load
-from train import validate
 from training import device
 from training.checkpoint import CheckpointError, find, read_state
 from training.config import Config, TrainConfig
 from training.distributed import World
+from training.evaluation import validate
 from training.recipes import load as load_recipe
 
 
@@ -69,6 +69,7 @@ def own_validation(run: Path, config: Config) -> Shards:
 def measure(model: GPT, text: Shards, config: Config, machine: device.Machine) -> list[str]:
     """tokens, bytes, documents, nats/token, perplexity and bits per byte, formatted."""
     loss = validate(model, text, config, World(), machine, text.manifest.eot)
+    assert loss is not None  # nothing stops it
     model.eval()
     bits = loss * text.num_targets / text.bytes / math.log(2)
     counts = [f"{count:,}" for count in (text.num_targets, text.bytes, text.manifest.splits["val"]["documents"])]

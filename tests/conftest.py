@@ -75,7 +75,7 @@ SMALL = [
     "--model.n_layer=2", "--model.n_embd=32", "--model.n_head=2", "--model.n_kv_head=1", "--model.head_dim=16",
     "--model.n_ffn=64", "--model.context=32", "--train.batch_tokens=256", "--train.micro_batch_size=4",
     "--train.compile=off", "--train.dtype=float32", "--data.val_fraction=0.2", "--data.vocab_size=300",
-    "--train.prompt=", "--optim.warmup_steps=2",
+    "--train.prompt=", "--optim.warmup_steps=2", "--train.save_minutes=0",
 ]  # fmt: skip
 
 

@@ -2,16 +2,21 @@
 
     runs/NAME/step-000500/model.safetensors   weights, under Hugging Face's names
                           optimizer.pt        the state of the optimizers (tensors and numbers, no code)
-                          state.json          step, counters and configuration, and the SHA-256 of the two files above
+                          state.json          format version, step, counters, configuration, and the SHA-256 of the
+                                              two files above
     runs/NAME/latest, runs/NAME/best          the name of a step folder, as text
 
 A folder is written under another name, flushed to the disk and renamed; a pointer is replaced atomically. So a folder
 is complete before a pointer names it.
 """
 
+import contextlib
 import hashlib
 import json
+import pickle
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +26,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from data.shards import sync
+from model import ModelConfig
+
+FORMAT_VERSION = 2  # of state.json; 1 had no version and no training seconds, and is still read
+
+POINTERS = ("latest", "best")
+STEP = re.compile(r"step-\d{6,12}")
 
 
 class CheckpointError(ValueError):
@@ -30,31 +41,60 @@ class CheckpointError(ValueError):
 def save(
     run: Path, step: int, model: nn.Module, optimizers: list[torch.optim.Optimizer], state: dict[str, Any]
 ) -> Path:
-    """Write run/step-NNNNNN and point `latest` at it; returns the folder. `state` must be JSON."""
+    """Write run/step-NNNNNN and point `latest` at it; returns the folder. `state` must be JSON.
+
+    A folder of that name, which `best` may name, keeps it until the new one is on the disk. Raises CheckpointError if
+    the checkpoint cannot be written: the disk is full.
+    """
     folder = run / f"step-{step:06d}"
-    draft = run / f".draft-{folder.name}"
-    for leftover in (*run.glob(".draft-*"), folder):  # left by a process killed here: no pointer names it
-        shutil.rmtree(leftover, ignore_errors=True)
-    draft.mkdir(parents=True)
-    save_file(model.state_dict(), draft / "model.safetensors", metadata={"format": "pt"})
-    torch.save([optimizer.state_dict() for optimizer in optimizers], draft / "optimizer.pt")
-    hashes = {name: _sha256(draft / name) for name in ("model.safetensors", "optimizer.pt")}
-    (draft / "state.json").write_text(json.dumps({"step": step, **state, "sha256": hashes}, indent=1))
-    for path in (*draft.iterdir(), draft):
-        sync(path)
+    draft, aside = run / f".draft-{folder.name}", run / f".aside-{folder.name}"
+    _tidy(run)
+    try:
+        draft.mkdir(parents=True)
+        save_file(model.state_dict(), draft / "model.safetensors", metadata={"format": "pt"})
+        torch.save([optimizer.state_dict() for optimizer in optimizers], draft / "optimizer.pt")
+        shutil.copymode(draft / "optimizer.pt", draft / "model.safetensors")  # safetensors ignores the umask
+        hashes = {name: _sha256(draft / name) for name in ("model.safetensors", "optimizer.pt")}
+        about = {"format_version": FORMAT_VERSION, "step": step, **state}
+        (draft / "state.json").write_text(json.dumps(about | {"sha256": hashes}, indent=1))
+        for path in (*draft.iterdir(), draft):
+            sync(path)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise CheckpointError(f"{folder}: cannot be saved ({one_line(error)}); earlier checkpoints are kept") from None
+    if folder.exists():
+        folder.rename(aside)
     draft.rename(folder)
     sync(run)
     point(run, "latest", folder)
+    shutil.rmtree(aside, ignore_errors=True)
     return folder
+
+
+def _tidy(run: Path) -> None:
+    """Remove what a killed `save` left. A folder that was set aside and has no successor gets its name back."""
+    for draft in run.glob(".draft-step-*"):
+        shutil.rmtree(draft, ignore_errors=True)
+    for aside in run.glob(".aside-step-*"):
+        folder = run / aside.name.removeprefix(".aside-")
+        if folder.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            aside.rename(folder)
 
 
 def point(run: Path, pointer: str, folder: Path) -> None:
     """Make run/pointer name the folder, atomically."""
-    draft = run / f".draft-pointer-{pointer}"
-    draft.write_text(folder.name + "\n")
+    replace_file(run / pointer, folder.name + "\n")
+
+
+def replace_file(path: Path, content: str) -> None:
+    """Write a file, atomically: after a kill or a power cut it has its old content or the new one."""
+    draft = path.with_name(f".draft-{path.name}")
+    draft.write_text(content, encoding="utf-8")
     sync(draft)
-    draft.replace(run / pointer)
-    sync(run)
+    draft.replace(path)
+    sync(path.parent)
 
 
 def find(run: Path, which: str) -> Path:
@@ -64,27 +104,80 @@ def find(run: Path, which: str) -> Path:
     """
     if not run.is_dir():
         raise CheckpointError(f"{run}: no such run")
-    pointer = run / ("latest" if which == "best" and not (run / "best").exists() else which)
-    folder = run / pointer.read_text().strip() if pointer.is_file() else pointer
-    if not (folder / "state.json").is_file():
-        there = ", ".join(sorted(p.name for p in run.glob("step-*"))) or "none"
+    folder = _named(run, which) if which in POINTERS else run / which if STEP.fullmatch(which) else None
+    if which == "best" and folder is None:
+        folder = _named(run, "latest")
+    if folder is None or not (folder / "state.json").is_file():
+        there = ", ".join(path.name for path in folders(run)) or "none"
         raise CheckpointError(f"{run}: no checkpoint {which!r}; there are: {there}")
     return folder
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    """state.json, after verifying the hashes of both files. Raises CheckpointError."""
+def open_checkpoint(run: Path, which: str, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
+    """The folder and the state of a checkpoint, verified. Raises CheckpointError.
+
+    If "best" or "latest" is damaged or missing, it is the newest one that is intact, and `warn` is called with one line
+    that says so.
+    """
     try:
-        state = json.loads((folder / "state.json").read_text())
-        hashes = state["sha256"]
-        for name, expected in hashes.items():
-            if _sha256(folder / name) != expected:
+        folder = find(run, which)
+        return folder, read_state(folder)
+    except CheckpointError as error:
+        for folder in reversed(folders(run)) if which in POINTERS else ():
+            with contextlib.suppress(CheckpointError):
+                state = read_state(folder)
+                warn(f"{str(error).removesuffix('; use another checkpoint')}; using {folder.name}")
+                return folder, state
+        raise
+
+
+def folders(run: Path) -> list[Path]:
+    """The checkpoint folders of a run, by step."""
+    return sorted((p for p in run.glob("step-*") if STEP.fullmatch(p.name)), key=lambda p: int(p.name[5:]))
+
+
+def _named(run: Path, pointer: str) -> Path | None:
+    """The folder that a pointer names; None if there is no pointer, or it is damaged, or names a missing folder."""
+    try:
+        name = (run / pointer).read_text().strip()
+    except (OSError, ValueError):
+        return None
+    return run / name if STEP.fullmatch(name) and (run / name).is_dir() else None
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """state.json, after verifying its format and the hashes of both files. Raises CheckpointError."""
+    path = folder / "state.json"
+    try:
+        state = json.loads(path.read_bytes())
+        version = state.get("format_version", 1)
+        if version not in (1, FORMAT_VERSION):
+            newer = isinstance(version, int) and version > FORMAT_VERSION
+            raise CheckpointError(
+                f"{path}: format_version = {version!r}: this heed reads 1 to {FORMAT_VERSION}; "
+                + ("use a newer heed" if newer else "use another checkpoint")
+            )
+        for name in ("model.safetensors", "optimizer.pt"):
+            if _sha256(folder / name) != state["sha256"][name]:
                 raise CheckpointError(
                     f"{folder / name}: damaged, its SHA-256 differs from state.json; use another checkpoint"
                 )
-    except (OSError, json.JSONDecodeError, KeyError) as error:
-        raise CheckpointError(f"{folder}: damaged checkpoint ({type(error).__name__}: {error}); use another") from None
+        if type(state["step"]) is not int or not isinstance(state.get("config", {}), dict):
+            raise TypeError("step must be a whole number and config an object")
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise CheckpointError(f"{folder}: damaged checkpoint ({reason}); use another checkpoint") from None
     return state
+
+
+def model_config(folder: Path, state: dict[str, Any]) -> ModelConfig:
+    """The model's configuration in the `state` of the checkpoint `folder`. Raises CheckpointError."""
+    try:
+        return ModelConfig(**state["config"]["model"])
+    except (KeyError, TypeError, ValueError) as error:  # a field that this heed does not have, or a value of its own
+        raise CheckpointError(f"{folder / 'state.json'}: config.model does not fit this heed: {error}") from None
 
 
 def load_weights(folder: Path, model: nn.Module, *, grow: bool = False) -> None:
@@ -102,23 +195,35 @@ def load_weights(folder: Path, model: nn.Module, *, grow: bool = False) -> None:
                 weights[name] = torch.cat((old, old.mean(0, keepdim=True).expand(more, -1)))
         model.load_state_dict(weights)
     except (SafetensorError, RuntimeError) as error:
-        first = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{folder / 'model.safetensors'}: does not fit this model: {first}") from None
+        path = folder / "model.safetensors"
+        raise CheckpointError(f"{path}: does not fit this model: {one_line(error)}") from None
 
 
 def load_optimizers(folder: Path, optimizers: list[torch.optim.Optimizer]) -> None:
-    """Load the state of the optimizers."""
-    states = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
-    for optimizer, state in zip(optimizers, states, strict=True):
-        optimizer.load_state_dict(state)
+    """Load the state of the optimizers; their settings stay those of the configuration. Raises CheckpointError."""
+    try:
+        states = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
+        for optimizer, state in zip(optimizers, states, strict=True):
+            settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+            optimizer.load_state_dict(state)
+            for group, own in zip(optimizer.param_groups, settings, strict=True):
+                group.update(own)  # load_state_dict replaced them, too
+    except (ValueError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        path = folder / "optimizer.pt"
+        raise CheckpointError(f"{path}: does not fit the optimizers of this run: {one_line(error)}") from None
 
 
 def prune(run: Path, keep: int) -> None:
     """Delete all checkpoints but the latest `keep` and those that a pointer names."""
-    named = {(run / pointer).read_text().strip() for pointer in ("latest", "best") if (run / pointer).is_file()}
-    for folder in sorted(run.glob("step-*"))[:-keep]:
-        if folder.name not in named:
+    named = {_named(run, pointer) for pointer in POINTERS}
+    for folder in folders(run)[:-keep]:
+        if folder not in named:
             shutil.rmtree(folder)
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error, or its type, in one line of at most 200 characters."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:200]
 
 
 def _sha256(path: Path) -> str:

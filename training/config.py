@@ -7,7 +7,10 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from model import ModelConfig
+from model import ModelConfig, check_numbers
+
+MAX_NAME = 200  # characters of a run's name: file systems allow 255 bytes
+MAX_VOCAB = 1_000_000
 
 
 class ConfigError(ValueError):
@@ -15,6 +18,7 @@ class ConfigError(ValueError):
 
 
 def _require(config: Any, section: str, **rules: tuple[bool, str]) -> None:
+    check_numbers(config, section)
     for name, (holds, why) in rules.items():
         if not holds:
             raise ValueError(f"{section}.{name} = {getattr(config, name)!r}: {why}")
@@ -52,8 +56,9 @@ class DataConfig:
             limit=(self.limit >= 0, "must be at least 0"),
             val_fraction=(0.0 < self.val_fraction <= 0.5, "must be above 0 and at most 0.5"),
             vocab_size=(
-                self.vocab_size >= (259 if self.format == "chat" else 257),
-                "must be at least 257: 256 bytes and the end-of-text token; 259 with the two special tokens of a chat",
+                (259 if self.format == "chat" else 257) <= self.vocab_size <= MAX_VOCAB,
+                "must be at least 257: 256 bytes and the end-of-text token; 259 with the two special tokens of a chat; "
+                f"and at most {MAX_VOCAB}",
             ),
         )
 
@@ -88,9 +93,9 @@ class OptimConfig:
             self,
             "optim",
             optimizer=(self.optimizer in ("muon", "adamw"), "must be muon or adamw"),
-            lr=(self.lr > 0, "must be above 0"),
-            muon_lr=(self.muon_lr > 0, "must be above 0"),
-            weight_decay=(self.weight_decay >= 0, "must be at least 0"),
+            lr=(0 < self.lr <= 1000, "must be above 0 and at most 1000"),
+            muon_lr=(0 < self.muon_lr <= 1000, "must be above 0 and at most 1000"),
+            weight_decay=(0 <= self.weight_decay <= 1000, "must be from 0 to 1000"),
             beta1=(0 <= self.beta1 < 1, "must be at least 0 and below 1"),
             beta2=(0 <= self.beta2 < 1, "must be at least 0 and below 1"),
             muon_momentum=(0 <= self.muon_momentum < 1, "must be at least 0 and below 1"),
@@ -118,8 +123,13 @@ class TrainConfig:
     """store only the inputs of each layer and recompute its activations in the backward pass: slower, less memory"""
     num_evals: int = 4
     """number of evaluations (checkpoint, validation loss, sample), evenly spaced, the last one at the end"""
+    eval_tokens: int = 0
+    """evaluate on the first documents of the validation text, with this many tokens, and on all of it at the end;
+    0 always evaluates on all of it"""
     keep_checkpoints: int = 2
     """number of latest checkpoints to keep, besides the best"""
+    save_minutes: float = 5.0
+    """minutes between checkpoints, besides those at evaluations; the first one after half a minute; 0 is off"""
     prompt: str = ""
     """prompt of the sample at every evaluation, in a chat the user's message; empty begins a new document"""
     device: str = "auto"
@@ -144,6 +154,8 @@ class TrainConfig:
             batch_tokens=(self.batch_tokens >= 1, "must be at least 1"),
             micro_batch_size=(self.micro_batch_size >= 1, "must be at least 1"),
             num_evals=(self.num_evals >= 1, "must be at least 1: the last evaluation is the result"),
+            eval_tokens=(self.eval_tokens >= 0, "must be at least 0"),
+            save_minutes=(self.save_minutes >= 0, "must be at least 0"),
             keep_checkpoints=(self.keep_checkpoints >= 1, "must be at least 1"),
             device=(self.device in ("auto", "cpu", "cuda", "mps"), "must be auto, cpu, cuda or mps"),
             dtype=(self.dtype in ("auto", "float32", "bfloat16"), "must be auto, float32 or bfloat16"),
@@ -164,8 +176,9 @@ class Config:
     train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=1000))
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
-            raise ValueError(f"name = {self.name!r}: must be a folder name of A-Z, a-z, 0-9, '.', '_' and '-'")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name) or len(self.name) > MAX_NAME:
+            why = f"must be a folder name of A-Z, a-z, 0-9, '.', '_' and '-', at most {MAX_NAME} characters"
+            raise ValueError(f"name = {self.name[:300]!r}: {why}")
         if self.train.batch_tokens % self.model.context:
             why = f"must be a multiple of model.context = {self.model.context}"
             raise ValueError(f"train.batch_tokens = {self.train.batch_tokens}: {why}")

@@ -1,6 +1,7 @@
 """Device, precision and layer implementation: chosen once for this machine, each with a reason that the run logs."""
 
 import ctypes
+import dataclasses
 import platform
 import time
 import warnings
@@ -12,6 +13,7 @@ import torch
 
 from kernels import cpu, preferred
 from training.config import ConfigError, TrainConfig
+from training.distributed import World
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,27 @@ def choose(config: TrainConfig, local_rank: int = 0) -> Machine:
         backend, why = preferred(device)
         reasons.append(f"attention {backend} ({why})")
     return Machine(device, dtype, layer_impl, tuple(reasons))
+
+
+def choose_together(config: TrainConfig, world: World) -> Machine:
+    """`choose`, with the dtype and the layer implementation of the main process on all processes.
+
+    They depend on measurements, which may differ from process to process. Raises ConfigError if one cannot follow.
+    """
+    if world.main:
+        machine = choose(config, world.local_rank)
+        world.share((machine.dtype, machine.layer_impl))
+        return machine
+    dtype, layer_impl = world.share((torch.float32, ""))
+    compile = {"eager": "off", "compiled": "on", "fused": "auto"}[layer_impl]
+    followed = dataclasses.replace(config, dtype=str(dtype).removeprefix("torch."), compile=compile)
+    machine = choose(followed, world.local_rank)
+    if machine.layer_impl != layer_impl:
+        raise ConfigError(
+            f"train.compile = {config.compile!r}: process 0 has {layer_impl} layers, process {world.rank} cannot: "
+            f"{machine.reasons[2]}; off trains on both"
+        )
+    return machine
 
 
 def _device(asked: str, local_rank: int) -> tuple[torch.device, str]:

@@ -5,11 +5,11 @@ its own context and dropout, which fit any weights, and starts at step 0 with ne
 """
 
 import dataclasses
+import tomllib
 from pathlib import Path
-from typing import Any
 
 from model import ModelConfig
-from training import checkpoint
+from training import checkpoint, run_folder
 from training.checkpoint import CheckpointError
 from training.config import Config, ConfigError
 
@@ -25,7 +25,7 @@ def config_for_init(config: Config, run: Path, given: dict[str, str]) -> Config:
     folder = resolve_checkpoint(config.init_from)
     if folder.parent.resolve() == run.resolve():
         raise ConfigError(f"--init-from {config.init_from}: is the run itself; choose another --name")
-    taken = _take(config, checkpoint.read_state(folder)["config"]["model"], folder.parent)
+    taken = _take(config, checkpoint.model_config(folder, checkpoint.read_state(folder)), folder.parent)
     for section, _, name in (dotted.partition(".") for dotted in given):
         if section == "model" or (section, name) == ("data", "tokenizer"):
             asked, has = (getattr(getattr(c, section), name) for c in (config, taken))
@@ -35,26 +35,45 @@ def config_for_init(config: Config, run: Path, given: dict[str, str]) -> Config:
     return taken
 
 
-def config_for_resume(config: Config, run: Path) -> Config:
+def config_for_resume(config: Config, run: Path, given: dict[str, str]) -> Config:
     """The configuration of a resumed run, with what was decided when it started.
 
     That is the dtype, which a measurement may have chosen: resuming is exact. And the run that its weights came from,
-    which may no longer exist.
+    which may no longer exist. A run that was killed before its first checkpoint begins again: of such a run, only
+    `init_from` is known.
     """
-    then = (state := checkpoint.read_state(checkpoint.find(run, "latest")))["config"]
+    if run_folder.unstarted(run):
+        if not config.init_from:
+            config = dataclasses.replace(config, init_from=_init_from(run / "config.toml"))
+        return config_for_init(config, run, given) if config.init_from else config
+    latest, state = checkpoint.open_checkpoint(run, "latest", warn=lambda _: None)  # train.py warns
+    try:
+        then, dtype = state["config"], state["dtype"]
+        init_from = then.get("init_from", "")
+    except (KeyError, AttributeError) as error:
+        raise CheckpointError(f"{latest / 'state.json'}: is incomplete: {error} is missing") from None
     if config.train.dtype == "auto":
-        config = dataclasses.replace(config, train=dataclasses.replace(config.train, dtype=state["dtype"]))
-    init_from = then.get("init_from", "")
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, dtype=dtype))
     if config.init_from not in ("", init_from):
         began = f"from {init_from}" if init_from else "from random weights"
         raise CheckpointError(f"runs/{run.name} cannot resume from {config.init_from}: it started {began}")
-    return _take(dataclasses.replace(config, init_from=init_from), then["model"], run) if init_from else config
+    if not init_from:
+        return config
+    return _take(dataclasses.replace(config, init_from=init_from), checkpoint.model_config(latest, state), run)
 
 
-def _take(config: Config, shape: dict[str, Any], run: Path) -> Config:
+def _init_from(path: Path) -> str:
+    """`init_from` of a config.toml; "" if it is not readable."""
+    try:
+        return str(tomllib.loads(path.read_text(encoding="utf-8"))["init_from"])
+    except (OSError, ValueError, KeyError):
+        return ""
+
+
+def _take(config: Config, shape: ModelConfig, run: Path) -> Config:
     """The configuration with a run's tokenizer and model, FREE fields excepted."""
     free = {name: getattr(config.model, name) for name in FREE}
-    model = dataclasses.replace(ModelConfig(**shape), **free)
+    model = dataclasses.replace(shape, **free)
     data = dataclasses.replace(config.data, tokenizer=str(run / "tokenizer.json"))
     return dataclasses.replace(config, model=model, data=data)
 

@@ -1,5 +1,6 @@
-"""Peak memory of this process."""
+"""Memory: what this process used at its peak, and whether a model fits."""
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,3 +28,25 @@ def peak_memory(device: "torch.device | None" = None) -> int:
         return 0
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used if sys.platform == "darwin" else used * 1024
+
+
+def check_fits(num_params: int, device: "torch.device") -> None:
+    """Raise ConfigError if the memory of the device is too small for the model alone, before it is allocated.
+
+    Training takes 16 bytes per parameter: weight, gradient and two moments in fp32. Activations come on top.
+    """
+    from training.config import ConfigError
+
+    if device.type == "cuda":
+        import torch
+
+        there = torch.cuda.mem_get_info(device)[1]
+    elif "SC_PHYS_PAGES" in os.sysconf_names:
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        return
+    if num_params * 16 > there:
+        raise ConfigError(
+            f"model: {num_params:,} parameters need at least {num_params * 16 / 2**30:,.1f} GiB of memory, "
+            f"{device} has {there / 2**30:,.1f}; choose a smaller model"
+        )

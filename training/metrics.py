@@ -1,16 +1,23 @@
 """Metrics of a run: metrics.jsonl, the progress line, the loss curve as a picture, and Weights & Biases.
 
 metrics.jsonl has one JSON object per line. For a training step: step, loss, grad_norm, lr, tok_per_s, and mfu where the
-peak of the device is known. For an evaluation: step, val_loss, val_bpb, seconds. Losses are in nats/token, bpb is bits
-per byte.
+peak of the device is known. For an evaluation: step, val_loss, val_bpb, seconds; with train.eval_tokens at the end
+full_val_loss and full_val_bpb, over the whole split. Losses are in nats/token, bpb is bits per byte. A running process
+only appends to the file; a resumed one first replaces it by one without the records that it will write again.
 """
 
 import json
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from training.budget import StepBudget
+from training.checkpoint import replace_file
+
+NAME, DAMAGED = "metrics.jsonl", "metrics.damaged.jsonl"
 
 
 class Metrics:
@@ -18,10 +25,9 @@ class Metrics:
 
     def __init__(self, run: Path, step: int, wandb_mode: str, config: dict[str, Any]) -> None:
         """Records after `step` are dropped: the resumed run computes those steps again."""
-        self.path = run / "metrics.jsonl"
-        kept = [r for r in read(self.path) if r["step"] <= step] if step else []
-        self.path.write_text("".join(json.dumps(r) + "\n" for r in kept))
-        self.file = self.path.open("a", buffering=1)
+        if note := repair(run, step):
+            log(note)
+        self.file = (run / NAME).open("a", buffering=1, encoding="utf-8")
         self.wandb = _start_wandb(run, wandb_mode, config)
         self.last_line = 0.0
 
@@ -34,6 +40,11 @@ class Metrics:
             except Exception as error:  # the run continues whatever wandb raises
                 print(f"wandb stopped logging: {error}")
                 self.wandb = None
+
+    def sync(self) -> None:
+        """Wait until all records are on the disk: a checkpoint is not to be newer than they are."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
 
     def progress(self, text: str, *, now: bool = False) -> None:
         """Print a line that overwrites itself on a terminal; elsewhere one line every ten seconds, or `now`."""
@@ -56,15 +67,53 @@ def log(text: str) -> None:
     print(f"\r\x1b[K{text}" if sys.stdout.isatty() else text, flush=True)
 
 
+def progress_line(step: int, budget: StepBudget, loss: float, grad_norm: float, lr: float, tok_per_s: float) -> str:
+    """What is logged after a step."""
+    of = f"/{budget.num_steps}" if budget.num_steps else ""
+    eta = f"{(budget.num_steps - step) * budget.step_seconds / 60:.1f} min" if budget.num_steps else "unknown"
+    numbers = f"loss {loss:.3f} | grad_norm {grad_norm:.2f} | lr {lr:.2g} | tok/s {tok_per_s:,.0f}"
+    return f"step {step}{of} | {numbers} | eta {eta}"
+
+
 def read(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl. A truncated last line, left by a killed process, is dropped."""
-    records = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
+    """The records of a metrics.jsonl, without lines that are not records: truncated by a kill, or damaged."""
+    return [record for record in _lines(path) if record]
+
+
+def repair(run: Path, step: int) -> str:
+    """Drop the records after `step` from metrics.jsonl, and what is not a record; "" or a line that says so.
+
+    A truncated last line is what a kill leaves. If other lines are damaged, the file is kept as DAMAGED.
+    """
+    path, lines = run / NAME, _lines(run / NAME)
+    kept = [record for record in lines if record and record["step"] <= step]
+    bad = lines.count(None)
+    if bad > (bool(lines) and lines[-1] is None):
+        shutil.copyfile(path, run / DAMAGED)
+    if len(kept) < len(lines):
+        replace_file(path, "".join(json.dumps(record) + "\n" for record in kept))
+        if bad > (lines[-1] is None):
+            return f"{path}: {bad} of {len(lines)} lines are damaged and left out; the file as it was is {DAMAGED}"
+    return ""
+
+
+def _lines(path: Path) -> list[dict[str, Any] | None]:
+    """Each line of a metrics.jsonl: its record, or None."""
+    if not path.is_file():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    return [_record(line) for line in lines[:-1]] + [None] * bool(lines[-1])  # every record ends with a newline
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """A line as a record: numbers by name, among them the step. None if it is not one."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or not all(type(value) in (int, float) for value in record.values()):
+        return None
+    return record if type(record.get("step")) is int else None
 
 
 def plot(run: Path, title: str) -> None:

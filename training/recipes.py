@@ -53,11 +53,13 @@ def load(recipe: str, overrides: dict[str, str] | None = None) -> Config:
     if not path.is_file():
         wrong = "no such file" if recipe.endswith(".toml") else "no such recipe"
         raise ConfigError(f"{recipe}: {wrong}, only {', '.join(recipes())}{_closest(recipe, recipes())}")
-    text = path.read_text()
     try:
+        text = path.read_text(encoding="utf-8")
         tree = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError, UnicodeDecodeError
         raise ConfigError(f"{path}: not TOML: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
 
     values: dict[str, Any] = {"name": path.stem}
     for key, value in tree.items():

@@ -1,5 +1,4 @@
-"""The C++ files compiled for less than this processor offers: every path of tile_matmul.h that runs here is tested, on an
-AMX machine also those of older processors."""
+"""The C++ files compiled for older processors: on a machine with AMX, this tests all paths of tile_matmul.h."""
 
 import dataclasses
 import os
@@ -20,7 +19,7 @@ SETS = {"x86-64-v3": {"avx2", "fma"}, "x86-64-v4": {"avx512vl", "avx512dq"}, "co
 
 
 def available() -> list[str]:
-    """"native", and the sets that this processor includes."""
+    """ "native", and the sets that this processor includes."""
     if platform.machine() != "x86_64" or not os.path.exists("/proc/cpuinfo"):
         return ["native"]
     flags = set(Path("/proc/cpuinfo").read_text().split())

@@ -44,7 +44,7 @@ def test_steps_in_time_is_what_the_budget_leaves(monkeypatch):
     monkeypatch.setattr(StepBudget, "elapsed", 10.0)
 
     def steps(seconds: float) -> int:
-        timed = StepBudget(config, 0, resumed=False, val_tokens=8192)
+        timed = StepBudget(config, 0, val_tokens=8192)
         timed.durations = [9.0] * 4 + [seconds] * 3  # the first ones are left out
         return timed.steps_in_time(7, 2)
 
@@ -54,12 +54,12 @@ def test_steps_in_time_is_what_the_budget_leaves(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("num_steps", "resumed", "given", "due"),
-    [(0, False, "0", [12]), (200, False, "0", [50, 100]), (200, True, "0", []), (200, False, "200", [])],
+    ("num_steps", "given", "due"),
+    [(0, "0", [12]), (200, "0", [12, 50, 100]), (200, "200", [])],
 )
-def test_when_the_number_is_adjusted(num_steps, resumed, given, due):
+def test_when_the_number_is_adjusted(num_steps, given, due):
     config = load("shakespeare", {"train.steps": given} if given != "0" else {})
-    timed, found = StepBudget(config, num_steps, resumed, 1), []
+    timed, found = StepBudget(config, num_steps, 1), []
     for step in range(1, 200):
         timed.add_step(1.0)
         found += [step] if timed.is_due(step) else []

@@ -1,0 +1,103 @@
+"""Checkpoints of earlier formats load; damaged files and files of other versions are one line."""
+
+import json
+import shutil
+import stat
+
+import pytest
+import torch
+
+from model import GPT
+from sample import load
+from tests.conftest import ROOT, TINY, losses, train_here
+from training import checkpoint
+from training.checkpoint import CheckpointError
+
+FORMAT_1 = ROOT / "tests" / "training" / "format_1"  # a run of the last commit before state.json had a version
+FLAGS = (
+    "--data.tokenizer=byte", "--data.val_fraction=0.2", "--model.n_layer=1", "--model.n_embd=8", "--model.n_head=1",
+    "--model.n_kv_head=1", "--model.head_dim=8", "--model.n_ffn=16", "--model.context=16", "--train.batch_tokens=64",
+    "--train.micro_batch_size=4", "--train.compile=off", "--train.num_evals=1", "--train.device=cpu", "--train.prompt=",
+)  # fmt: skip
+
+
+@pytest.fixture
+def old(tmp_path):
+    """A copy of the run in format 1."""
+    return shutil.copytree(FORMAT_1, tmp_path / "format_1")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A checkpoint of step 1 without optimizers."""
+    return checkpoint.save(tmp_path / "run", 1, GPT(TINY), [], {"config": {"model": vars(TINY)}})
+
+
+def change(folder, **values):
+    path = folder / "state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_format_1_generates_and_resumes(old):
+    model, tokenizer = load(old)
+    assert model.config.n_embd == 8 and tokenizer.kind == "byte"
+    assert "format_version" not in json.loads((old / "step-000012" / "state.json").read_text())
+    source = f"--data.source={old / 'songs.txt'}"
+    train_here(old.parent, "shakespeare", "--name=format_1", source, *FLAGS, "--train.steps=14", "--resume")
+    assert list(losses(old)) == list(range(1, 15))
+    state = checkpoint.read_state(checkpoint.find(old, "latest"))
+    assert (state["step"], state["format_version"]) == (14, checkpoint.FORMAT_VERSION)
+
+
+@pytest.mark.parametrize("version", [0, checkpoint.FORMAT_VERSION + 1, "2", None, []])
+def test_another_version_is_one_line(folder, version):
+    change(folder, format_version=version)
+    with pytest.raises(
+        CheckpointError, match=r"state.json: format_version = .*: this heed reads 1 to 2; use a"
+    ) as told:
+        checkpoint.read_state(folder)
+    assert ("newer heed" in str(told.value)) == (version == checkpoint.FORMAT_VERSION + 1)
+
+
+@pytest.mark.parametrize("field", ["rotation", "n_head"])
+def test_a_model_that_this_heed_does_not_have_is_one_line(folder, field):
+    change(folder, config={"model": vars(TINY) | {field: 3}})
+    with pytest.raises(CheckpointError, match=rf"state.json: config.model does not fit this heed: .*{field}"):
+        checkpoint.model_config(folder, checkpoint.read_state(folder))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"\xff\xfe\x00", b"[]", b"7", b"null", b'"x"', b"{}", b'{"sha256": 3}', b"[" * 100_000]
+)
+def test_a_damaged_state_is_one_line(folder, content):
+    (folder / "state.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match="damaged checkpoint") as told:
+        checkpoint.read_state(folder)
+    assert "\n" not in str(told.value) and len(str(told.value)) < 500
+
+
+def test_a_step_that_is_no_number_is_damage(folder):
+    change(folder, step="7")
+    with pytest.raises(CheckpointError, match="damaged checkpoint"):
+        checkpoint.read_state(folder)
+
+
+def test_files_have_the_mode_that_the_umask_gives(folder, tmp_path):
+    (plain := tmp_path / "plain").touch()
+    modes = {stat.S_IMODE(file.stat().st_mode) for file in (plain, *folder.iterdir())}
+    assert len(modes) == 1, modes
+
+
+def test_an_export_has_the_mode_that_the_umask_gives(runs, tmp_path):
+    from convert.to_hf import export
+
+    export(runs / "songs", tmp_path / "exported")
+    (plain := tmp_path / "plain").touch()
+    assert {stat.S_IMODE(f.stat().st_mode) for f in (plain, *(tmp_path / "exported").iterdir())} == {
+        stat.S_IMODE(plain.stat().st_mode)
+    }
+
+
+def test_another_number_of_optimizers_is_one_line(folder):
+    with pytest.raises(CheckpointError, match=r"optimizer.pt: does not fit the optimizers of this run"):
+        checkpoint.load_optimizers(folder, [torch.optim.AdamW(GPT(TINY).parameters())])

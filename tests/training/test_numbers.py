@@ -1,0 +1,52 @@
+"""Numbers that are not finite, numbers that are too large, and names that are too long are one line."""
+
+import dataclasses
+
+import pytest
+
+from model import ModelConfig
+from training.config import SECTIONS, ConfigError, DataConfig, OptimConfig, TrainConfig
+from training.recipes import fields, load
+
+FLOATS = [f"{section}.{name}" for section in SECTIONS for name, kind in fields(section).items() if kind is float]
+INTS = [f"{section}.{name}" for section in SECTIONS for name, kind in fields(section).items() if kind is int]
+
+
+@pytest.mark.parametrize("field", FLOATS)
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan", "1e999"])
+def test_every_number_must_be_finite(field, value, tmp_path):
+    with pytest.raises(ConfigError, match=rf"--{field}: {field} = -?(inf|nan): must be a finite number"):
+        load("shakespeare", {field: value})
+    section, _, name = field.partition(".")
+    path = tmp_path / "mine.toml"
+    path.write_text(f"[{section}]\n{name} = {value.replace('1e999', 'inf')}\n")
+    with pytest.raises(ConfigError, match=rf"mine.toml:2: {field} = -?(inf|nan): must be a finite number"):
+        load(str(path))
+
+
+@pytest.mark.parametrize("field", INTS)
+def test_every_whole_number_has_a_limit(field):
+    with pytest.raises(ConfigError, match=f"--{field}: {field} = 1000000000000000000000000000000: must be"):
+        load("shakespeare", {field: "1" + "0" * 30})
+
+
+@pytest.mark.parametrize("kind", [ModelConfig, DataConfig, OptimConfig, TrainConfig])
+def test_a_config_made_in_a_program_is_checked_too(kind):
+    for field in dataclasses.fields(kind):
+        if field.type is float:
+            with pytest.raises(ValueError, match=f"{field.name} = nan: must be a finite number"):
+                kind(
+                    **{"steps": 1} if kind is TrainConfig and field.name != "steps" else {},
+                    **{field.name: float("nan")},
+                )
+
+
+def test_a_long_name_is_one_line():
+    load("shakespeare", {"name": "a" * 200})
+    with pytest.raises(ConfigError, match=r"must be a folder name .* at most 200 characters"):
+        load("shakespeare", {"name": "a" * 300})
+
+
+def test_a_model_that_cannot_fit_is_refused_before_it_is_made(learn):
+    with pytest.raises(ConfigError, match=r"model: [\d,]+ parameters need at least [\d,.]+ GiB of memory, cpu has"):
+        learn("vast", "--train.steps=1", "--model.n_ffn=2000000000")
