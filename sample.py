@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from training.renamed import RENAMED
+from training.deprecated_names import RENAMED
 
 RUNS = Path(os.environ.get("HEED_RUNS") or Path(__file__).resolve().parent / "runs")
 

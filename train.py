@@ -44,7 +44,7 @@ from training.fused import optimize_layers
 from training.memory import check_fits, peak_memory
 from training.optimizers import build_optimizers, lr_factor, set_learning_rate
 from training.recipes import documentation, dump, fields, load, recipes
-from training.renamed import RENAMED
+from training.deprecated_names import RENAMED
 from training.stop import GracefulExit
 
 

@@ -18,7 +18,7 @@ TOKENS, WIDTH = 16384, 2048  # the longest shape of the FlashAttention papers
 HEADS = 32, 8, 128  # H, K, D of the decoding tables
 WASTE_LENGTHS = 512, 2048, 16384
 COMPILED = "registers", "spilled", "shared", "programs", "matrix unit", "loads"
-BUDGET = Path(__file__).resolve().parent.parent / "tests" / "kernels" / "compiled_budget.json"
+BUDGET = Path(__file__).resolve().parent.parent / "tests" / "kernels" / "compiled_limits.json"
 
 
 # Measured on an H100 80GB SXM5 in fp16, 16k tokens (arXiv 2407.08608, figure 5: forward, figure 6: backward).

@@ -2,7 +2,7 @@
 
     python -m evals runs/shakespeare                           the run's own validation text
     python -m evals runs/shakespeare --text kjv my-notes/      any text that data.source takes
-    python -m evals runs/shakespeare --tasks questions.jsonl   last words, cloze, multiple choice
+    python -m evals runs/shakespeare --tasks example_tasks.jsonl   last words, cloze, multiple choice
 
 A text is evaluated like the validation text in training: documents are separated by an end-of-text token and cut into
 sequences of model.context tokens; every token is predicted once. Everything is computed in fp32. Tasks: evals/tasks.py.

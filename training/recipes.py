@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from training.config import SECTIONS, Config, ConfigError
-from training.renamed import RENAMED
+from training.deprecated_names import RENAMED
 
 RECIPES = Path(__file__).resolve().parent.parent / "configs"
 TOP = ("name", "init_from")  # fields above the sections

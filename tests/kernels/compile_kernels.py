@@ -1,7 +1,7 @@
 """Compile every kernel ahead of time for GPUs that need not be there, and read off what the compiler made of it.
 
     python -m tests.kernels.compile_kernels             print the figures as JSON
-    python -m tests.kernels.compile_kernels --record    write them to compiled_budget.json, for test_compiled.py
+    python -m tests.kernels.compile_kernels --record    write them to compiled_limits.json, for test_compiled.py
 
 The kernels are launched as always, by their public functions, on tensors of this machine with the tiles of the target.
 But the launch is caught: Triton derives from its arguments what it would compile for that GPU (types, which pointers
@@ -41,7 +41,7 @@ from kernels import cross_entropy
 from kernels.reference import CAUSAL, MaskSpec
 from kernels.triton import flash_attention, flash_decoding, tiles
 
-BUDGET = ROOT / "tests" / "kernels" / "compiled_budget.json"
+BUDGET = ROOT / "tests" / "kernels" / "compiled_limits.json"
 TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -1,4 +1,4 @@
-"""The compiled gate: what the compilers make of every kernel is held to the figures in compiled_budget.json.
+"""The compiled gate: what the compilers make of every kernel is held to the figures in compiled_limits.json.
 
 compile_kernels.py compiles them, in a process of its own, since this one has Triton's interpreter. A figure that got
 worse fails; one that got better fails too, until it is recorded, so that the record is always what is there.
@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 
 from tests.conftest import ROOT, UNMEASURED
 
-BUDGET = json.loads((ROOT / "tests" / "kernels" / "compiled_budget.json").read_text())
+BUDGET = json.loads((ROOT / "tests" / "kernels" / "compiled_limits.json").read_text())
 RECORD = "record it on purpose with `python -m tests.kernels.compile_kernels --record`"
 
 # What is better comes first; of numbers less is better, except of these two.

@@ -10,7 +10,7 @@ from model import ModelConfig
 from training.config import SECTIONS, Config, ConfigError, TrainConfig
 from training.flops import count_parameters, flops_per_token
 from training.recipes import RECIPES, documentation, dump, fields, load, recipes
-from training.renamed import RENAMED
+from training.deprecated_names import RENAMED
 
 
 @pytest.fixture
