@@ -20,7 +20,7 @@ from pathlib import Path
 
 from benchmarks.report import table
 from data.chunking import Piece
-from data.prepare import Sides, prepare, write
+from data.prepare import Splitter, prepare, write
 from data.shards import Shards
 from data.sources import Corpus, CorpusError, open_corpus
 from data.tokenizer import Tokenizer
@@ -35,8 +35,8 @@ from training.distributed import World
 from training.recipes import load as load_recipe
 
 
-class Whole(Sides):
-    """A corpus whose pieces are all evaluated."""
+class AllValidation(Splitter):
+    """All pieces of a corpus in the validation split."""
 
     def __init__(self, corpus: Corpus):
         self.corpus = corpus
@@ -49,7 +49,7 @@ def tokens_of(source: str, text_column: str, limit: int, tokenizer: Tokenizer, f
     """Tokenize a whole text into `folder`. Raises CorpusError and TokenizerError."""
     try:
         corpus = open_corpus(source, text_column=text_column, limit=limit)
-        manifest = write(folder, Whole(corpus), tokenizer, log=lambda _: None)
+        manifest = write(folder, AllValidation(corpus), tokenizer, log=lambda _: None)
     except CorpusError as error:  # replace config keys by this command's options
         raise CorpusError(
             str(error).replace("data.source =", "--text").replace("data.text_column =", "--text-column")

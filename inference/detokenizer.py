@@ -18,7 +18,7 @@ class StreamingDetokenizer:
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         known = list(prompt)
-        while known and tokenizer.whole is not None and known[-1] not in tokenizer.whole:
+        while known and tokenizer.complete is not None and known[-1] not in tokenizer.complete:
             known.pop()
         self._decoder = decoders.DecodeStream(known, skip_special_tokens=True)
         self._emitted = known  # tokens whose text was returned
@@ -29,7 +29,7 @@ class StreamingDetokenizer:
         """Return the text that this token completes; often `""`."""
         self._held.append(token)
         self._new.append(token)
-        if self._tokenizer.whole is not None and token not in self._tokenizer.whole:
+        if self._tokenizer.complete is not None and token not in self._tokenizer.complete:
             return ""
         text, self._new = self._decoder.step(self._tokenizer.inner, self._new), []
         if text is None:
