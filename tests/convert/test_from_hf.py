@@ -109,13 +109,13 @@ def test_end_of_text_token_is_saved_with_the_tokenizer(tmp_path):
     config = tmp_path / "a/tokenizer_config.json"
     config.write_text('{"eos_token": {"content": "<|im_start|>", "special": true}}')
     assert Tokenizer.load(tmp_path / "a").eot == 1
-    for wrong, says in (
+    for wrong, message in (
         ('{"eos_token": "<stop>"}', "eos_token = '<stop>': not in"),
         ('{"eos_token": 2}', "eos_token = 2: not in"),
         ("[]", "not a tokenizer_config"),
     ):
         config.write_text(wrong)
-        with pytest.raises(ValueError, match=says):
+        with pytest.raises(ValueError, match=message):
             Tokenizer.load(tmp_path / "a")
 
 
@@ -161,10 +161,10 @@ def test_invalid_folder_raises_and_leaves_no_run(tmp_path):
     weights, words = load_file(folder / "model.safetensors"), json.loads(files["config.json"])
     some = next(iter(weights))
 
-    def check_refused(says: str, name: str = "run2", context: int | None = None) -> None:
+    def check_refused(message: str, name: str = "run2", context: int | None = None) -> None:
         with pytest.raises(ValueError) as error:
             import_checkpoint(str(folder), tmp_path / name, context)
-        assert says in str(error.value) and "\n" not in str(error.value)
+        assert message in str(error.value) and "\n" not in str(error.value)
         assert not (tmp_path / "run2").exists()
         for path in folder.iterdir():
             path.unlink()

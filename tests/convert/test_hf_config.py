@@ -36,7 +36,7 @@ CONFIG = to_hf(dataclasses.replace(TINY, **YARN)) | {"rope_scaling": None}
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ({"model_type": "gpt2"}, "model_type = 'gpt2': heed reads qwen3, qwen3_next, llama, ministral"),
         ({"attention_bias": True}, "attention_bias = True: heed's model has False"),
@@ -55,7 +55,7 @@ CONFIG = to_hf(dataclasses.replace(TINY, **YARN)) | {"rope_scaling": None}
         ({"model_type": "qwen3_next"}, "mlp_only_layers: must list every layer"),
     ],
 )
-def test_unsupported_value_raises(change, says):
+def test_unsupported_value_raises(change, message):
     with pytest.raises(ValueError, match=r"^config\.json: ") as error:
         from_hf(CONFIG | change)
-    assert says in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)

@@ -37,7 +37,7 @@ def test_token_types_of_the_vocabulary(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         (lambda t: setattr(t, "normalizer", tokenizers.normalizers.Lowercase()), "normalizer Lowercase"),
         (lambda t: setattr(t, "pre_tokenizer", pre_tokenizers.Whitespace()), r"this pre-tokenizer \(Whitespace\)"),
@@ -49,10 +49,10 @@ def test_token_types_of_the_vocabulary(tmp_path):
         (lambda t: setattr(t.model, "byte_fallback", True), "not a plain byte-level BPE"),
     ],
 )
-def test_unsupported_tokenizer_raises(change, says):
+def test_unsupported_tokenizer_raises(change, message):
     tokenizer = Tokenizer.train("byte", [])
     change(tokenizer.inner)
-    with pytest.raises(ValueError, match=f"^tokenizer.json: .*{says}"):
+    with pytest.raises(ValueError, match=f"^tokenizer.json: .*{message}"):
         to_gguf.vocabulary(Tokenizer(tokenizer.inner), 257)
 
 
@@ -140,16 +140,16 @@ def test_metadata(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"window": 8, "layer_pattern": "SL"}, "model.layer_pattern = 'SL': llama.cpp's qwen3 has no sliding window"),
         ({"qk_norm": False}, "model.qk_norm = False: llama.cpp's qwen3 normalizes"),
         ({"gate": True}, "model.gate = True: llama.cpp's qwen3 has no gate"),
     ],
 )
-def test_unsupported_flag_raises(changes, says, tmp_path):
+def test_unsupported_flag_raises(changes, message, tmp_path):
     tokenizer = Tokenizer.train("byte", [])
-    with pytest.raises(ValueError, match=f"^{says}"):
+    with pytest.raises(ValueError, match=f"^{message}"):
         written(tmp_path, random_model(tokenizer, **changes), tokenizer)
     assert list(tmp_path.iterdir()) == []
 
@@ -189,7 +189,7 @@ def test_description_has_no_local_path(runs, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("vocab", "says"),
+    ("argv", "message"),
     [
         (["nothing", "x.gguf"], "convert: nothing: no such run"),
         (["RUN", "no/x.gguf"], "convert: no/x.gguf: must be a file in an existing folder, such as songs.gguf"),
@@ -197,14 +197,14 @@ def test_description_has_no_local_path(runs, tmp_path, capsys):
         (["RUN", "x.gguf", "--type", "q4_0"], "invalid choice: 'q4_0'"),
     ],
 )
-def test_errors_are_one_line(vocab, says, runs, capsys):
+def test_errors_are_one_line(argv, message, runs, capsys):
     try:
-        status = convert(["to-gguf", *(word.replace("RUN", str(runs / "songs")) for word in vocab)])
+        status = convert(["to-gguf", *(word.replace("RUN", str(runs / "songs")) for word in argv)])
     except SystemExit as left:
         status = left.code
     printed = capsys.readouterr()
     assert (status, printed.out) == (2, "")
-    assert says in printed.err.strip().splitlines()[-1]
+    assert message in printed.err.strip().splitlines()[-1]
 
 
 def test_command_has_every_type(capsys):

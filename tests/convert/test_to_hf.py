@@ -184,15 +184,15 @@ def test_model_card_has_the_licence_of_a_public_text(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "says"),
+    ("flags", "message"),
     [
         ({"gate": True, "layer_pattern": "SL", "window": 9}, r"model.gate with model.window = 9: no class"),
         ({"gate": True, "qk_norm": False}, r"model.gate with model.qk_norm = False: no class"),
     ],
 )
-def test_unsupported_flags_raise_and_leave_no_folder(flags, says, tmp_path):
+def test_unsupported_flags_raise_and_leave_no_folder(flags, message, tmp_path):
     run = made(tmp_path / "run", dataclasses.replace(TINY, **flags))
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         export(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

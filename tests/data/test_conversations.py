@@ -150,7 +150,8 @@ def test_two_processes_with_unequal_numbers_of_answers_equal_one_process(run_tra
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "train.py"),
          "shakespeare", "--name=chat-both", *SMALL, *words],
-        cwd=ROOT, env=UNTRACED_ENV | {"HEED_RUNS": str(tmp_path), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        cwd=ROOT, env=UNTRACED_ENV | {"HEED_RUNS": str(tmp_path), "OMP_NUM_THREADS": "1"}, capture_output=True,
+        text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     for key in ("loss", "val_loss"):

@@ -135,7 +135,7 @@ def test_task_results(items):
 
 
 @pytest.mark.parametrize(
-    ("line", "says"),
+    ("line", "message"),
     [
         ("{", "not JSON"),
         ("[]", "task = None: must be one of lambada, cloze, choice"),
@@ -152,10 +152,10 @@ def test_task_results(items):
         ('{"task": "choice", "prompt": "a", "choices": ["a", "b"], "answer": true}', "answer = True: must be a whole"),
     ],
 )
-def test_invalid_line_is_reported(line, says, tmp_path):
+def test_invalid_line_is_reported(line, message, tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_text(json.dumps(ITEMS[0]) + "\n\n" + line + "\n")
-    with pytest.raises(ValueError, match=rf"bad.jsonl, line 3: {re.escape(says)}"):
+    with pytest.raises(ValueError, match=rf"bad.jsonl, line 3: {re.escape(message)}"):
         tasks.read(path)
 
 
@@ -220,7 +220,7 @@ def test_command_with_tasks_skips_the_validation_split(runs, items):
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "message"),
     [
         (["none"], "none: no such run"),
         (["RUN", "--text", "no.txt"], "--text 'no.txt': no such file; give a path"),
@@ -232,7 +232,7 @@ def test_command_with_tasks_skips_the_validation_split(runs, items):
         (["CHANGED"], "changed: data.source = 'kjv.txt' has changed since; name a --text"),
     ],
 )
-def test_errors_are_one_line(words, says, runs, text, tmp_path, capsys, monkeypatch):
+def test_errors_are_one_line(words, message, runs, text, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text('{"body": "a"}\n')
     (tmp_path / "long.jsonl").write_text(json.dumps({"task": "lambada", "text": "a " + "\U0001f642" * 20}))
@@ -246,6 +246,6 @@ def test_errors_are_one_line(words, says, runs, text, tmp_path, capsys, monkeypa
               "CHANGED": changed}  # fmt: skip
     assert evaluate.main([str(places.get(word, word)) for word in words]) == 2
     error = capsys.readouterr().err
-    assert says in error
+    assert message in error
     assert error.startswith("evals: ")
     assert error.count("\n") == 1

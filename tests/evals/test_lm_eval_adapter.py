@@ -158,15 +158,15 @@ def test_generation_options(runs):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         ({}, "model_args: no run; --model_args run=runs/NAME"),
         ({"run": "none"}, "none: no such run"),
         ({"run": "none", "pretrained": "gpt2", "batch_size": 1}, "model_args: pretrained = 'gpt2': no such argument"),
     ],
 )
-def test_invalid_model_args(arguments, says):
-    with pytest.raises(ValueError, match=says):
+def test_invalid_model_args(arguments, message):
+    with pytest.raises(ValueError, match=message):
         Heed(**arguments)
 
 

@@ -107,12 +107,12 @@ def test_default_cpu_engine_is_cpp_and_generate_uses_it(monkeypatch):
 # Without the C++ engine ----------------------------------------------------------------------------------------------
 
 
-def test_without_a_compiler_the_eager_engine_is_used_with_a_warning(monkeypatch, capfd, tmp_path, compilers):
+def test_without_a_compiler_the_eager_engine_is_used_with_a_warning(monkeypatch, capfd, tmp_path, clear_compiled):
     engine._warn_once.cache_clear()
     monkeypatch.setattr(build, "FOLDER", tmp_path)
     model = randomized(TINY)
     expected = torch.stack(list(sample.generate(model, [5], max_new_tokens=9, seed=3)))
-    compilers()
+    clear_compiled()
     for compiler, why in (("false", "false failed"), ("/no/compiler", "no C.. compiler")):
         monkeypatch.setenv("CXX", compiler)
         monkeypatch.setattr(build, "FOLDER", tmp_path / "another")
@@ -120,7 +120,7 @@ def test_without_a_compiler_the_eager_engine_is_used_with_a_warning(monkeypatch,
         list(sample.generate(model, [5], max_new_tokens=1))  # the warning is printed once
         said = capfd.readouterr().err.splitlines()
         assert len(said) == 1 and re.search(why, said[0]) and "generating with PyTorch" in said[0]
-        compilers()
+        clear_compiled()
 
 
 def test_unknown_flag_uses_the_eager_engine(capfd):
@@ -141,9 +141,9 @@ def test_unknown_flag_uses_the_eager_engine(capfd):
         assert "model.softcap" in capfd.readouterr().err
 
 
-def test_compiled_library_is_cached(tmp_path, monkeypatch, compilers):
+def test_compiled_library_is_cached(tmp_path, monkeypatch, clear_compiled):
     def compiled(*flags: str) -> list[int]:
-        compilers()
+        clear_compiled()
         monkeypatch.setattr(build, "FLAGS", [*build.FLAGS[:1], *flags, *build.FLAGS[1:]])
         cpu.library("linear", ELEMENT=torch.float32)
         return sorted(path.stat().st_mtime_ns for path in tmp_path.iterdir())
@@ -154,7 +154,7 @@ def test_compiled_library_is_cached(tmp_path, monkeypatch, compilers):
     assert len(compiled("-O1")) == 2
 
 
-def test_unwritable_cache_folder_is_reported(tmp_path, monkeypatch, compilers):
+def test_unwritable_cache_folder_is_reported(tmp_path, monkeypatch, clear_compiled):
     (tmp_path / "file").touch()
     monkeypatch.setattr(build, "FOLDER", tmp_path / "file" / "cpu")
     with pytest.raises(cpu.Unavailable, match=r"file/cpu cannot hold compiled code: .*Not a directory"):
@@ -202,12 +202,12 @@ def test_int8_changes_bits_per_byte_by_less_than_half_a_percent(runs):
         assert after != before
 
 
-def test_command_generates_in_int8_with_and_without_a_compiler(runs, sample_py, monkeypatch, compilers):
+def test_command_generates_in_int8_with_and_without_a_compiler(runs, sample_py, monkeypatch, clear_compiled):
     said = {}
     for words in ((), ("--quantize=int8",), ("--quantize=bf16",)):
         for compiler in ("g++", "false"):
             engine._warn_once.cache_clear()
-            compilers()
+            clear_compiled()
             monkeypatch.setenv("CXX", compiler)
             done = sample_py("--greedy", "--max-new-tokens=12", "--prompt=Song", *words, where=runs)
             assert done.returncode == 0, done.stderr

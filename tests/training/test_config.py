@@ -78,7 +78,7 @@ def test_dumped_config_loads_equal(recipe):
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ("[model]\nn_layr = 3", ":2: model.n_layr: no such field; did you mean model.n_layer?"),
         ("[modell]\nn_layer = 3", ":2: modell: no such section; did you mean model?"),
@@ -99,16 +99,16 @@ def test_dumped_config_loads_equal(recipe):
         ("model = 3", ":1: model = 3: must be a section, [model]"),
     ],
 )
-def test_error_in_a_recipe_has_the_line_number(recipe, text, says):
+def test_error_in_a_recipe_has_the_line_number(recipe, text, message):
     path = recipe(text)
     with pytest.raises(ConfigError) as error:
         load(path)
-    assert str(error.value).startswith(path + says)
+    assert str(error.value).startswith(path + message)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("override", "says"),
+    ("override", "message"),
     [
         (("model.n_layer", "six"), "--model.n_layer: model.n_layer = 'six': must be a whole number, is a string"),
         (
@@ -119,10 +119,10 @@ def test_error_in_a_recipe_has_the_line_number(recipe, text, says):
         (("train.dtype", "int8"), "--train.dtype: train.dtype = 'int8': must be auto, float32 or bfloat16"),
     ],
 )
-def test_error_in_an_override_has_the_flag(override, says):
+def test_error_in_an_override_has_the_flag(override, message):
     with pytest.raises(ConfigError) as error:
         load("shakespeare", dict([override]))
-    assert str(error.value).startswith(says)
+    assert str(error.value).startswith(message)
 
 
 def test_unknown_recipe_lists_the_known_ones():
