@@ -37,6 +37,7 @@ from training import checkpoint, device, distributed, init_from, metrics, run_fo
 from training.budget import SaveTimer, StepBudget, evaluation_due, resumed
 from training.checkpoint import CheckpointError
 from training.config import SECTIONS, Config, ConfigError
+from training.deprecated_names import RENAMED
 from training.distributed import DistributedError
 from training.evaluation import validate
 from training.flops import count_parameters, flops_per_token, peak_flops
@@ -44,7 +45,6 @@ from training.fused import optimize_layers
 from training.memory import check_fits, peak_memory
 from training.optimizers import build_optimizers, lr_factor, set_learning_rate
 from training.recipes import documentation, dump, fields, load, recipes
-from training.deprecated_names import RENAMED
 from training.stop import GracefulExit
 
 

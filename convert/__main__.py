@@ -1,9 +1,9 @@
 """Convert between heed's runs, Hugging Face folders and GGUF files.
 
-python -m convert to-hf RUN DIR          write a folder that AutoModelForCausalLM and AutoTokenizer load
-python -m convert from-hf DIR RUN        turn a Qwen3- or Llama-shaped checkpoint into a run to sample from or fine-tune
+python -m convert to-hf RUN DIR          export a run to a folder for AutoModelForCausalLM and AutoTokenizer
+python -m convert from-hf DIR RUN        import a Qwen3 or Llama checkpoint as a run for generation or fine-tuning
 python -m convert from-hf HUB/NAME RUN   the same, downloaded from the hub
-python -m convert to-gguf RUN FILE       write one GGUF file for llama.cpp and everything built on it
+python -m convert to-gguf RUN FILE       export a run to one GGUF file for llama.cpp, ollama and others
 
 to-hf and from-hf do not need transformers: the format is JSON and safetensors. to-gguf needs gguf.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -22,19 +22,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     which = "best, latest or a step such as step-000500; default: best"
 
-    to_hf = commands.add_parser("to-hf", help="a run as a Hugging Face folder", allow_abbrev=False)
+    to_hf = commands.add_parser("to-hf", help="export a run to a Hugging Face folder", allow_abbrev=False)
     to_hf.add_argument("run", type=Path, metavar="RUN", help="folder of the run, such as runs/shakespeare")
     to_hf.add_argument("folder", type=Path, metavar="DIR", help="folder to write: new or empty")
     to_hf.add_argument("--checkpoint", default="best", help=which)
     dtypes = ("float32", "bfloat16")
     to_hf.add_argument("--dtype", default="float32", choices=dtypes, help="dtype of the weights; default: float32")
 
-    from_hf = commands.add_parser("from-hf", help="a Hugging Face checkpoint as a run", allow_abbrev=False)
-    from_hf.add_argument("source", metavar="DIR_OR_NAME", help="folder with config.json, or a model's name on the hub")
+    from_hf = commands.add_parser("from-hf", help="import a Hugging Face checkpoint as a run", allow_abbrev=False)
+    from_hf.add_argument("source", metavar="DIR_OR_NAME", help="folder with config.json, or name of a model on the hub")
     from_hf.add_argument("run", type=Path, metavar="RUN", help="folder to write: new or empty, such as runs/smol")
     from_hf.add_argument("--context", type=int, metavar="N", help="context length; default: the checkpoint's")
 
-    to_gguf = commands.add_parser("to-gguf", help="a run as a GGUF file", allow_abbrev=False)
+    to_gguf = commands.add_parser("to-gguf", help="export a run to a GGUF file", allow_abbrev=False)
     to_gguf.add_argument("run", type=Path, metavar="RUN", help="folder of the run, such as runs/shakespeare")
     to_gguf.add_argument("file", type=Path, metavar="FILE", help="GGUF file to write; an existing file is replaced")
     to_gguf.add_argument("--checkpoint", default="best", help=which)
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command. A user's mistake is one line on stderr and exit status 2, never a traceback."""
+    """Run the command. A user error is one line on stderr and exit status 2, without a traceback."""
     args = parse_args(argv)
     try:
         print(run(args))

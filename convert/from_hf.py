@@ -1,4 +1,4 @@
-"""Import a Hugging Face checkpoint as a run: Qwen3-, Llama- and Ministral-shaped ones, and all that heed exports."""
+"""Import a Hugging Face checkpoint as a run: Qwen3, Llama and Ministral architectures, and everything heed exports."""
 
 import dataclasses
 import json
@@ -21,23 +21,23 @@ from training.recipes import dump
 
 
 def import_checkpoint(source: str, run: Path, context: int | None = None) -> str:
-    """Write `source`, a folder or a name on the hub, as a run at step 0; returns a summary.
+    """Import `source`, a folder or a name on the hub, as a run at step 0. Returns a summary.
 
     context: context length; default: the checkpoint's. The run's config.toml is a recipe for fine-tuning. Raises
     ValueError, one line, for anything that heed's model or tokenizer does not support.
     """
     folder = Path(source).expanduser() if Path(source).expanduser().is_dir() else download(source)
-    words = read_json(folder / "config.json")
-    model = from_hf(words)
+    hf = read_json(folder / "config.json")
+    model = from_hf(hf)
     if context is not None:
         if not 1 <= context <= model.context:
             raise ValueError(f"--context {context}: must be from 1 to {model.context}, what config.json allows")
         model = dataclasses.replace(model, context=context)
-    tokenizer = read_tokenizer(folder, words)
+    tokenizer = read_tokenizer(folder, hf)
     if tokenizer.vocab_size > model.vocab_size:
         raise ValueError(
             f"{folder}: tokenizer.json has {tokenizer.vocab_size:,} tokens, but config.json's vocab_size is "
-            f"{model.vocab_size:,}: the embedding has no rows for the rest"
+            f"{model.vocab_size:,}: the embedding has too few rows"
         )
     config = Config(
         run.resolve().name,
@@ -64,11 +64,11 @@ def import_checkpoint(source: str, run: Path, context: int | None = None) -> str
     )
 
 
-def read_tokenizer(folder: Path, words: dict[str, Any]) -> Tokenizer:
-    """tokenizer.json, its end of text as the checkpoint says: config.json's eos_token_id (the first, if several), or
-    generation_config.json's, or the name in tokenizer_config.json."""
+def read_tokenizer(folder: Path, hf: dict[str, Any]) -> Tokenizer:
+    """Load tokenizer.json. The end-of-text token is eos_token_id (the first one of a list) of config.json or else of
+    generation_config.json, or else the name in tokenizer_config.json."""
     found = Tokenizer.load(folder / "tokenizer.json")
-    asked = words.get("eos_token_id")
+    asked = hf.get("eos_token_id")
     if asked is None and (folder / "generation_config.json").is_file():
         asked = read_json(folder / "generation_config.json").get("eos_token_id")
     first = asked[0] if isinstance(asked, list) and asked else asked
@@ -80,44 +80,43 @@ def read_tokenizer(folder: Path, words: dict[str, Any]) -> Tokenizer:
 
 
 def read_weights(folder: Path, model: GPT) -> dict[str, Tensor]:
-    """Every tensor of the model, in fp32, from one safetensors file or from those that an index lists.
+    """Every tensor of the model in fp32, from one safetensors file or from those listed in an index.
 
-    Raises ValueError when one is missing, unknown, or has another shape.
+    Raises ValueError if a tensor is missing, unknown, or has another shape.
     """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if not single.is_file() and not index.is_file():
-        raise ValueError(f"{folder}: has no model.safetensors, nor an index of several; save it with save_pretrained")
+        raise ValueError(f"{folder}: has no model.safetensors and no index file; save the model with save_pretrained")
     names = [single.name] if single.is_file() else sorted(set(read_json(index).get("weight_map", {}).values()))
     wanted = {name: p.shape for name, p in model.named_parameters()}
-    # A tied head is the embedding, and old files keep the rotary angles, which are computed.
-    passed = ("rotary_emb.inv_freq", "lm_head.weight" if model.config.tie_embeddings else "rotary_emb.inv_freq")
+    # A tied head is the embedding. Old files contain the RoPE frequencies, which heed computes.
+    ignored = ("rotary_emb.inv_freq", "lm_head.weight" if model.config.tie_embeddings else "rotary_emb.inv_freq")
     weights: dict[str, Tensor] = {}
     for path in (folder / name for name in names):
         try:
             shard = load_file(path)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path}: cannot be read: {error}") from None
-        for name in [name for name in shard if not name.endswith(passed)]:
+        for name in [name for name in shard if not name.endswith(ignored)]:
             if name not in wanted or shard[name].shape != wanted[name]:
-                shape = tuple(shard[name].shape)
-                right = f"config.json makes it {tuple(wanted[name])}" if name in wanted else "heed's model has no such"
-                raise ValueError(f"{path}: {name} of {shape}: {right}")
-            more = 1.0 if model.config.gate and shard[name].ndim == 1 else 0.0  # Qwen3-Next stores a gain less one
-            weights[name] = shard.pop(name).float() + more
+                right = f"config.json gives {tuple(wanted[name])}" if name in wanted else "heed has no such weight"
+                raise ValueError(f"{path}: {name} has shape {tuple(shard[name].shape)}: {right}")
+            offset = 1.0 if model.config.gate and shard[name].ndim == 1 else 0.0  # Qwen3-Next stores gain - 1
+            weights[name] = shard.pop(name).float() + offset
     if missing := sorted(wanted.keys() - weights.keys()):
-        raise ValueError(f"{folder}: {missing[0]} is in none of its weight files")
+        raise ValueError(f"{folder}: {missing[0]} is missing from the weight files")
     return weights
 
 
 def download(name: str) -> Path:
-    """The checkpoint's files from the hub, or from its cache. Raises ValueError, one line."""
+    """Download the checkpoint's files from the hub, or find them in its cache. Raises ValueError, one line."""
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"], ignore_patterns=["*/*"]))
-    except Exception as error:  # no network, no such name, no access: each raises a kind of its own
+    except Exception as error:  # many types: no network, no such name, no access
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{name}: no such folder here, nor on the hub ({reason})") from None
+        raise ValueError(f"{name}: neither a folder nor a model on the hub ({reason})") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -125,9 +124,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
-        raise ValueError(f"{path}: no such file; a folder that save_pretrained wrote has one") from None
+        raise ValueError(f"{path}: no such file; save the model with save_pretrained") from None
     except ValueError as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: must hold a JSON object")
+        raise ValueError(f"{path}: must contain a JSON object")
     return content

@@ -1,9 +1,9 @@
-"""Export a run as one GGUF file for llama.cpp and everything built on it.
+"""Export a run to one GGUF file for llama.cpp and the tools built on it.
 
     python -m convert to-gguf runs/shakespeare shakespeare.gguf                  16-bit floats
     python -m convert to-gguf runs/shakespeare shakespeare.gguf --type q8_0      8 bits per weight, one scale per 32
 
-heed's models are llama.cpp's `qwen3`; its tokenizers become llama.cpp's byte-level BPE (see `vocabulary`). A flag or
+heed's models map to llama.cpp's `qwen3`, and its tokenizers to llama.cpp's byte-level BPE (see `vocabulary`). A flag or
 tokenizer that llama.cpp does not support is an error.
 """
 
@@ -26,22 +26,22 @@ BLOCK = 32  # weights of a row that share a scale in Q8_0
 
 # 1. The vocabulary --------------------------------------------------------------------------------------------------
 
-# How a text is split before merges, as tokenizer.json says it: what llama.cpp calls it.
+# llama.cpp's name of a pre-tokenizer: its definition in tokenizer.json
 QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-WORDS = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 SPLITS: dict[str, list[dict[str, Any]]] = {
-    "gpt-2": [WORDS],
-    "smollm": [{"type": "Digits", "individual_digits": True}, WORDS],
+    "gpt-2": [BYTE_LEVEL],
+    "smollm": [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL],
     "qwen2": [
         {"type": "Split", "pattern": {"Regex": QWEN}, "behavior": "Isolated", "invert": False},
-        WORDS | {"use_regex": False},
+        BYTE_LEVEL | {"use_regex": False},
     ],
 }
 
 
 class Vocabulary(NamedTuple):
-    """A tokenizer in llama.cpp's terms: the name of its way to split text; what each id is; the merges, each two tokens
-    with a space between."""
+    """A tokenizer in llama.cpp's format: pre-tokenizer name, token and token type of each id, and merges, each two
+    tokens separated by a space."""
 
     split: str
     tokens: list[str]
@@ -52,9 +52,9 @@ class Vocabulary(NamedTuple):
 def vocabulary(tokenizer: Tokenizer, size: int) -> Vocabulary:
     """The vocabulary of a model with `size` ids. Every text that heed can encode gets the same ids.
 
-    byte is a BPE without merges. char is one whose merges put each character's bytes together, and only those: the
-    parts have no id of their own, and what heed refuses, a character that it has not seen, llama.cpp leaves out.
-    Raises ValueError for a tokenizer that llama.cpp does not have.
+    byte is a BPE without merges. char is a BPE that merges only the bytes of each character; the intermediate parts
+    have no ids. llama.cpp drops unseen characters, for which heed raises an error. Raises ValueError for a tokenizer
+    that llama.cpp does not support.
     """
     from gguf import TokenType
 
@@ -69,7 +69,7 @@ def vocabulary(tokenizer: Tokenizer, size: int) -> Vocabulary:
     else:
         split = splitting(content)
         steps = content["model"]["merges"]
-    # llama.cpp wants at least one merge: this one never comes to pass, since no text holds its parts
+    # llama.cpp needs at least one merge. This one never applies, since its parts do not occur in any text.
     merges = list(dict.fromkeys(map(" ".join, steps))) or [f"{ids[tokenizer.eot]} {ids[tokenizer.eot]}"]
     kinds = {number: TokenType.CONTROL if control else TokenType.USER_DEFINED for number, control in special.items()}
     return Vocabulary(
@@ -81,15 +81,15 @@ def vocabulary(tokenizer: Tokenizer, size: int) -> Vocabulary:
 
 
 def spell(text: str) -> str:
-    """A text's bytes as the printable characters that a byte-level BPE has for them."""
+    """A text's bytes as the printable characters that represent them in a byte-level BPE."""
     return "".join(part for part, _ in pre_tokenizers.ByteLevel(False, use_regex=False).pre_tokenize_str(text))
 
 
 def splitting(content: dict[str, Any]) -> str:
-    """llama.cpp's name for the way in which a tokenizer.json splits text. Raises ValueError when it has none."""
+    """llama.cpp's name for the pre-tokenizer of a tokenizer.json. Raises ValueError if it has none."""
     model, before = content["model"], content["pre_tokenizer"]
     if model["type"] != "BPE" or model.get("byte_fallback") or model.get("ignore_merges"):
-        raise ValueError(f"tokenizer.json: a {model['type']} that is not a plain byte-level BPE; train one with bpe")
+        raise ValueError(f"tokenizer.json: {model['type']}, not a plain byte-level BPE; train a tokenizer with bpe")
     if (content["normalizer"] or {"type": "NFC"})["type"] != "NFC":
         raise ValueError(f"tokenizer.json: normalizer {content['normalizer']['type']}: llama.cpp does not change text")
     steps = before["pretokenizers"] if before and before["type"] == "Sequence" else [before or {"type": "none"}]
@@ -99,7 +99,7 @@ def splitting(content: dict[str, Any]) -> str:
             return name
     kinds = " and ".join(step["type"] for step in steps)
     raise ValueError(
-        f"tokenizer.json: llama.cpp does not split text like this ({kinds}); it would as in {', '.join(SPLITS)}"
+        f"tokenizer.json: llama.cpp does not support this pre-tokenizer ({kinds}), only those of {', '.join(SPLITS)}"
     )
 
 
@@ -107,7 +107,7 @@ def splitting(content: dict[str, Any]) -> str:
 
 
 def check(config: ModelConfig) -> None:
-    """Raises ValueError for what llama.cpp's qwen3 cannot compute."""
+    """Raise ValueError for a flag that llama.cpp's qwen3 does not support."""
     if "S" in config.layer_pattern:
         raise ValueError(f"model.layer_pattern = {config.layer_pattern!r}: llama.cpp's qwen3 has no sliding window")
     if not config.qk_norm:
@@ -117,7 +117,7 @@ def check(config: ModelConfig) -> None:
 
 
 def stored_as(shape: tuple[int, ...], dtype: str) -> str:
-    """How a tensor is stored: a gain always in f32; what has no whole blocks for q8_0, in f16."""
+    """The type of a stored tensor: f32 for gains; f16 instead of q8_0 if rows are not a multiple of BLOCK."""
     if len(shape) == 1:
         return "f32"
     return "f16" if dtype == "q8_0" and shape[-1] % BLOCK else dtype
@@ -127,22 +127,22 @@ def stored_as(shape: tuple[int, ...], dtype: str) -> str:
 
 
 def write(path: Path, model: GPT, tokenizer: Tokenizer, dtype: str, name: str, source: str) -> list[str]:
-    """Write `model` to a GGUF file, which appears whole or not at all; returns the tensors that q8_0 left in f16.
+    """Write `model` to a GGUF file, atomically. Returns the names of the tensors stored in f16 instead of q8_0.
 
-    `name` is the model's, `source` the text it was trained on. Raises ValueError for what llama.cpp cannot hold.
+    `name` is the model's name, `source` its training text. Raises ValueError for what llama.cpp does not support.
     """
     import gguf
 
     config = model.config
     check(config)
-    words = vocabulary(tokenizer, config.vocab_size)
+    vocab = vocabulary(tokenizer, config.vocab_size)
     file_types = {"f32": "ALL_F32"} | {kind: f"MOSTLY_{kind.upper()}" for kind in TYPES[1:]}
     licence = PUBLIC_TEXTS[source].licence if source in PUBLIC_TEXTS else "not stated"
     draft = path.with_name(f".draft-{path.name}")
     out = gguf.GGUFWriter(draft, "qwen3")
 
     out.add_name(name)
-    out.add_description(f"a model of heed, trained on {source}; licence of that text: {licence}")
+    out.add_description(f"a heed model, trained on {source}; licence of that text: {licence}")
     out.add_dataset_count(1)
     out.add_dataset_name(0, source)
     out.add_file_type(gguf.LlamaFileType[file_types[dtype]])
@@ -163,11 +163,11 @@ def write(path: Path, model: GPT, tokenizer: Tokenizer, dtype: str, name: str, s
         out.add_rope_scaling_factor(config.yarn_factor)
         out.add_rope_scaling_orig_ctx_len(config.yarn_original_context)
     out.add_tokenizer_model("gpt2")
-    out.add_tokenizer_pre(words.split)
-    out.add_token_list(words.tokens)
-    out.add_token_types(words.kinds)
-    out.add_token_merges(words.merges)
-    bos = tokenizer.bos_tokens or [tokenizer.eot]  # a document begins after the end of another
+    out.add_tokenizer_pre(vocab.split)
+    out.add_token_list(vocab.tokens)
+    out.add_token_types(vocab.kinds)
+    out.add_token_merges(vocab.merges)
+    bos = tokenizer.bos_tokens or [tokenizer.eot]  # a document starts after the end of the previous one
     out.add_bos_token_id(bos[0])
     out.add_eos_token_id(tokenizer.eot)
     out.add_add_bos_token(bool(tokenizer.bos_tokens))
@@ -200,15 +200,15 @@ def write(path: Path, model: GPT, tokenizer: Tokenizer, dtype: str, name: str, s
 
 
 def export_gguf(run: Path, file: Path, checkpoint: str = "best", type: str = "f16") -> str:
-    """Write the run's checkpoint as a GGUF file and return a summary.
+    """Export the run's checkpoint to a GGUF file and return a summary.
 
-    Raises ValueError: no such run or checkpoint, or a model or tokenizer that llama.cpp does not have.
+    Raises ValueError: no such run or checkpoint, or a model or tokenizer that llama.cpp does not support.
     """
     if file.is_dir() or not file.parent.is_dir():
         raise ValueError(f"{file}: must be a file in an existing folder, such as {run.name}.gguf")
     model, tokenizer = load(run, checkpoint)
     source = tomllib.loads((run / "config.toml").read_text())["data"]["source"]
-    source = source if source.startswith("hf:") else Path(source).name  # the path on this machine is nobody's business
+    source = source if source.startswith("hf:") else Path(source).name  # without the local path
     left = write(file, model, tokenizer, type, run.resolve().name, source)
     done = f"{file}: {type}, {file.stat().st_size:,} bytes, {tokenizer.kind} tokenizer of {tokenizer.vocab_size:,}"
     if left:

@@ -1,4 +1,4 @@
-"""Export a run as a folder that Hugging Face's AutoModelForCausalLM and AutoTokenizer load without heed."""
+"""Export a run to a folder that Hugging Face's AutoModelForCausalLM and AutoTokenizer load without heed."""
 
 import json
 import shutil
@@ -19,45 +19,46 @@ from training.metrics import read
 
 
 def export(run: Path, folder: Path, checkpoint: str = "best", dtype: str = "float32") -> str:
-    """Write the weights, configuration, tokenizer and model card of a checkpoint; returns a summary of one line.
+    """Write the weights, configuration, tokenizer and model card of a checkpoint. Returns a one-line summary.
 
-    dtype: float32 (exact) or bfloat16 (rounded, half as large). Raises ValueError: no such run or checkpoint, a flag
-    that no class of transformers can hold, or a folder that is not empty.
+    dtype: float32 (exact) or bfloat16 (rounded, half the size). Raises ValueError: no such run or checkpoint, a flag
+    that no class of transformers supports, or a folder that is not empty.
     """
     source = find(run, checkpoint)
     state = read_state(source)
     config = model_config(source, state)
-    words = to_hf(config)
+    hf = to_hf(config)
     tokenizer = Tokenizer.load(run / "tokenizer.json")
     begin = (tokenizer.bos_tokens or [tokenizer.eot])[0]
-    marks = {"bos_token_id": begin, "eos_token_id": tokenizer.eot}
+    token_ids = {"bos_token_id": begin, "eos_token_id": tokenizer.eot}
     new_folder(folder)
 
-    less = 1.0 if config.gate else 0.0  # Qwen3-Next stores a gain less one
+    offset = 1.0 if config.gate else 0.0  # Qwen3-Next stores gain - 1
     weights = load_file(source / "model.safetensors")
-    stored = {name: (w - less if w.ndim == 1 else w).to(getattr(torch, dtype)) for name, w in weights.items()}
+    stored = {name: (w - offset if w.ndim == 1 else w).to(getattr(torch, dtype)) for name, w in weights.items()}
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save(folder / "tokenizer.json")
     shutil.copymode(folder / "tokenizer.json", folder / "model.safetensors")  # safetensors ignores the umask
-    write_json(folder / "config.json", words | marks | {"dtype": dtype})
-    # The defaults of sample.py. Padding has no effect, but without a pad token `generate` warns.
+    write_json(folder / "config.json", hf | token_ids | {"dtype": dtype})
+    # The defaults of sample.py. The pad token has no effect, but without one `generate` prints a warning.
     generation: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_k": 0, "pad_token_id": tokenizer.eot}
-    if turns := sorted(tokenizer.end_tokens - {tokenizer.eot}):  # what ends an answer ends a text, too
+    if turns := sorted(tokenizer.end_tokens - {tokenizer.eot}):  # the end of an answer ends generation as well
         generation["eos_token_id"] = [tokenizer.eot, *turns]
-    write_json(folder / "generation_config.json", marks | generation)
-    chat = all(tokenizer.inner.token_to_id(mark) is not None for mark in SPECIAL_TOKENS)
-    said = {
+    write_json(folder / "generation_config.json", token_ids | generation)
+    chat = all(tokenizer.inner.token_to_id(token) is not None for token in SPECIAL_TOKENS)
+    tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": tokenizer.inner.id_to_token(begin),
         "eos_token": tokenizer.inner.id_to_token(tokenizer.eot),
         "model_max_length": config.context,
-        "split_special_tokens": not chat,  # a user's text holds no special tokens, but a template is text that does
+        "split_special_tokens": not chat,  # text contains no special tokens, except a rendered chat template
         "clean_up_tokenization_spaces": False,
     }
-    write_json(folder / "tokenizer_config.json", said | ({"chat_template": chat_template()} if chat else {}))
-    (folder / "README.md").write_text(model_card(run, state, words["architectures"][0], dtype), encoding="utf-8")
+    template = {"chat_template": chat_template()} if chat else {}
+    write_json(folder / "tokenizer_config.json", tokenizer_config | template)
+    (folder / "README.md").write_text(model_card(run, state, hf["architectures"][0], dtype), encoding="utf-8")
     size = count_parameters(config)
-    return f"{folder}: {words['architectures'][0]}, {size:,} parameters in {dtype}, from {source}"
+    return f"{folder}: {hf['architectures'][0]}, {size:,} parameters in {dtype}, from {source}"
 
 
 def model_card(run: Path, state: dict[str, Any], architecture: str, dtype: str) -> str:
@@ -76,7 +77,7 @@ def model_card(run: Path, state: dict[str, Any], architecture: str, dtype: str) 
         "held-out text": "not evaluated",
     }
     if origin := state.get("imported") or config.get("init_from"):
-        rows["began as"] = f"{origin}, whose licence holds, too"
+        rows["initialized from"] = f"{origin}, whose licence applies as well"
     if state.get("imported"):
         for row in ("trained on", "licence of that text", "training"):
             del rows[row]
@@ -122,7 +123,7 @@ print(tokenizer.decode(model.generate(**prompt, max_new_tokens=100)[0], skip_spe
 
 
 def new_folder(folder: Path) -> None:
-    """Create the folder. Raises ValueError if it is not empty."""
+    """Create a folder. Raises ValueError if it exists and is not empty."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder}: not empty; name a new folder")
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,1 +1,1 @@
-"""How text becomes batches: corpora -> tokenizer -> shards of token ids -> batches. No module here knows a model."""
+"""The data pipeline: text sources -> tokenizer -> shards of token ids -> batches. Independent of the model."""

@@ -8,9 +8,9 @@ is rendered as ChatML, in which two special tokens enclose each turn:
 
     <|im_start|>user\\nWho wrote it?<|im_end|>\\n<|im_start|>assistant\\nMarlowe.<|im_end|>\\n
 
-Content never produces a special token: a user who types `<|im_end|>` gets its ten characters. The loss is over the
-answers alone, each with the token that ends it (`Marlowe.<|im_end|>`). A tokenizer that has both special tokens uses
-this template, so the template is stored with the tokenizer.
+Content never produces a special token: `<|im_end|>` typed by a user is encoded as its ten characters. Only the answers
+count in the loss, each with the token that ends it (`Marlowe.<|im_end|>`). A tokenizer that has both special tokens
+uses this template, so the template is stored with the tokenizer.
 """
 
 import json
@@ -31,7 +31,7 @@ Turns = list[tuple[str, str]]  # (role, content)
 
 
 def chat_template() -> str:
-    """The template in Jinja, for other tools: transformers' `chat_template`."""
+    """The template in Jinja, for transformers' `chat_template`."""
     return (
         "{% for turn in messages %}<|im_start|>{{ turn['role'] + '\\n' + turn['content'] }}<|im_end|>{{ '\\n' }}"
         "{% endfor %}{% if add_generation_prompt %}<|im_start|>{{ 'assistant\\n' }}{% endif %}"
@@ -42,7 +42,7 @@ def chat_template() -> str:
 
 
 def read(file: Path) -> Iterator[Piece]:
-    """The conversations of a JSONL file, one piece per line. Raises ValueError, "file:line: what is wrong"."""
+    """The conversations of a JSONL file, one piece per line. Raises ValueError, "file:line: reason"."""
     with file.open("rb") as stream:
         for number, line in enumerate(stream, 1):
             if line.strip():
@@ -60,7 +60,7 @@ def _reason(error: Exception) -> str:
 
 
 def parse(row: Any) -> Turns:
-    """The turns of one line. Raises ValueError with what is wrong."""
+    """The turns of one line. Raises ValueError with the reason."""
     messages = row.get("messages") if isinstance(row, dict) else None
     if not isinstance(messages, list) or not messages:
         raise ValueError('has no "messages"; a line is {"messages": [{"role": "user", "content": "..."}, ...]}')
@@ -71,13 +71,13 @@ def parse(row: Any) -> Turns:
         if role not in ROLES:
             raise ValueError(f"messages[{at}].role = {role!r}: must be one of {', '.join(ROLES)}")
         if role not in expected:
-            raise ValueError(f"messages[{at}].role = {role!r}: {' or '.join(expected)} must come here, in alternation")
+            raise ValueError(f"messages[{at}].role = {role!r}: must be {' or '.join(expected)} here, roles alternate")
         if not isinstance(content, str) or not content.strip():
-            raise ValueError(f"messages[{at}].content = {content!r}: must be text, and not empty")
+            raise ValueError(f"messages[{at}].content = {content!r}: must be text that is not empty")
         try:
             content.encode()
         except UnicodeEncodeError:
-            raise ValueError(f"messages[{at}].content: has half of a surrogate pair, which is not text") from None
+            raise ValueError(f"messages[{at}].content: has half of a surrogate pair, not valid text") from None
         turns.append((role, content))
         expected = ("assistant",) if role == "user" else ("user",)
     if turns[-1][0] != "assistant":
@@ -89,7 +89,7 @@ def parse(row: Any) -> Turns:
 
 
 def add_special_tokens(tokenizer: Tokenizer) -> Tokenizer:
-    """The tokenizer with the two special tokens: itself if it has them, else a copy with new entries at the end."""
+    """The tokenizer itself if it has the two special tokens, else a copy with them added at the end."""
     if all(tokenizer.inner.token_to_id(token) is not None for token in SPECIAL_TOKENS):
         return tokenizer
     copy = tokenizers.Tokenizer.from_str(tokenizer.inner.to_str())
@@ -98,9 +98,9 @@ def add_special_tokens(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def encode(tokenizer: Tokenizer, conversations: list[Turns]) -> list[tuple[list[int], list[int]]]:
-    """Of each conversation the ids and the loss mask: of each id TARGET, NO_TARGET or FIRST.
+    """The ids and the loss mask (TARGET, NO_TARGET or FIRST for each id) of each conversation.
 
-    A turn is tokenized as other tools do, role and content as one text. Raises TokenizerError.
+    Role and content of a turn are tokenized as one text, as in other tools. Raises TokenizerError.
     """
     start, end = special_tokens(tokenizer)
     newline, header = tokenizer.encode("\n"), tokenizer.encode("assistant\n")
@@ -110,7 +110,7 @@ def encode(tokenizer: Tokenizer, conversations: list[Turns]) -> list[tuple[list[
         ids, loss_mask = list[int](), list[int]()
         for role, _ in turns:
             part = next(texts)
-            # The header's tokens are part of the prompt when the model answers; the answer follows them.
+            # The tokens of the header are part of the prompt during generation. The answer follows them.
             given = common_prefix(header, part) if role == "assistant" else len(part)
             last = TARGET if role == "assistant" else NO_TARGET
             ids += [start, *part, end, *newline]
@@ -128,9 +128,9 @@ def common_prefix(a: list[int], b: list[int]) -> int:
 
 
 def render_prompt(tokenizer: Tokenizer, turns: Turns, max_tokens: int) -> list[int]:
-    """The prompt of an answer: the turns, then the header of the assistant's turn.
+    """The prompt for an answer: the turns, then the header of the assistant's turn.
 
-    If a conversation has more than `max_tokens` tokens, the oldest turns are left out, except the system message and
+    If the conversation has more than `max_tokens` tokens, the oldest turns are dropped, except the system message and
     the last turn. Raises TokenizerError.
     """
     header = [special_tokens(tokenizer)[0], *tokenizer.encode("assistant\n")]

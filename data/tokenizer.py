@@ -1,13 +1,13 @@
-"""Tokenizers: text to token ids and back, with the `tokenizers` library, saved as tokenizer.json for every other tool.
+"""Tokenizers: text to token ids and back, with the `tokenizers` library, saved as a standard tokenizer.json.
 
 Three kinds can be trained here, and any existing tokenizer.json can be used instead.
 
-    char  one id per character of the corpus. The smallest vocabulary, the longest sequences. An unseen character is
-          an error: nothing is silently replaced.
-    byte  one id per byte of UTF-8: 256, and no character is ever unseen.
-    bpe   starts from bytes and merges the pair of neighbours that is most frequent in the training sample, until the
-          vocabulary is full. Text is first split into words, numbers and punctuation by GPT-2's pattern, which merges
-          never cross. About 3.2 bytes per token at 4,096 entries.
+    char  one id per character of the corpus: the smallest vocabulary, the longest sequences. An unseen character raises
+          an error.
+    byte  one id per byte of UTF-8: 256 ids, and no character is unseen.
+    bpe   byte-level BPE: starts from bytes and merges the most frequent adjacent pair of the training sample until the
+          vocabulary is full. Text is first split into words, numbers and punctuation by GPT-2's pattern, and merges do
+          not cross these boundaries. About 3.2 bytes per token with 4,096 entries.
 
 Every vocabulary has one more entry, the special token `<|endoftext|>` between documents. Text never produces it: if a
 text contains those 13 characters, they are encoded as 13 characters.
@@ -23,7 +23,8 @@ import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 EOT = "<|endoftext|>"
-END_MARKS = ("</s>", "<eos>", "<|im_end|>", "<|end_of_text|>", "<|end|>", "<end_of_turn>")  # EOT's names elsewhere
+# Names of EOT in other vocabularies
+END_TOKENS = ("</s>", "<eos>", "<|im_end|>", "<|end_of_text|>", "<|end|>", "<end_of_turn>")
 KINDS = ("char", "byte", "bpe")
 
 
@@ -34,14 +35,14 @@ class TokenizerError(ValueError):
 class Tokenizer:
     """A tokenizer.
 
-    vocab_size: number of ids. eot: id of the end-of-text token. end_tokens: all ids that end generation, `eot` and in
-    a chat `<|im_end|>`. bos_tokens: ids before every text, none in heed's own vocabularies. sha256: of its canonical
-    JSON, and of `eot` where named.
+    vocab_size: number of ids. eot: id of the end-of-text token. end_tokens: all ids that end generation, `eot` and for
+    chat `<|im_end|>`. bos_tokens: ids before every text, none in heed's own vocabularies. sha256: hash of the canonical
+    JSON and of `end`, if given.
     """
 
     def __init__(self, inner: tokenizers.Tokenizer, where: str = "tokenizer", end: str | None = None):
-        """end: the token that ends a text, where the vocabulary alone does not tell. Raises TokenizerError."""
-        inner.encode_special_tokens = True  # a user's text holds no special tokens; tokenizer.json cannot keep this
+        """end: the end-of-text token, if the vocabulary does not determine it. Raises TokenizerError."""
+        inner.encode_special_tokens = True  # text never produces special tokens; not stored in tokenizer.json
         inner.no_truncation()
         inner.no_padding()
         self.inner = inner
@@ -49,18 +50,18 @@ class Tokenizer:
         self.vocab_size = max(vocab.values()) + 1
         self.end = None if end == EOT else end
         self.eot = vocab[self.end or end_of_text(vocab, where)]
-        self.end_tokens = {self.eot, *(vocab[mark] for mark in (EOT, *END_MARKS) if mark in vocab)}
+        self.end_tokens = {self.eot, *(vocab[token] for token in (EOT, *END_TOKENS) if token in vocab)}
         self.bos_tokens: list[int] = []
-        if inner.post_processor is not None:  # it adds special tokens around a text; those before it are needed
-            plain, marked = (inner.encode("a", add_special_tokens=marks).ids for marks in (False, True))
-            self.bos_tokens = marked[: marked.index(plain[0])]
+        if inner.post_processor is not None:  # it adds special tokens around a text; keep those before it
+            plain, full = (inner.encode("a", add_special_tokens=special).ids for special in (False, True))
+            self.bos_tokens = full[: full.index(plain[0])]
         content = json.loads(inner.to_str())
-        # Ids whose text no next id can change; None where the library sees to that. An entry that is one byte can, and
-        # one that is skipped may stand between two such.
-        self.whole: set[int] | None = None
+        # Ids whose text does not depend on the next id; None if the library handles this. Excludes single-byte entries,
+        # and special tokens, which are skipped and may be between two such entries.
+        self.complete: set[int] | None = None
         if content["model"].get("byte_fallback"):
             special = {i for i, token in inner.get_added_tokens_decoder().items() if token.special}
-            self.whole = {i for token, i in vocab.items() if not re.fullmatch("<0x[0-9A-F]{2}>", token)} - special
+            self.complete = {i for token, i in vocab.items() if not re.fullmatch("<0x[0-9A-F]{2}>", token)} - special
         self.sha256 = hashlib.sha256((json.dumps(content, sort_keys=True) + (self.end or "")).encode()).hexdigest()
         self._chars = None
         special = {token["content"] for token in content["added_tokens"]}
@@ -76,7 +77,7 @@ class Tokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """The ids of each text; on all cores. Raises like `encode`."""
+        """The ids of each text, on all cores. Raises like `encode`."""
         try:
             if self._chars is not None:
                 return [[self._chars[char] for char in text] for text in texts]
@@ -87,7 +88,7 @@ class Tokenizer:
             raise
 
     def _raise_for(self, text: str) -> None:
-        """Raise TokenizerError: what in `text` cannot be encoded, and where."""
+        """Raise TokenizerError with the character of `text` that cannot be encoded and its position."""
         for at, char in enumerate(text):
             if "\ud800" <= char <= "\udfff":
                 raise TokenizerError(f"character {at} is {char!a}, half of a surrogate pair: remove or decode it")
@@ -99,20 +100,20 @@ class Tokenizer:
                 )
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`: the exact inverse of `encode`. End of text and other special tokens are left out; bytes
-        that are not UTF-8 (a model can write them) become U+FFFD."""
+        """The text of `ids`, the exact inverse of `encode`. Special tokens such as end-of-text are skipped. Bytes that
+        are not UTF-8, which a model may generate, become U+FFFD."""
         return self.inner.decode(list(ids), skip_special_tokens=True)
 
     def save(self, path: Path) -> None:
-        """Write tokenizer.json; transformers reads it as `PreTrainedTokenizerFast(tokenizer_file=...)`. A named end of
-        text goes beside it, where transformers keeps it: tokenizer_config.json."""
+        """Write tokenizer.json; transformers loads it with `PreTrainedTokenizerFast(tokenizer_file=...)`. A named
+        end-of-text token is stored in tokenizer_config.json, as in transformers."""
         path.write_text(self.inner.to_str(pretty=True), encoding="utf-8")
         if self.end:
             path.with_name("tokenizer_config.json").write_text(json.dumps({"eos_token": self.end}) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
-        """From a tokenizer.json, or a folder with one. Raises TokenizerError if it is not there or not readable."""
+        """Load a tokenizer.json, or one from a folder. Raises TokenizerError if it is missing or invalid."""
         path = path / "tokenizer.json" if path.is_dir() else path
         if not path.exists():
             raise TokenizerError(
@@ -128,8 +129,8 @@ class Tokenizer:
 
     @classmethod
     def train(cls, kind: str, texts: Iterable[str], vocab_size: int = 4096) -> "Tokenizer":
-        """A new vocabulary from `texts` (read once, not kept). `vocab_size` counts all ids and matters to bpe only; a
-        text too small for so many merges gives fewer: ask the result. Raises TokenizerError for a size below 257."""
+        """Train a vocabulary on `texts`, which are read once. `vocab_size` counts all ids and applies to bpe only; the
+        result has fewer if the text is too small. Raises TokenizerError for a size below 257."""
         if kind == "char":
             seen = set[str]()
             for text in texts:
@@ -156,20 +157,20 @@ class Tokenizer:
 
 
 def end_of_text(vocab: dict[str, int], where: str) -> str:
-    """The token that ends a document: EOT, or the one name for it that the vocabulary has."""
+    """The end-of-text token: EOT, or the only other name for it in the vocabulary."""
     if EOT in vocab:
         return EOT
-    found = [mark for mark in END_MARKS if mark in vocab]
+    found = [token for token in END_TOKENS if token in vocab]
     if len(found) > 1:
-        found = [mark for mark in found if mark != "<|im_end|>"]  # beside another it ends a chat's turn
+        found = [token for token in found if token != "<|im_end|>"]  # next to another, it ends a turn of a chat
     if len(found) == 1:
         return found[0]
-    among = f"several that might serve: {found}" if found else f"nor any of {list(END_MARKS)}"
-    raise TokenizerError(f"data.tokenizer = {where!r}: has no {EOT}, {among}; add {EOT} to its added_tokens")
+    others = f"but several candidates: {found}" if found else f"nor any of {list(END_TOKENS)}"
+    raise TokenizerError(f"data.tokenizer = {where!r}: has no {EOT}, {others}; add {EOT} to its added_tokens")
 
 
 def named_end(path: Path, inner: tokenizers.Tokenizer) -> str | None:
-    """The end of text that a tokenizer_config.json names, if there is one. Raises TokenizerError."""
+    """The end-of-text token named by a tokenizer_config.json, if any. Raises TokenizerError."""
     try:
         named = json.loads(path.read_text(encoding="utf-8")).get("eos_token") if path.is_file() else None
     except (ValueError, AttributeError) as error:
@@ -181,9 +182,9 @@ def named_end(path: Path, inner: tokenizers.Tokenizer) -> str | None:
 
 
 def get_tokenizer(spec: str, texts: Callable[[], Iterator[str]] | None = None, vocab_size: int = 4096) -> Tokenizer:
-    """What `spec` names: `char`, `byte`, `bpe` (trained on `texts()`), a tokenizer.json or its folder, or a hub name.
+    """Get a tokenizer: `char`, `byte`, `bpe` (trained on `texts()`), a tokenizer.json or its folder, or a hub name.
 
-    Raises TokenizerError, one line, if it cannot be had.
+    Raises TokenizerError, one line, if it is not available.
     """
     if spec in KINDS:
         return Tokenizer.train(spec, texts() if texts else iter(()), vocab_size)
@@ -193,8 +194,8 @@ def get_tokenizer(spec: str, texts: Callable[[], Iterator[str]] | None = None, v
         return Tokenizer(tokenizers.Tokenizer.from_pretrained(spec), spec)
     except TokenizerError:
         raise
-    except Exception as error:  # the library raises bare Exception for anything: no network, no such name, no access
+    except Exception as error:  # the library raises bare Exception: no network, no such name, no access
         reason = " ".join(str(error).split())[:200]
         raise TokenizerError(
-            f"data.tokenizer = {spec!r}: neither one of {KINDS}, nor a file here, nor to be had from the hub ({reason})"
+            f"data.tokenizer = {spec!r}: neither one of {KINDS}, nor a file, nor available from the hub ({reason})"
         ) from None

@@ -1,1 +1,1 @@
-"""Measurements of quality: `python -m evals RUN`."""
+"""Evaluation of model quality: `python -m evals RUN`."""

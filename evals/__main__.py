@@ -1,12 +1,12 @@
-"""Evaluate a run: perplexity and bits per byte on any text, and accuracy on tasks.
+"""Evaluate a run: perplexity and bits per byte on any text, accuracy on tasks.
 
-    python -m evals runs/shakespeare                           the run's own validation text
+    python -m evals runs/shakespeare                           the run's validation text
     python -m evals runs/shakespeare --text kjv my-notes/      any text that data.source takes
     python -m evals runs/shakespeare --tasks example_tasks.jsonl   last words, cloze, multiple choice
 
 A text is evaluated like the validation text in training: documents are separated by an end-of-text token and cut into
-sequences of model.context tokens; every token is predicted once. Everything is computed in fp32. Tasks: evals/tasks.py.
-For lm-eval's tasks see evals/lm_eval_adapter.py.
+sequences of model.context tokens; every token is predicted once. The computation is in fp32. Task formats: see
+evals/tasks.py. For lm-eval's tasks, see evals/lm_eval_adapter.py.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from benchmarks.report import table
 from data.chunking import Piece
-from data.prepare import Sides, prepare, write
+from data.prepare import Splitter, prepare, write
 from data.shards import Shards
 from data.sources import Corpus, CorpusError, open_corpus
 from data.tokenizer import Tokenizer
@@ -35,8 +35,8 @@ from training.evaluation import validate
 from training.recipes import load as load_recipe
 
 
-class Whole(Sides):
-    """A corpus whose pieces are all evaluated."""
+class AllValidation(Splitter):
+    """All pieces of a corpus in the validation split."""
 
     def __init__(self, corpus: Corpus):
         self.corpus = corpus
@@ -49,8 +49,8 @@ def tokens_of(source: str, text_column: str, limit: int, tokenizer: Tokenizer, f
     """Tokenize a whole text into `folder`. Raises CorpusError and TokenizerError."""
     try:
         corpus = open_corpus(source, text_column=text_column, limit=limit)
-        manifest = write(folder, Whole(corpus), tokenizer, log=lambda _: None)
-    except CorpusError as error:  # in terms of this command's options
+        manifest = write(folder, AllValidation(corpus), tokenizer, log=lambda _: None)
+    except CorpusError as error:  # replace config keys by this command's options
         raise CorpusError(
             str(error).replace("data.source =", "--text").replace("data.text_column =", "--text-column")
         ) from None
@@ -59,7 +59,7 @@ def tokens_of(source: str, text_column: str, limit: int, tokenizer: Tokenizer, f
 
 
 def own_validation(run: Path, config: Config) -> Shards:
-    """The validation text of a run, from the cache or tokenized again. Raises CheckpointError if it has changed."""
+    """The validation text of a run, cached or tokenized again. Raises CheckpointError if the text has changed."""
     folder = prepare(**dataclasses.asdict(config.data))
     if folder.name != read_state(find(run, "latest"))["identity"]["text"]:
         raise CheckpointError(f"{run}: data.source = {config.data.source!r} has changed since; name a --text")
@@ -67,7 +67,7 @@ def own_validation(run: Path, config: Config) -> Shards:
 
 
 def measure(model: GPT, text: Shards, config: Config, machine: device.Machine) -> list[str]:
-    """tokens, bytes, documents, nats/token, perplexity and bits per byte, formatted."""
+    """Tokens, bytes, documents, nats/token, perplexity and bits per byte, formatted."""
     loss = validate(model, text, config, World(), machine, text.manifest.eot)
     assert loss is not None  # nothing stops it
     model.eval()
@@ -77,7 +77,7 @@ def measure(model: GPT, text: Shards, config: Config, machine: device.Machine) -
 
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     p = argparse.ArgumentParser(
         prog="python -m evals", description="Evaluate a run on texts and tasks.", allow_abbrev=False
     )
@@ -85,7 +85,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--checkpoint", default="best", help="best, latest or a step such as step-000500; default: best")
     p.add_argument(
         "--text", nargs="+", default=[], metavar="SOURCE", help="shakespeare | kjv | wiki, a file, a folder, a glob or "
-        "hf:NAME; default: the run's own validation text, unless there are --tasks",
+        "hf:NAME; default: the run's validation text, unless --tasks is given",
     )  # fmt: skip
     p.add_argument("--text-column", default="text", help="column with the text in tables; default: text")
     p.add_argument("--limit", type=int, default=0, help="maximum number of documents per text; default: 0, all")
@@ -104,7 +104,7 @@ def run(a: argparse.Namespace) -> None:
     """Evaluate and print the results as tables."""
     if a.limit < 0:
         raise ValueError(f"--limit {a.limit}: must be at least 0")
-    items = {path: tasks.read(path) for path in a.tasks}  # a malformed line fails before anything slow
+    items = {path: tasks.read(path) for path in a.tasks}  # a malformed line fails before any slow step
     model, tokenizer = load(a.run, a.checkpoint)
     config = load_recipe(str(a.run / "config.toml"))
     machine = device.choose(TrainConfig(steps=1, dtype="float32", compile="off"))
@@ -129,7 +129,7 @@ def run(a: argparse.Namespace) -> None:
 
 
 def main(words: list[str] | None = None) -> int:
-    """Run the command. A user's mistake is one line on stderr and exit status 2, never a traceback."""
+    """Run the command. A user error is one line on stderr and exit status 2, without a traceback."""
     a = arguments(words)
     try:
         run(a)

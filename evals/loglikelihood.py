@@ -26,7 +26,7 @@ def split(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[i
     """Tokenize a context and its continuation, as lm-eval does.
 
     Trailing white space of the context moves to the continuation, as in tokens such as " word". Both are tokenized as
-    one text, of which the context's number of tokens is removed at the front. An empty context is a new document.
+    one text, and the number of tokens of the context is removed from the front. An empty context starts a document.
     """
     end = len(context.rstrip())
     context, continuation = context[:end], context[end:] + continuation
@@ -41,13 +41,13 @@ def check(model: GPT, continuation: list[int]) -> None:
     if not 1 <= len(continuation) <= model.config.context:
         raise ValueError(
             f"{len(continuation)} tokens to score: must be 1 to model.context = {model.config.context}; a continuation "
-            "begins where a token does, best with a space"
+            "must start at a token boundary, best with a space"
         )
 
 
 @torch.inference_mode()
 def score(model: GPT, requests: Sequence[tuple[list[int], list[int]]]) -> list[Score]:
-    """The score of each (context, continuation), in order. A context that is too long is truncated at its beginning.
+    """The score of each (context, continuation), in order. A context that is too long is truncated on the left.
 
     Raises ValueError: see `check`.
     """
@@ -58,9 +58,9 @@ def score(model: GPT, requests: Sequence[tuple[list[int], list[int]]]) -> list[S
     scores: dict[int, Score] = {}
     for numbers in batches([len(text) - 1 for text in texts]):
         T = len(texts[numbers[0]]) - 1
-        # causal attention never sees the padding at the end
+        # causal attention ignores the padding at the end
         tokens = torch.zeros(len(numbers), T, dtype=torch.long)  # (B, T)
-        at = []  # (row, first, last + 1) of the positions that are scored
+        at = []  # (row, first, last + 1) of the scored positions
         for row, number in enumerate(numbers):
             inputs, scored = texts[number][:-1], len(requests[number][1])
             tokens[row, : len(inputs)] = torch.tensor(inputs)
@@ -77,7 +77,7 @@ def score(model: GPT, requests: Sequence[tuple[list[int], list[int]]]) -> list[S
 
 
 def batches(lengths: list[int]) -> list[list[int]]:
-    """All numbers of `lengths`, the longest first, in groups of at most BATCH tokens when padded, or of one."""
+    """Group the indices of `lengths`, longest first: at most BATCH tokens per group when padded, or one sequence."""
     groups: list[list[int]] = []
     for number in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
         if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= BATCH:

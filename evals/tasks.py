@@ -4,10 +4,10 @@
     {"task": "cloze", "text": "The ____ sat on the mat.", "choices": ["cat", "idea"], "answer": 0}
     {"task": "choice", "prompt": "Grass is", "choices": ["green", "blue", "loud"], "answer": 0}
 
-lambada: the last word, given the text before it; correct if every token of the word is the model's most likely.
-cloze: a choice replaces ____; the text from there to the end is scored, given the text before.
-choice: a choice follows the prompt, with a space between them unless one of them has white space there.
-`answer` counts from 0. Other fields are ignored.
+lambada: predict the last word from the text before it; correct if each of its tokens is the model's most likely token.
+cloze: a choice replaces ____; the text from there to the end is scored, given the text before it.
+choice: a choice follows the prompt, separated by a space unless one of them has white space there.
+`answer` is the index of the correct choice, from 0. Other fields are ignored.
 """
 
 import json
@@ -30,7 +30,7 @@ FIELDS: dict[str, dict[str, type]] = {
 
 
 class Item(NamedTuple):
-    """One line: (context, continuation) of every option, and the number of the right one."""
+    """One line: (context, continuation) of every option, and the index of the correct one."""
 
     task: str
     options: list[tuple[str, str]]
@@ -39,7 +39,7 @@ class Item(NamedTuple):
 
 
 class Mean(NamedTuple):
-    """A mean and its standard error, which one item does not have."""
+    """A mean and its standard error; NaN for a single item."""
 
     value: float
     error: float
@@ -52,8 +52,8 @@ class Mean(NamedTuple):
 class Result(NamedTuple):
     """Results of a task.
 
-    accuracy: the correct option is the most likely. per_byte: the same, with log-probabilities divided by the length of
-    the option in bytes. perplexity: of the last word as a whole.
+    accuracy: share of items whose correct option is the most likely. per_byte: the same, with log-probabilities divided
+    by the length of the option in bytes. perplexity: of the last word as a whole.
     """
 
     task: str
@@ -64,7 +64,7 @@ class Result(NamedTuple):
 
 
 def read(path: Path) -> list[Item]:
-    """The items of a file. Raises ValueError for the first line that is none, with its number."""
+    """Read the items of a file. Raises ValueError for the first invalid line, with its number."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -80,12 +80,12 @@ def read(path: Path) -> list[Item]:
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from None
     if not items:
-        raise ValueError(f"{path}: has no items; one JSON object a line, see the top of evals/tasks.py")
+        raise ValueError(f"{path}: has no items; one JSON object per line, see the top of evals/tasks.py")
     return items
 
 
 def parse(row: Any, where: str) -> Item:
-    """One line as an item. Raises ValueError: which field is not what it should be."""
+    """Convert one line to an item. Raises ValueError that names the invalid field."""
     task = row.get("task") if isinstance(row, dict) else None
     if task not in FIELDS:
         raise ValueError(f"task = {task!r}: must be one of {', '.join(FIELDS)}")
@@ -97,16 +97,16 @@ def parse(row: Any, where: str) -> Item:
         text = row["text"].rstrip()
         word = text.split()[-1] if text else ""
         if word == text.strip():
-            raise ValueError(f"text = {row['text']!r}: must have a word and something before it")
+            raise ValueError(f"text = {row['text']!r}: must have a word and text before it")
         return Item(task, [(text[: -len(word)], word)], 0, where)
     choices, answer = row["choices"], row["answer"]
     if len(choices) < 2 or not all(isinstance(choice, str) and choice.strip() for choice in choices):
         raise ValueError(f"choices = {choices!r}: must be two or more strings, none empty")
     if not 0 <= answer < len(choices):
-        raise ValueError(f"answer = {answer}: must be from 0 to {len(choices) - 1}, the number of a choice")
+        raise ValueError(f"answer = {answer}: must be from 0 to {len(choices) - 1}, the index of a choice")
     if task == "cloze":
         if row["text"].count(BLANK) != 1:
-            raise ValueError(f"text = {row['text']!r}: must have {BLANK} once")
+            raise ValueError(f"text = {row['text']!r}: must contain {BLANK} exactly once")
         before, after = row["text"].split(BLANK)
         return Item(task, [(before, choice + after) for choice in choices], answer, where)
     prompt = row["prompt"]
@@ -114,12 +114,12 @@ def parse(row: Any, where: str) -> Item:
 
 
 def join(prompt: str, choice: str) -> str:
-    """The choice, with the space that separates it from the prompt."""
+    """The choice, with a leading space if one must separate it from the prompt."""
     return choice if not prompt or prompt[-1].isspace() or choice[0].isspace() else f" {choice}"
 
 
 def evaluate(model: GPT, tokenizer: Tokenizer, items: Sequence[Item]) -> list[Result]:
-    """The results of each task in `items`. Raises ValueError for an item that the model cannot be given."""
+    """The results of each task in `items`. Raises ValueError for an item that cannot be scored."""
     requests = []
     for item in items:
         try:
@@ -148,22 +148,22 @@ def evaluate(model: GPT, tokenizer: Tokenizer, items: Sequence[Item]) -> list[Re
 
 
 def size(option: tuple[str, str]) -> int:
-    """The bytes of an option, without the space that separates it from its context."""
+    """Length of an option in bytes, without the space that separates it from its context."""
     return len(option[1].strip().encode())
 
 
 def best(values: list[float]) -> int:
-    """The number of the largest; of equal ones the first."""
+    """Index of the largest value; of equal ones, the first."""
     return values.index(max(values))
 
 
 def mean(values: Sequence[float]) -> Mean:
-    """With the sample's standard deviation over sqrt(n)."""
+    """The mean, and its standard error: the sample standard deviation over sqrt(n)."""
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return Mean(statistics.fmean(values), error)
 
 
 def perplexity(logprobs: Sequence[float]) -> Mean:
-    """exp of the mean negative log-probability; its error is the exponent's times its slope."""
+    """exp of the mean negative log-probability; the standard error is propagated to first order."""
     exponent = mean([-p for p in logprobs])
     return Mean(math.exp(exponent.value), math.exp(exponent.value) * exponent.error)

@@ -1,1 +1,1 @@
-"""What sample.py uses: the engine, sampling, quantization, huge pages, detokenization."""
+"""Inference for sample.py: engines, sampling, quantization, huge pages, detokenization."""

@@ -25,7 +25,7 @@ SUPPORTED = {  # fields of ModelConfig that the C++ files compute
 
 
 class Engine(Protocol):
-    """Computes next-token logits. `cache_dtype` is the dtype of keys and values that the engine expects."""
+    """Computes next-token logits. `cache_dtype` is the dtype that the engine expects of keys and values."""
 
     cache_dtype: torch.dtype
 
@@ -35,7 +35,7 @@ class Engine(Protocol):
 
 
 def make_engine(model: GPT) -> Engine:
-    """The fastest engine for the model on its device. The weights must not move while the engine is in use."""
+    """Return the fastest engine for the model on its device. The weights must not move while the engine is in use."""
     if model.model.cos.device.type == "cpu":
         try:
             return CppEngine(model)
@@ -57,7 +57,7 @@ def _warn_once(line: str) -> None:
 
 
 class EagerEngine:
-    """The model in PyTorch, on any device: the definition that other engines are tested against."""
+    """The model in PyTorch, on any device: the reference for other engines."""
 
     def __init__(self, model: GPT) -> None:
         self.model = model
@@ -71,21 +71,21 @@ class EagerEngine:
 
 
 class CppEngine:
-    """The C++ engine. It holds pointers to the model's own weights, which must stay where they are.
+    """The C++ engine. It holds pointers to the model's weights, which must not move.
 
-    Raises cpu.Unavailable: no compiler, an unsupported flag of `ModelConfig`, or weights of several types.
+    Raises cpu.Unavailable: no compiler, an unsupported flag of `ModelConfig`, or weights of several dtypes.
     """
 
     def __init__(self, model: GPT) -> None:
         config = model.config
         check_supported(config, SUPPORTED)
-        self.kept: list[Tensor] = []  # keeps the tensors of the pointers alive
+        self.kept: list[Tensor] = []  # keeps the tensors behind the pointers alive
         matrices = [m for m in model.modules() if hasattr(m, "codes") or isinstance(m, nn.Linear | nn.Embedding)]
         types: set[Any] = {(m.codes if hasattr(m, "codes") else m.weight).dtype for m in matrices}
         if len(types) > 1:
-            raise cpu.Unavailable(f"the weights have several types, {', '.join(map(str, types))}")
+            raise cpu.Unavailable(f"the weights have several dtypes, {', '.join(map(str, types))}")
         self.weights = types.pop()
-        # Keys and values have the precision of the norms; beside int8 weights, bf16.
+        # Keys and values have the dtype of the norms; with int8 weights, bf16.
         self.cache_dtype = torch.bfloat16 if self.weights == torch.int8 else model.model.norm.weight.dtype
         decode_step.library(self.weights, self.cache_dtype)  # raises here, not in the first call
         decoder = model.model
@@ -124,7 +124,7 @@ class CppEngine:
         library = decode_step.library(self.weights, cache.layers[0][0].dtype)
         for row, (keys, values) in zip(self.layers, cache.layers, strict=True):
             row.keys, row.values, row.slots = keys.data_ptr(), values.data_ptr(), keys.shape[1]
-        for piece in tokens.split(max(1, ROWS // len(tokens)), dim=1):
-            logits = decode_step.decode(library, self.model, piece, cache.lengths)
-            cache.advance(piece.shape[1])
+        for chunk in tokens.split(max(1, ROWS // len(tokens)), dim=1):
+            logits = decode_step.decode(library, self.model, chunk, cache.lengths)
+            cache.advance(chunk.shape[1])
         return logits

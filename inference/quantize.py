@@ -1,9 +1,9 @@
 """Weight-only quantization for inference: bfloat16, or int8 with one scale per row.
 
 Generating a token reads every weight, so fewer bytes per weight mean more tokens per second. int8 is symmetric absmax
-quantization by rows (Dettmers et al. 2022, section 2.1):
+quantization per row (Dettmers et al. 2022, section 2.1):
 
-    weight[row, column] ~ codes[row, column] * scales[row],   scales[row] = largest magnitude of the row / 127
+    weight[row, column] ~ codes[row, column] * scales[row],   scales[row] = max |weight[row]| / 127
 """
 
 import torch
@@ -43,7 +43,7 @@ class Int8(nn.Module):
 def quantize(model: GPT, kind: str) -> GPT:
     """Convert the model's weights to `kind`, "bf16" or "int8", for inference and evaluation. Changes `model` in place.
 
-    RoPE tables stay fp32; with int8, the norms' gains do, too. Returns the model.
+    RoPE tables stay fp32; with int8, so do the gains of the norms. Returns the model.
     """
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):

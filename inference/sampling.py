@@ -1,4 +1,4 @@
-"""Sampling: from logits to probabilities (temperature, top-k, top-p, min-p, repetition penalty), and to a token.
+"""Sampling: logits to probabilities (temperature, top-k, top-p, min-p, repetition penalty) to a token.
 
 Shapes: B samples, V vocabulary.
 """
@@ -34,7 +34,7 @@ class SamplingParams:
     def sample(self, logits: Tensor, seen: Tensor, random: torch.Generator) -> Tensor:
         """Sample one token per row, (B, 1), by inverting the cumulative distribution at a random point.
 
-        logits: (B, V) fp32. seen: (B, V) bool, tokens of the text so far. random: the source of randomness.
+        logits: (B, V) fp32. seen: (B, V) bool, tokens of the text so far. random: the random number generator.
         """
         probabilities = self.probabilities(logits, seen)  # (B, V)
         if self.greedy:
@@ -44,8 +44,8 @@ class SamplingParams:
         return torch.searchsorted(sums, part * sums[:, -1:])
 
     def probabilities(self, logits: Tensor, seen: Tensor) -> Tensor:
-        """Probabilities to sample from, (B, V), of fp32 logits (B, V). seen (B, V) bool: tokens of the text so far."""
-        if self.repetition_penalty != 1.0:  # Keskar et al. 2019 (CTRL), section 4.1, applied on both sides of zero
+        """Sampling probabilities (B, V) from fp32 logits (B, V). seen: (B, V) bool, tokens of the text so far."""
+        if self.repetition_penalty != 1.0:  # Keskar et al. 2019 (CTRL), section 4.1, for either sign of the logits
             penalized = torch.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)
             logits = torch.where(seen, penalized, logits)
         if self.greedy:
@@ -56,7 +56,7 @@ class SamplingParams:
             logits = logits.masked_fill(logits < kth, float("-inf"))
         if self.top_p < 1.0:  # Holtzman et al. 2020: the fewest most likely tokens whose sum reaches p, at least one
             ordered, order = logits.softmax(1).sort(1, descending=True)
-            beyond = ordered.cumsum(1) - ordered >= self.top_p  # more likely tokens already reach p
+            beyond = ordered.cumsum(1) - ordered >= self.top_p  # the more likely tokens already reach p
             logits = logits.masked_fill(torch.zeros_like(beyond).scatter_(1, order, beyond), float("-inf"))
         probabilities = logits.softmax(1)
         if self.min_p > 0.0:  # Nguyen et al. 2024

@@ -1,9 +1,9 @@
-"""Reference attention: the definition in plain torch, slow and simple. Every kernel is tested against it.
+"""Reference attention: the definition in plain PyTorch, slow and simple. Every kernel is tested against it.
 
 `MaskSpec` is the part of a mask that is fixed when a kernel is compiled. `attention_mask` defines which query attends
-to which key; every other backend calls it or is tested against it.
+to which key. Every other backend calls it or is tested against it.
 
-Shapes: B batch, T queries, S keys, H query heads, K key/value heads, G = H / K query heads a group, D head size.
+Shapes: B batch, T queries, S keys, H query heads, K key/value heads, G = H / K query heads per group, D head size.
 """
 
 from dataclasses import dataclass
@@ -11,16 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-IGNORE_INDEX = -100  # a target that the cross-entropy leaves out, as in torch
+IGNORE_INDEX = -100  # targets with this value do not contribute to the loss, as in torch
 
 
 @dataclass(frozen=True)
 class MaskSpec:
-    """Which keys a query attends to, by distance alone, and the softcap of its scores: what is fixed in a layer.
+    """The mask of a layer as a function of distance, and the softcap of its scores.
 
-    causal: a query attends to no later key. window: it attends to keys less than `window` positions away, itself
-    included, so a causal window of W has exactly W keys (not causal, W on either side); None is no limit. softcap:
-    scaled scores become softcap * tanh(score / softcap), as in Gemma 2 (arXiv 2408.00118, section 2); None is off.
+    causal: a query does not attend to later keys. window: a query attends to keys less than `window` positions away,
+    itself included: a causal window of W has W keys, a non-causal one 2 W - 1; None is no limit. softcap: scaled scores
+    become softcap * tanh(score / softcap), as in Gemma 2 (arXiv 2408.00118, section 2); None is off.
     """
 
     causal: bool = True
@@ -41,12 +41,12 @@ FULL = MaskSpec(causal=False)
 def relative_positions(
     queries: int, keys: int, device: torch.device, cache_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Query position minus key position, int (B or 1, T, S), and which slots hold a key, bool (B or 1, S).
+    """Query position minus key position, int (B or 1, T, S), and which cache slots hold a key, bool (B or 1, S).
 
-    Without `cache_seqlens`, key j is at position j and the queries are the last T of the S positions, so the causal
-    diagonal ends in the lower right corner. With `cache_seqlens` (B,) the keys are a cache of so many tokens, the
-    queries' own last: slot s holds the latest position that is congruent to s modulo S. Up to S tokens that is
-    position s; beyond, the cache is a ring buffer. One formula covers both.
+    Without `cache_seqlens`, key j is at position j and the queries are the last T of the S positions: the causal
+    diagonal ends in the lower right corner. With `cache_seqlens` (B,), the keys are a cache that holds that many
+    tokens, including the queries' own. Slot s holds the latest position congruent to s modulo S: position s up to S
+    tokens, and beyond that the cache is a ring buffer. One formula covers both.
     """
     last = torch.full((1,), keys - 1, device=device) if cache_seqlens is None else cache_seqlens - 1  # (B or 1,)
     last = last.view(-1, 1)
@@ -101,7 +101,7 @@ def reference_attention(
     B, T, H, D = q.shape
     S, K = k.shape[1], k.shape[2]
     dtype = torch.promote_types(q.dtype, torch.float32)
-    grouped = q.to(dtype).view(B, T, K, H // K, D)  # (B, T, H, D) -> (B, T, K, G, D): query head h reads kv head h // G
+    grouped = q.to(dtype).view(B, T, K, H // K, D)  # (B, T, H, D) -> (B, T, K, G, D): query head h uses kv head h // G
     scores = torch.einsum("btkgd,bskd->bkgts", grouped, k.to(dtype)).reshape(B, H, T, S) * softmax_scale  # k, g -> h
     if mask_spec.softcap is not None:
         scores = mask_spec.softcap * torch.tanh(scores / mask_spec.softcap)

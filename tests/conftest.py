@@ -1,4 +1,4 @@
-"""What several tests share: a small text on disk, a small run trained on it, and the front doors as commands."""
+"""Shared fixtures: a small text on disk, a small run trained on it, and the command-line programs."""
 
 import functools
 import importlib.util
@@ -12,7 +12,7 @@ from pathlib import Path
 assert "triton" not in sys.modules, "triton reads TRITON_INTERPRET when it is imported"
 os.environ["TRITON_INTERPRET"] = "1"  # heed's kernels run on the CPU, see tests/kernels/interpreter.py
 
-if importlib.util.find_spec("triton"):  # not every system has it
+if importlib.util.find_spec("triton"):  # not available on every system
     from triton.runtime.interpreter import GridExecutor
 
     from tests.kernels.interpreter import install
@@ -22,7 +22,7 @@ if importlib.util.find_spec("triton"):  # not every system has it
 
     @functools.wraps(interpret)
     def untraced(*args, **constants):
-        """A launch without coverage, which doubles its time; test_mutants.py's probes run the same lines with it."""
+        """A launch without coverage, which doubles the time. The probes of test_mutants.py run with coverage."""
         tracer = sys.gettrace()
         sys.settrace(None)
         try:
@@ -41,15 +41,15 @@ from model import GPT, ModelConfig
 from training import checkpoint, metrics
 
 ROOT = Path(__file__).resolve().parent.parent
-AS_A_USER = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-UNMEASURED = {name: value for name, value in AS_A_USER.items() if name != "COVERAGE_PROCESS_CONFIG"}
+USER_ENV = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+UNTRACED_ENV = {name: value for name, value in USER_ENV.items() if name != "COVERAGE_PROCESS_CONFIG"}
 
 
 TINY = ModelConfig(vocab_size=97, context=32, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, head_dim=16, n_ffn=48)
 
 
 def randomized(config: ModelConfig, seed: int = 0) -> GPT:
-    """A model in evaluation mode whose every weight, gains included, is random and large enough to matter."""
+    """A model in evaluation mode whose weights, gains included, are random and large enough to affect the result."""
     torch.manual_seed(seed)
     model = GPT(config).eval()
     for p in model.parameters():
@@ -60,11 +60,11 @@ def randomized(config: ModelConfig, seed: int = 0) -> GPT:
 def command(
     program: str, *words: str, where: Path, stdin: str = "", measured: bool = True, **environment: str
 ) -> subprocess.CompletedProcess:
-    """Run a front door as a user does, with its runs/ in the folder `where`.
+    """Run a command-line program as a user does, with the folder `where` as runs/.
 
-    Not `measured`: without coverage, which takes a third more time, where other tests run the same lines.
+    measured=False: without coverage, which takes a third more time, if other tests cover the same lines.
     """
-    env = (AS_A_USER if measured else UNMEASURED) | {"HEED_RUNS": str(where), "OMP_NUM_THREADS": "1"} | environment
+    env = (USER_ENV if measured else UNTRACED_ENV) | {"HEED_RUNS": str(where), "OMP_NUM_THREADS": "1"} | environment
     started = [str(ROOT / program)] if program.endswith(".py") else ["-m", program]
     return subprocess.run(
         [sys.executable, *started, *words], cwd=ROOT, env=env, input=stdin, capture_output=True, text=True
@@ -81,7 +81,7 @@ SMALL = [
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file of 200 short documents with something to learn in them."""
+    """A file of 200 short documents with a pattern that a model can learn."""
     path = tmp_path_factory.mktemp("text") / "songs.txt"
     lines = (
         f"Song {n}: the {n % 7} birds sing to the {n % 5} bees, and the bees to the {n % 3} ants.\n" for n in range(600)
@@ -92,7 +92,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
-    """A runs/ folder with one small finished run, `songs`."""
+    """A folder with one small finished run, `songs`."""
     where = tmp_path_factory.mktemp("runs")
     train_here(
         where, "shakespeare", "--name=songs", *SMALL, f"--data.source={text}", "--train.steps=30", "--train.num_evals=2"
@@ -101,39 +101,39 @@ def runs(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
 
 
 def train_here(where: Path, *words: str) -> Path:
-    """`python train.py` with these words, in this process and with runs/ in the folder `where`; returns the run's."""
+    """`python train.py` with these arguments in this process, with `where` as runs/. Returns the run's folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "RUNS", where)
-        asked = train.parse_args(list(words))
-        assert asked
-        train.train(*asked)
-    return where / asked[0].name
+        args = train.parse_args(list(words))
+        assert args
+        train.train(*args)
+    return where / args[0].name
 
 
 @pytest.fixture
-def learn(text, tmp_path):
-    """learn(name, "--train.steps=8", ...) is `train_here` with a small model and the text."""
+def run_training(text, tmp_path):
+    """run_training(name, "--train.steps=8", ...) is `train_here` with a small model and the text."""
     small = (*SMALL, f"--data.source={text}")
     return lambda name, *words: train_here(tmp_path, "shakespeare", f"--name={name}", *small, *words)
 
 
 @pytest.fixture
-def compilers():
-    """compilers() forgets which C++ files were compiled or could not be; so does the end of the test."""
+def clear_compiled():
+    """clear_compiled() clears the cache of compiled C++ files. It is also cleared after the test."""
 
-    def forget() -> None:
+    def clear() -> None:
         cpu.library.cache_clear()
         cpu.trains.cache_clear()
 
-    forget()
-    yield forget
-    forget()
+    clear()
+    yield clear
+    clear()
 
 
 @pytest.fixture
 def sample_py(monkeypatch, capfd):
-    """sample_py(*words, where=runs) gives what `command("sample.py", ...)` gives, but in this process, which has torch
-    already: that takes a tenth of the time."""
+    """sample_py(*words, where=runs) is `command("sample.py", ...)` in this process, where torch is already imported.
+    This takes a tenth of the time."""
 
     def run(*words: str, where: Path, stdin: str = "") -> subprocess.CompletedProcess:
         monkeypatch.setenv("HEED_RUNS", str(where))
@@ -143,8 +143,8 @@ def sample_py(monkeypatch, capfd):
         code = 0
         try:
             runpy.run_path(str(ROOT / "sample.py"), run_name="__main__")
-        except SystemExit as left:
-            code = left.code
+        except SystemExit as error:
+            code = error.code
         return subprocess.CompletedProcess(words, code, *capfd.readouterr())
 
     return run
@@ -159,7 +159,7 @@ def weights(run: Path, which: str = "latest") -> bytes:
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Say how many mutants were caught (tests/kernels/test_mutants.py), whichever processes tried them."""
+    """Print how many mutants were caught (tests/kernels/test_mutants.py), over all processes."""
     found = {
         outcome: [x for x in terminalreporter.getreports(outcome) if "::test_a_mutant_is_caught" in x.nodeid]
         for outcome in ("passed", "failed")

@@ -1,4 +1,4 @@
-"""The layout: which folder may import which, no cycles, no path patches, nothing of heed's in site-packages."""
+"""The layout: import order of folders, no cycles, no import path patches, no heed modules in site-packages."""
 
 import ast
 import re
@@ -30,7 +30,7 @@ NAMES = {name_of(file) for file in MODULES}
 
 
 def imports(file: Path, only_top: bool = False) -> set[str]:
-    """heed's modules that a file imports; only_top leaves out what functions import when they are called."""
+    """heed's modules that a file imports; only_top excludes imports inside functions."""
     tree, found = ast.parse(file.read_text()), set()
     nodes = tree.body if only_top else ast.walk(tree)
     for node in nodes:
@@ -43,7 +43,7 @@ def imports(file: Path, only_top: bool = False) -> set[str]:
 
 
 @pytest.mark.parametrize("file", MODULES, ids=name_of)
-def test_imports_run_one_way(file):
+def test_imports_follow_the_layers(file):
     own = name_of(file).partition(".")[0]
     for name in imports(file):
         assert LEVEL[name.partition(".")[0]] <= LEVEL[own], f"{name_of(file)} imports {name}"
@@ -53,7 +53,7 @@ def test_imports_run_one_way(file):
         assert not any(name.startswith("training") for name in imports(file))
 
 
-def test_no_module_imports_itself_through_others():
+def test_no_import_cycles():
     graph = {name_of(file): imports(file, only_top=True) - {name_of(file)} for file in MODULES}
     done: set[str] = set()
 
@@ -61,7 +61,7 @@ def test_no_module_imports_itself_through_others():
         assert name not in path, " -> ".join([*path[path.index(name) :], name])
         if name not in done:
             for other in graph[name]:
-                # A package that imports its own modules is loaded before them.
+                # A package is loaded before the modules that it imports.
                 if not (name.startswith(f"{other}.")):
                     visit(other, (*path, name))
             done.add(name)
@@ -70,7 +70,7 @@ def test_no_module_imports_itself_through_others():
         visit(name, ())
 
 
-def test_no_header_includes_itself_through_others():
+def test_no_include_cycles():
     folder = ROOT / "kernels" / "cpu"
     graph = {file.name: set(re.findall(r'#include "(.+)"', file.read_text())) for file in folder.glob("*.[hc]*")}
 
@@ -83,12 +83,12 @@ def test_no_header_includes_itself_through_others():
         visit(name, ())
 
 
-def test_no_file_patches_the_path():
+def test_no_sys_path_patches():
     for file in [*MODULES, *(ROOT / "tests").rglob("*.py")]:
         assert "sys." + "path" not in file.read_text(), file
 
 
-def test_heed_is_not_installed_beside_its_dependencies(tmp_path):
+def test_heed_is_not_installed_in_site_packages(tmp_path):
     for name in LEVEL:
         done = subprocess.run(
             [sys.executable, "-P", "-c", f"import {name}"], cwd=tmp_path, capture_output=True, text=True
@@ -96,7 +96,7 @@ def test_heed_is_not_installed_beside_its_dependencies(tmp_path):
         assert f"No module named '{name}'" in done.stderr, name
 
 
-def test_help_answers_without_torch():
+def test_help_does_not_import_torch():
     code = (
         "import sys, runpy; sys.argv = ['sample.py', '--help']\ntry: runpy.run_path('sample.py', run_name='__main__')\n"
     )

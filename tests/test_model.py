@@ -1,4 +1,4 @@
-"""The model against transformers' Qwen3, and its cache against itself without a cache."""
+"""The model compared with transformers' Qwen3, and with and without the KV cache."""
 
 import dataclasses
 import math
@@ -14,7 +14,7 @@ from training.flops import count_parameters, flops_per_token
 
 
 def qwen3(config: ModelConfig) -> transformers.PreTrainedModel:
-    """transformers' model of the same configuration, in their words."""
+    """transformers' model with the same configuration."""
     kinds = {"L": "full_attention", "S": "sliding_attention"}
     theirs = transformers.Qwen3Config(
         vocab_size=config.vocab_size,
@@ -41,7 +41,7 @@ def change(**fields) -> ModelConfig:
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(("H", "K"), [(4, 4), (4, 2), (4, 1), (6, 3), (6, 2)])
-def test_the_weights_are_a_qwen3_with_the_same_logits(H, K, tied):
+def test_logits_equal_qwen3(H, K, tied):
     config = change(n_head=H, n_kv_head=K, tie_embeddings=tied, rope_theta=5000.0, norm_eps=1e-5)
     ours, theirs = randomized(config), qwen3(config)
     missing, unexpected = theirs.load_state_dict(ours.state_dict(), strict=False)
@@ -54,7 +54,7 @@ def test_the_weights_are_a_qwen3_with_the_same_logits(H, K, tied):
         torch.testing.assert_close(ours(tokens), expected, atol=1e-4 * expected.abs().max().item(), rtol=0)
 
 
-def test_sliding_window_layers_see_what_qwen3s_see():
+def test_sliding_window_equals_qwen3():
     config = change(n_layer=4, layer_pattern="SSSL", window=5)
     ours, theirs = randomized(config), qwen3(config)
     theirs.load_state_dict(ours.state_dict(), strict=False)
@@ -65,7 +65,7 @@ def test_sliding_window_layers_see_what_qwen3s_see():
         torch.testing.assert_close(ours(tokens), expected, atol=1e-4 * expected.abs().max().item(), rtol=0)
 
 
-def test_the_gate_is_qwen3_nexts():
+def test_gate_equals_qwen3_next():
     config = change(gate=True)
     ours = randomized(config)
     theirs = transformers.Qwen3NextForCausalLM(
@@ -76,7 +76,7 @@ def test_the_gate_is_qwen3_nexts():
             rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
         )
     ).eval()  # fmt: skip
-    weights = {k: v - 1 if v.ndim == 1 else v for k, v in ours.state_dict().items()}  # their gains are stored less one
+    weights = {k: v - 1 if v.ndim == 1 else v for k, v in ours.state_dict().items()}  # Qwen3-Next stores gain - 1
     _, unexpected = theirs.load_state_dict(weights, strict=False)
     assert unexpected == []
     theirs.tie_weights()
@@ -89,7 +89,7 @@ def test_the_gate_is_qwen3_nexts():
 @pytest.mark.parametrize(
     ("factor", "original", "D", "theta"), [(4.0, 256, 64, 1e4), (2.5, 4096, 128, 1e6), (8.0, 64, 16, 1e4)]
 )
-def test_yarn_has_transformers_numbers(factor, original, D, theta):
+def test_yarn_equals_transformers(factor, original, D, theta):
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     config = change(
@@ -107,7 +107,7 @@ def test_yarn_has_transformers_numbers(factor, original, D, theta):
     assert factor_on_tables == pytest.approx(scaling)
 
 
-def test_yarn_keeps_the_fast_dimensions_and_slows_the_slow_ones():
+def test_yarn_keeps_high_frequencies_and_scales_low_ones():
     plain, _ = rope_frequencies(change(head_dim=64))
     stretched, _ = rope_frequencies(change(head_dim=64, context=1024, yarn_factor=4.0, yarn_original_context=256))
     ratio = plain / stretched
@@ -119,7 +119,7 @@ def test_yarn_keeps_the_fast_dimensions_and_slows_the_slow_ones():
     assert ratio[turns < 0.9].numpy() == pytest.approx(4.0)
 
 
-def test_rope_depends_on_distance_alone():
+def test_rope_depends_on_relative_position_only():
     config = change(head_dim=16, context=64)
     cos, sin = (table[:, None] for table in precompute_rope(config))  # (T, 1, D)
     q, k = torch.randn(2, 1, 1, 16)
@@ -146,8 +146,8 @@ FLAGS = {
 
 
 @pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
-def test_with_and_without_the_cache_the_logits_agree(flags, monkeypatch):
-    monkeypatch.setattr(KVCache, "CHUNK", 16)  # so that a window's ring is far smaller than the context
+def test_logits_with_and_without_cache_agree(flags, monkeypatch):
+    monkeypatch.setattr(KVCache, "CHUNK", 16)  # the ring buffer of a window is much smaller than the context
     config = change(context=320, **flags)
     model = randomized(config)
     tokens = torch.randint(0, 97, (2, 320))
@@ -162,7 +162,7 @@ def test_with_and_without_the_cache_the_logits_agree(flags, monkeypatch):
     torch.testing.assert_close(torch.cat(got, 1), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_a_windows_cache_is_a_ring_and_nothing_is_allocated_in_a_step(monkeypatch):
+def test_window_cache_is_a_ring_buffer_and_steps_do_not_allocate(monkeypatch):
     monkeypatch.setattr(KVCache, "CHUNK", 16)
     config = change(context=320, layer_pattern="SL", window=7)
     cache = KVCache(config, 1)
@@ -177,7 +177,7 @@ def test_a_windows_cache_is_a_ring_and_nothing_is_allocated_in_a_step(monkeypatc
     assert cache.lengths.tolist() == [40]
 
 
-def test_a_repeated_cache_goes_on_like_the_original_and_a_cleared_one_like_a_new_one():
+def test_repeat_and_reset_of_the_cache():
     model = randomized(TINY)
     tokens = torch.randint(0, 97, (1, 12))
     cache = KVCache(TINY, 1)
@@ -195,7 +195,7 @@ def test_a_repeated_cache_goes_on_like_the_original_and_a_cleared_one_like_a_new
         torch.testing.assert_close(model(tokens, cache), first)
 
 
-def test_the_future_is_not_seen():
+def test_causality():
     model = randomized(TINY)
     tokens = torch.randint(0, 97, (1, 32))
     changed = tokens.clone()
@@ -204,7 +204,7 @@ def test_the_future_is_not_seen():
         torch.testing.assert_close(model(tokens)[:, :20], model(changed)[:, :20])
 
 
-def test_loss_is_the_summed_cross_entropy_of_the_targets_that_count():
+def test_loss_is_the_sum_of_cross_entropy_without_ignored_targets():
     model = randomized(TINY)
     tokens, targets = torch.randint(0, 97, (2, 2, 9))
     targets[1, 4:] = -100
@@ -214,7 +214,7 @@ def test_loss_is_the_summed_cross_entropy_of_the_targets_that_count():
         assert model.loss(tokens, targets).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_a_new_model_knows_nothing_and_every_weight_is_initialized():
+def test_initial_loss_is_uniform_and_every_weight_is_initialized():
     torch.manual_seed(0)
     config = change(vocab_size=1000, n_layer=6, n_embd=128, tie_embeddings=False)
     model = GPT(config)
@@ -229,7 +229,7 @@ def test_a_new_model_knows_nothing_and_every_weight_is_initialized():
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-def test_dropout_drops_in_training_only():
+def test_dropout_applies_in_training_only():
     config = change(dropout=0.4, n_layer=1)
     model = randomized(config)
     tokens = torch.randint(0, 97, (1, 32))
@@ -243,7 +243,7 @@ def test_dropout_drops_in_training_only():
 @pytest.mark.parametrize(
     "flags", [{}, {"tie_embeddings": False, "gate": True, "n_kv_head": 1}, {"layer_pattern": "SL", "window": 5}]
 )
-def test_costs_are_those_of_the_real_thing(flags):
+def test_parameters_and_flops_equal_the_counted_ones(flags):
     config = change(**flags)
     model = GPT(config)
     assert count_parameters(config) == sum(p.numel() for p in model.parameters())
@@ -261,7 +261,7 @@ def test_costs_are_those_of_the_real_thing(flags):
 
 
 @pytest.mark.parametrize(
-    ("fields", "says"),
+    ("fields", "message"),
     [
         ({"n_kv_head": 3}, "model.n_kv_head = 3: must divide model.n_head = 4"),
         ({"context": 0}, "model.context = 0: must be at least 1"),
@@ -274,12 +274,12 @@ def test_costs_are_those_of_the_real_thing(flags):
         ({"vocab_size": -1}, "model.vocab_size = -1"),
     ],
 )
-def test_impossible_models_are_refused_by_field(fields, says):
-    with pytest.raises(ValueError, match=says.replace("(", r"\(")):
+def test_invalid_config_raises(fields, message):
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         change(**fields)
 
 
-def test_too_many_tokens_and_a_missing_vocabulary_are_refused():
+def test_too_many_tokens_and_missing_vocabulary_raise():
     model = randomized(TINY)
     with pytest.raises(ValueError, match="33 tokens at once, but at most 32 fit"):
         model(torch.zeros(1, 33, dtype=torch.long))
@@ -287,7 +287,7 @@ def test_too_many_tokens_and_a_missing_vocabulary_are_refused():
         GPT(change(vocab_size=0))
 
 
-def test_the_first_weights_are_as_large_as_init_weights_says():
+def test_standard_deviation_of_initial_weights():
     config = ModelConfig(vocab_size=500, n_layer=3, n_head=4, n_kv_head=2, n_embd=96, head_dim=32, n_ffn=200)
     model = GPT(config)
     expected = {"embed_tokens": 0.02, "q_proj": 96**-0.5, "k_proj": 96**-0.5, "v_proj": 96**-0.5, "gate_proj": 96**-0.5,

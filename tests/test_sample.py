@@ -1,4 +1,4 @@
-"""Generation: probabilities against transformers' processors, tokens against a model without a cache, text by eye."""
+"""Generation: probabilities compared with transformers, tokens with a model without a cache, and streamed text."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ from tests.conftest import TINY, command, randomized
         {"temperature": 1.4, "top_k": 20, "top_p": 0.8, "min_p": 0.05, "repetition_penalty": 1.3},
     ],
 )
-def test_probabilities_are_transformers(how):
+def test_probabilities_equal_transformers(how):
     how = {"temperature": 1.0} | how
     torch.manual_seed(1)
     logits, text = torch.randn(4, 60) * 3, torch.randint(0, 60, (4, 12))
@@ -49,7 +49,7 @@ def test_probabilities_are_transformers(how):
     )
 
 
-def test_greedy_is_certain_of_the_likeliest():
+def test_greedy_has_probability_one_for_the_most_likely_token():
     logits = torch.tensor([[0.0, 3.0, 2.9], [5.0, -1.0, 4.0]])
     seen = torch.tensor([[False, True, False], [False, False, False]])
     assert SamplingParams(greedy=True).probabilities(logits, seen).argmax(1).tolist() == [1, 0]
@@ -60,12 +60,12 @@ def test_greedy_is_certain_of_the_likeliest():
 
 
 @pytest.mark.parametrize("number", [0.0, 1 - 2**-24])  # the first and the last of torch.rand
-def test_a_token_without_probability_is_not_drawn_by_any_random_number(number, monkeypatch):
+def test_token_with_probability_zero_is_never_sampled(number, monkeypatch):
     logits = torch.randn(64, 5000, generator=torch.Generator().manual_seed(0))
     logits[:, :10] = logits[:, -10:] = float("-inf")
     seen, sampling = torch.zeros(64, 5000, dtype=torch.bool), SamplingParams(temperature=1.0)
     sums = sampling.probabilities(logits, seen).cumsum(1)[:, -1]
-    assert (sums < 1).any() and (sums > 1).any()  # rounded, they end beside 1
+    assert (sums < 1).any() and (sums > 1).any()  # rounded sums differ from 1
     monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, number))
     drawn = sampling.sample(logits, seen, torch.Generator())
     assert drawn.min() >= 10 and drawn.max() < 4990
@@ -74,7 +74,7 @@ def test_a_token_without_probability_is_not_drawn_by_any_random_number(number, m
 @pytest.mark.parametrize(
     "how", [{"temperature": 0.0}, {"top_k": -1}, {"top_p": 0.0}, {"min_p": 1.5}, {"repetition_penalty": 0.0}]
 )
-def test_impossible_sampling_is_refused_by_name(how):
+def test_invalid_sampling_params_raise(how):
     with pytest.raises(ValueError, match=f"{next(iter(how))} = .*: must be"):
         SamplingParams(**how)
 
@@ -83,7 +83,7 @@ def test_impossible_sampling_is_refused_by_name(how):
 
 
 def greedy_without_cache(model, prompt, tokens):
-    """What the docstring of `generate` promises, spelled out: every token from the whole window, read anew."""
+    """The definition of `generate`: each token from a forward pass over the last `context` tokens."""
     text, start = list(prompt), max(0, len(prompt) - model.config.context)
     for _ in range(tokens):
         if len(text) - start > model.config.context:
@@ -94,15 +94,15 @@ def greedy_without_cache(model, prompt, tokens):
 
 
 @pytest.mark.parametrize("length", [1, 5, 31, 32, 33, 80])
-def test_tokens_are_those_of_a_model_without_a_cache_also_beyond_the_context(length):
+def test_tokens_equal_those_without_a_cache_even_past_the_context(length):
     model = randomized(TINY, seed=3)
     prompt = torch.randint(0, 97, (length,), generator=torch.Generator().manual_seed(length)).tolist()
     got = [int(t) for t in generate(model, prompt, max_new_tokens=70, sampling=SamplingParams(greedy=True))]
     assert got == greedy_without_cache(model, prompt, 70)
-    assert len(set(got)) > 5  # not a text that any model would give
+    assert len(set(got)) > 5  # not a single repeated token
 
 
-def test_same_seed_same_text_and_another_seed_another():
+def test_seed_determines_the_text():
     model = randomized(TINY)
 
     def text(seed: int, samples: int = 1) -> list[list[int]]:
@@ -115,21 +115,21 @@ def test_same_seed_same_text_and_another_seed_another():
     assert len({tuple(sample) for sample in many}) == 4
 
 
-def test_a_cache_is_as_long_as_what_will_come_and_no_longer_than_the_context():
+def test_cache_length_is_the_number_of_tokens_up_to_the_context():
     sizes = [[len(keys[0]) for keys, _ in KVCache(TINY, 1, max_seq_len=most).layers] for most in (5, 32, 1000, None)]
     assert sizes == [[5, 5], [32, 32], [32, 32], [32, 32]]
 
 
-def test_the_prompt_is_read_once_for_all_samples(monkeypatch):
-    read = []
+def test_prefill_runs_once_for_all_samples(monkeypatch):
+    updates = []
     write = KVCache.update
     monkeypatch.setattr("sample.make_engine", EagerEngine)
-    monkeypatch.setattr(KVCache, "update", lambda self, n, k, v: (read.append(k.shape[:2]), write(self, n, k, v))[1])
+    monkeypatch.setattr(KVCache, "update", lambda self, n, k, v: (updates.append(k.shape[:2]), write(self, n, k, v))[1])
     list(generate(randomized(TINY), list(range(20)), max_new_tokens=3, num_samples=5))
-    assert read == [(1, 20)] * 2 + [(5, 1)] * 4  # two layers; the last token is never read
+    assert updates == [(1, 20)] * 2 + [(5, 1)] * 4  # two layers; the last token is not processed
 
 
-def test_samples_of_a_batch_are_drawn_from_the_models_probabilities():
+def test_batch_samples_follow_the_models_probabilities():
     model = randomized(TINY)
     with torch.no_grad():
         expected = (model(torch.tensor([[7, 8]]))[0, -1] / 2.0).softmax(0)
@@ -148,7 +148,7 @@ def bytes_tokenizer() -> Tokenizer:
     return Tokenizer.train("byte", iter([]), 257)
 
 
-def said(tokenizer: Tokenizer, text: str, stop: list[str]) -> list[str]:
+def streamed_parts(tokenizer: Tokenizer, text: str, stop: list[str]) -> list[str]:
     generated, parts = GeneratedText(tokenizer, stop), []
     ids = tokenizer.encode(text)
     for number, token in enumerate(ids, 1):
@@ -158,9 +158,9 @@ def said(tokenizer: Tokenizer, text: str, stop: list[str]) -> list[str]:
     return parts
 
 
-def test_characters_come_whole(bytes_tokenizer):
+def test_streamed_characters_are_complete(bytes_tokenizer):
     text = "naïve 语言 🙂👩‍🚀 end"
-    parts = said(bytes_tokenizer, text, [])
+    parts = streamed_parts(bytes_tokenizer, text, [])
     assert "".join(parts) == text
     assert "🙂" in parts
     assert not any("\ufffd" in part for part in parts)
@@ -176,12 +176,12 @@ def test_characters_come_whole(bytes_tokenizer):
         (["H"], ""),
     ],
 )
-def test_text_ends_before_a_stop_text_and_shows_nothing_of_it(bytes_tokenizer, stop, expected):
+def test_text_ends_before_a_stop_string(bytes_tokenizer, stop, expected):
     text = "Hark! RO ROM ROMEO: my"
-    assert "".join(said(bytes_tokenizer, text, stop)) == (text if expected is None else expected)
+    assert "".join(streamed_parts(bytes_tokenizer, text, stop)) == (text if expected is None else expected)
 
 
-def test_end_of_text_ends_a_sample_and_an_empty_prompt_begins_a_document(bytes_tokenizer, monkeypatch):
+def test_end_of_text_ends_a_sample_and_an_empty_prompt_starts_a_document(bytes_tokenizer, monkeypatch):
     monkeypatch.setattr("sample.make_engine", EagerEngine)
     config = type(TINY)(**{**vars(TINY), "vocab_size": 257})
     model = randomized(config)
@@ -201,7 +201,7 @@ def test_end_of_text_ends_a_sample_and_an_empty_prompt_begins_a_document(bytes_t
 # The command --------------------------------------------------------------------------------------------------------
 
 
-def test_the_newest_run_speaks_and_says_how_fast(runs, sample_py):
+def test_default_run_is_the_newest_and_throughput_is_printed(runs, sample_py):
     done = command("sample.py", "--prompt", "Song", "--max-new-tokens", "20", where=runs)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Song")
@@ -213,7 +213,7 @@ def test_the_newest_run_speaks_and_says_how_fast(runs, sample_py):
     assert done.stdout == text + "\n"
 
 
-def test_flags_reach_the_model(runs, sample_py):
+def test_flags_are_applied(runs, sample_py):
     plain = sample_py("--prompt", "Song", "--max-new-tokens", "30", "--greedy", where=runs).stdout
     three = sample_py("--prompt", "Song", "--max-new-tokens", "30", "--greedy", "--num-samples", "3", where=runs).stdout
     assert three == f"\n{'-' * 60}\n".join([plain.removesuffix("\n")] * 3) + "\n"
@@ -223,7 +223,7 @@ def test_flags_reach_the_model(runs, sample_py):
     assert stopped == plain[: plain.index(plain[8:10], 4)] + "\n"
 
 
-def test_a_conversation_goes_on_after_a_mistake_until_its_end(runs, sample_py):
+def test_interactive_continues_after_an_error(runs, sample_py):
     done = sample_py("--interactive", "--max-new-tokens", "5", where=runs, stdin="Song\n\nthe bees\n")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("> ") == 4
@@ -231,7 +231,7 @@ def test_a_conversation_goes_on_after_a_mistake_until_its_end(runs, sample_py):
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "message"),
     [
         (["--temperature", "0"], "temperature = 0.0: must be above 0"),
         (["--max-new-tokens", "0"], "max_new_tokens = 0, num_samples = 1: both must be at least 1"),
@@ -241,19 +241,19 @@ def test_a_conversation_goes_on_after_a_mistake_until_its_end(runs, sample_py):
         (["--top_k", "3"], "unrecognized arguments: --top_k"),
     ],
 )
-def test_mistakes_are_one_line(runs, words, says, sample_py):
+def test_errors_are_one_line(runs, words, message, sample_py):
     done = sample_py(*words, where=runs)
     assert done.returncode == 2
-    assert says in done.stderr.strip().splitlines()[-1]
+    assert message in done.stderr.strip().splitlines()[-1]
 
 
-def test_without_a_run_there_is_a_hint(tmp_path, sample_py):
+def test_missing_run_prints_a_hint(tmp_path, sample_py):
     done = sample_py(where=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert "python train.py shakespeare trains one" in done.stderr
 
 
-def test_help_does_not_wait_for_torch(runs):
+def test_help_does_not_import_torch(runs):
     done = command("sample.py", "--help", where=runs, PYTHONVERBOSE="1")
     assert done.returncode == 0
     assert "--repetition-penalty" in done.stdout
@@ -269,24 +269,24 @@ def test_help_does_not_wait_for_torch(runs):
         ("one\ntwo\nthr", [], "one\ntwo"),
         ("one\ntwo\n", [], "one\ntwo"),
         ("one li", [], "one li"),  # the only line is kept
-        ("one\ntwo END", [" END"], "one\ntwo"),  # it ends by itself, and is not cut off
+        ("one\ntwo END", [" END"], "one\ntwo"),  # it ends at a stop string and is not cut off
         ("\n", [], ""),
     ],
 )
-def test_a_line_that_is_cut_off_is_left_out(bytes_tokenizer, text, stop, expected):
+def test_incomplete_last_line_is_dropped(bytes_tokenizer, text, stop, expected):
     generated = GeneratedText(bytes_tokenizer, stop, whole_lines=True)
     ids = bytes_tokenizer.encode(text)
     parts = [generated.add_token(token, last=number == len(ids)) for number, token in enumerate(ids, 1)]
     assert "".join(parts) == expected
 
 
-def test_an_ended_document_keeps_its_last_line(bytes_tokenizer):
+def test_finished_document_keeps_its_last_line(bytes_tokenizer):
     generated = GeneratedText(bytes_tokenizer, [], whole_lines=True)
     parts = [generated.add_token(token) for token in [*bytes_tokenizer.encode("one\ntwo"), bytes_tokenizer.eot]]
     assert "".join(parts) == "one\ntwo" and generated.finished
 
 
-def test_the_flag_prints_whole_lines_and_an_old_flag_names_the_new_one(runs, sample_py):
+def test_whole_lines_flag_and_renamed_flag(runs, sample_py):
     words = ("--prompt", "Song", "--greedy", "--max-new-tokens", "30")
     plain, whole = (sample_py(*words, *more, where=runs).stdout for more in ((), ("--whole-lines",)))
     assert plain.startswith(whole.rstrip("\n")) and len(whole) < len(plain)

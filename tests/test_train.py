@@ -1,4 +1,4 @@
-"""The loop, on a small text: what it promises about resuming, signals, processes and mistakes."""
+"""The training loop on a small text: resuming, signals, several processes, errors."""
 
 import dataclasses
 import math
@@ -19,12 +19,12 @@ from data.shards import Shards
 from data.tokenizer import Tokenizer
 from model import GPT, ModelConfig
 from sample import load
-from tests.conftest import ROOT, SMALL, TINY, UNMEASURED, losses, randomized, weights
+from tests.conftest import ROOT, SMALL, TINY, UNTRACED_ENV, losses, randomized, weights
 from training import checkpoint, metrics
 from training.flops import count_parameters
 
 
-def test_a_run_trains_and_leaves_everything_in_its_folder(runs):
+def test_run_writes_everything_to_its_folder(runs):
     run = runs / "songs"
     names = {p.name for p in run.iterdir()}
     assert {"config.toml", "tokenizer.json", "metrics.jsonl", "loss.png", "latest", "best"} <= names
@@ -36,8 +36,8 @@ def test_a_run_trains_and_leaves_everything_in_its_folder(runs):
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_validation_is_over_every_token_and_in_bits_per_byte(runs, monkeypatch, tmp_path, text):
-    """Against the definition: each validation token given at most `context` tokens before it, one window at a time."""
+def test_validation_covers_every_token_and_reports_bits_per_byte(runs, monkeypatch, tmp_path, text):
+    """Compared with the definition: sequences of at most `context` tokens, one at a time."""
     run = runs / "songs"
     folder = checkpoint.find(run, "latest")
     model = GPT(ModelConfig(**checkpoint.read_state(folder)["config"]["model"])).eval()
@@ -58,13 +58,13 @@ def test_validation_is_over_every_token_and_in_bits_per_byte(runs, monkeypatch, 
     assert last["val_bpb"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
 
 
-def test_killed_and_resumed_equals_never_killed_bit_for_bit(learn, text, tmp_path):
+def test_resume_after_kill_is_bitwise_equal(run_training, text, tmp_path):
     words = ("--train.steps=24", "--train.num_evals=3", "--model.dropout=0.1")
-    whole = learn("whole", *words)
+    whole = run_training("whole", *words)
     flags = [*SMALL, f"--data.source={text}", *words]
     started = [sys.executable, str(ROOT / "train.py"), "shakespeare", "--name=killed", *flags]
     process = subprocess.Popen(
-        started, cwd=ROOT, env=UNMEASURED | {"HEED_RUNS": str(tmp_path)}, stdout=subprocess.DEVNULL
+        started, cwd=ROOT, env=UNTRACED_ENV | {"HEED_RUNS": str(tmp_path)}, stdout=subprocess.DEVNULL
     )
     killed = tmp_path / "killed"
     while not (killed / "latest").exists() and process.poll() is None:
@@ -72,14 +72,14 @@ def test_killed_and_resumed_equals_never_killed_bit_for_bit(learn, text, tmp_pat
     process.kill()
     process.wait()
     assert checkpoint.read_state(checkpoint.find(killed, "latest"))["step"] < 24
-    learn("killed", *words, "--resume")
+    run_training("killed", *words, "--resume")
     assert losses(killed) == losses(whole)
     assert losses(killed, "val_loss") == losses(whole, "val_loss")
     assert weights(killed) == weights(whole)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_leaves_and_the_run_goes_on_exactly(learn, text, tmp_path, number):
+def test_signal_saves_and_resume_is_bitwise_equal(run_training, text, tmp_path, number):
     words = ("--train.steps=300", "--train.num_evals=1")
     started = [
         sys.executable,
@@ -95,25 +95,25 @@ def test_a_signal_saves_and_leaves_and_the_run_goes_on_exactly(learn, text, tmp_
     )
     assert any(line.startswith("step 1/300") for line in process.stdout)
     process.send_signal(number)
-    said = process.stdout.read()
+    output = process.stdout.read()
     assert process.wait() == 128 + number
     run = tmp_path / "stopped"
     step = checkpoint.read_state(checkpoint.find(run, "latest"))["step"]
     assert 1 <= step < 300
-    assert f"stopped and saved at step {step}; --resume continues" in said
-    assert "Traceback" not in said
+    assert f"stopped and saved at step {step}; --resume continues" in output
+    assert "Traceback" not in output
     assert list(losses(run)) == list(range(1, step + 1))
 
 
-def test_micro_batches_change_memory_and_not_the_result(learn):
-    at_once = learn("at-once", "--train.steps=4", "--train.micro_batch_size=8")
-    one_by_one = learn("one-by-one", "--train.steps=4", "--train.micro_batch_size=1")
+def test_micro_batch_size_does_not_change_the_result(run_training):
+    at_once = run_training("at-once", "--train.steps=4", "--train.micro_batch_size=8")
+    one_by_one = run_training("one-by-one", "--train.steps=4", "--train.micro_batch_size=1")
     for step, loss in losses(at_once).items():
         assert losses(one_by_one)[step] == pytest.approx(loss, rel=1e-4)
 
 
-def test_two_processes_train_what_one_does(learn, text, tmp_path):
-    alone = learn("alone", "--train.steps=6", "--train.num_evals=2", "--train.micro_batch_size=2")
+def test_two_processes_equal_one_process(run_training, text, tmp_path):
+    alone = run_training("alone", "--train.steps=6", "--train.num_evals=2", "--train.micro_batch_size=2")
     words = [*SMALL, f"--data.source={text}", "--train.steps=6", "--train.num_evals=2", "--train.micro_batch_size=2"]
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "train.py"),
@@ -127,18 +127,18 @@ def test_two_processes_train_what_one_does(learn, text, tmp_path):
         assert losses(tmp_path / "both", key) == pytest.approx(losses(alone, key), rel=1e-4)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(learn, monkeypatch, tmp_path):
+def test_nonfinite_loss_stops_the_run_and_keeps_the_last_checkpoint(run_training, monkeypatch, tmp_path):
     loss = GPT.loss
     calls = 0
 
     def poisoned(self, tokens, targets):
         nonlocal calls
         calls += self.training
-        return loss(self, tokens, targets) * (math.nan if calls == 2 * 7 else 1.0)  # two micro-batches a step
+        return loss(self, tokens, targets) * (math.nan if calls == 2 * 7 else 1.0)  # two micro-batches per step
 
     monkeypatch.setattr(GPT, "loss", poisoned)
     with pytest.raises(train.Diverged, match="step 7: the loss is nan"):
-        learn("bad", "--train.steps=12", "--train.num_evals=4")
+        run_training("bad", "--train.steps=12", "--train.num_evals=4")
     run = tmp_path / "bad"
     folder = checkpoint.find(run, "latest")
     assert checkpoint.read_state(folder)["step"] == 6
@@ -146,65 +146,66 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     assert max(losses(run)) == 6
 
 
-def test_save_comes_before_validate(learn, monkeypatch, tmp_path):
+def test_save_before_validate(run_training, monkeypatch, tmp_path):
     def fails(*_):
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(train, "validate", fails)
     with pytest.raises(RuntimeError, match="out of memory"):
-        learn("kept", "--train.steps=4", "--train.num_evals=1")
+        run_training("kept", "--train.steps=4", "--train.num_evals=1")
     assert checkpoint.read_state(checkpoint.find(tmp_path / "kept", "latest"))["step"] == 4
     monkeypatch.undo()
 
 
-def test_a_validation_that_a_kill_prevented_is_made_up_for(learn, monkeypatch):
+def test_missed_validation_runs_on_resume(run_training, monkeypatch):
     real = train.validate
     monkeypatch.setattr(train, "validate", lambda *_: (_ for _ in ()).throw(RuntimeError("killed")))
     with pytest.raises(RuntimeError):
-        learn("owed", "--train.steps=4", "--train.num_evals=2")
+        run_training("missed", "--train.steps=4", "--train.num_evals=2")
     monkeypatch.setattr(train, "validate", real)
-    assert list(losses(learn("owed", "--train.steps=4", "--train.num_evals=2", "--resume"), "val_loss")) == [2, 4]
+    run = run_training("missed", "--train.steps=4", "--train.num_evals=2", "--resume")
+    assert list(losses(run, "val_loss")) == [2, 4]
 
 
-def test_a_run_is_not_overwritten_unless_asked(learn):
-    run = learn("mine", "--train.steps=2", "--train.num_evals=1")
+def test_existing_run_is_not_overwritten_by_default(run_training):
+    run = run_training("mine", "--train.steps=2", "--train.num_evals=1")
     before = weights(run)
     with pytest.raises(checkpoint.CheckpointError, match="runs/mine exists: --resume continues"):
-        learn("mine", "--train.steps=3", "--train.num_evals=1")
+        run_training("mine", "--train.steps=3", "--train.num_evals=1")
     assert weights(run) == before
-    learn("mine", "--train.steps=3", "--train.num_evals=1", "--overwrite")
+    run_training("mine", "--train.steps=3", "--train.num_evals=1", "--overwrite")
     assert max(losses(run)) == 3
-    finished = learn("mine", "--train.steps=3", "--train.num_evals=1", "--resume")  # which changes nothing
+    finished = run_training("mine", "--train.steps=3", "--train.num_evals=1", "--resume")  # changes nothing
     assert max(losses(finished)) == 3
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ("--model.n_ffn=96", "model.n_ffn was 64, is 96"),
         ("--data.vocab_size=310", "the tokenizer's hash was"),
         ("--data.val_fraction=0.3", "the text's hash was"),
     ],
 )
-def test_resume_refuses_another_model_tokenizer_or_text(learn, change, says):
-    learn("mine", "--train.steps=2", "--train.num_evals=1")
-    with pytest.raises(checkpoint.CheckpointError, match=says):
-        learn("mine", "--train.steps=4", "--train.num_evals=1", change, "--resume")
+def test_resume_with_another_model_tokenizer_or_text_raises(run_training, change, message):
+    run_training("mine", "--train.steps=2", "--train.num_evals=1")
+    with pytest.raises(checkpoint.CheckpointError, match=message):
+        run_training("mine", "--train.steps=4", "--train.num_evals=1", change, "--resume")
 
 
-def test_best_is_the_best_and_old_checkpoints_go(learn, monkeypatch):
+def test_best_checkpoint_is_kept_and_old_ones_are_deleted(run_training, monkeypatch):
     scores = iter([3.0, 1.0, 2.0, 2.5, 2.2])
     monkeypatch.setattr(train, "validate", lambda *_: next(scores))
-    run = learn("five", "--train.steps=5", "--train.num_evals=5", "--train.keep_checkpoints=1")
+    run = run_training("five", "--train.steps=5", "--train.num_evals=5", "--train.keep_checkpoints=1")
     assert sorted(p.name for p in run.glob("step-*")) == ["step-000002", "step-000005"]
     assert checkpoint.find(run, "best").name == "step-000002"
 
 
-def test_compiled_blocks_learn_the_same(learn):
-    eager = learn("eager", "--train.steps=3", "--train.num_evals=1")
+def test_compiled_blocks_give_the_same_losses(run_training):
+    eager = run_training("eager", "--train.steps=3", "--train.num_evals=1")
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    compiled = learn("compiled", "--train.steps=3", "--train.num_evals=1", "--train.compile=on")
+    compiled = run_training("compiled", "--train.steps=3", "--train.num_evals=1", "--train.compile=on")
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # a block in training, none to evaluate
     assert losses(compiled) == pytest.approx(losses(eager), rel=1e-3)
     assert set(load_file(checkpoint.find(compiled, "latest") / "model.safetensors")) == set(
@@ -212,9 +213,9 @@ def test_compiled_blocks_learn_the_same(learn):
     )
 
 
-def test_bf16_learns_with_fp32_weights(learn):
-    exact = learn("fp32", "--train.steps=3", "--train.num_evals=1")
-    half = learn("bf16", "--train.steps=3", "--train.num_evals=1", "--train.dtype=bfloat16")
+def test_bf16_training_keeps_fp32_weights(run_training):
+    exact = run_training("fp32", "--train.steps=3", "--train.num_evals=1")
+    half = run_training("bf16", "--train.steps=3", "--train.num_evals=1", "--train.dtype=bfloat16")
     assert losses(half) == pytest.approx(losses(exact), rel=0.02)
     assert losses(half) != losses(exact)
     assert all(
@@ -222,22 +223,22 @@ def test_bf16_learns_with_fp32_weights(learn):
     )
 
 
-def test_adamw_alone_learns_too(learn):
-    curve = losses(learn("adamw", "--train.steps=10", "--train.num_evals=1", "--optim.optimizer=adamw"))
+def test_adamw_alone_reduces_the_loss(run_training):
+    curve = losses(run_training("adamw", "--train.steps=10", "--train.num_evals=1", "--optim.optimizer=adamw"))
     assert curve[10] < curve[1] - 0.3
 
 
-def test_epochs_and_batches_come_from_the_loader(learn, monkeypatch):
-    """Resume needs only the step: the loop asks for batches by number and for nothing else."""
+def test_batches_are_requested_by_step(run_training, monkeypatch):
+    """Resume needs only the step: the loop requests batches by step number."""
     asked = []
     batch = Loader.batch
     monkeypatch.setattr(Loader, "batch", lambda self, *a: (asked.append(a), batch(self, *a))[1])
-    learn("asks", "--train.steps=3", "--train.num_evals=1")
+    run_training("asks", "--train.steps=3", "--train.num_evals=1")
     assert asked == [(0, 8, 0, 1), (1, 8, 0, 1), (2, 8, 0, 1)]
 
 
-def test_activation_checkpointing_changes_nothing_but_memory():
-    """The same gradients, dropout's masks included."""
+def test_activation_checkpointing_gives_the_same_gradients():
+    """Also with dropout."""
     gradients = []
     tokens = torch.randint(97, (2, 32), generator=torch.Generator().manual_seed(0))
     for checkpointing in (False, True):
@@ -249,15 +250,15 @@ def test_activation_checkpointing_changes_nothing_but_memory():
     assert all(a.equal(b) for a, b in zip(*gradients, strict=True))
 
 
-def test_activation_checkpointing_is_a_field_of_the_run(learn, monkeypatch):
+def test_activation_checkpointing_config_field(run_training, monkeypatch):
     layers, real = [], torch.utils.checkpoint.checkpoint
     monkeypatch.setattr("model.checkpoint", lambda layer, *a, **how: (layers.append(layer), real(layer, *a, **how))[1])
-    learn("recomputed", "--train.steps=1", "--train.num_evals=1", "--train.activation_checkpointing=true")
+    run_training("recomputed", "--train.steps=1", "--train.num_evals=1", "--train.activation_checkpointing=true")
     assert len(layers) == 2 * 2  # layers x micro-batches; not in validation
 
 
-def test_the_summary_is_one_key_and_value_a_line(learn, capsys):
-    run = learn("summed-up", "--train.steps=4", "--train.num_evals=2")
+def test_summary_has_one_key_and_value_per_line(run_training, capsys):
+    run = run_training("summed-up", "--train.steps=4", "--train.num_evals=2")
     summary = dict(line.split(": ") for line in capsys.readouterr().out.splitlines()[-6:])
     assert list(summary) == ["val_loss", "val_bpb", "training_seconds", "peak_memory_mb", "num_steps", "num_params"]
     records = [r for r in metrics.read(run / "metrics.jsonl") if "val_loss" in r]

@@ -1,4 +1,4 @@
-"""train.py as a command: what it lists, explains and refuses."""
+"""train.py as a command: list of recipes, --help, and errors."""
 
 import re
 import sys
@@ -10,30 +10,30 @@ import train
 from training.recipes import load
 
 
-def test_without_words_the_recipes_are_listed(capsys):
+def test_no_arguments_list_the_recipes(capsys):
     assert train.parse_args([]) is None
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for name in ("shakespeare", "shakespeare-char", "shakespeare-char-laptop", "tinystories", "gpt2-124m"):
-        assert re.search(rf"^  {name} +\S.{{20}}", said, re.M)
+        assert re.search(rf"^  {name} +\S.{{20}}", output, re.M)
 
 
 def test_help_documents_every_field_with_its_default(capsys):
     with pytest.raises(SystemExit) as left:
         train.parse_args(["shakespeare", "--help"])
     assert left.value.code == 0
-    said = " ".join(capsys.readouterr().out.split()).replace("grouped- query", "grouped-query")
-    assert "--model.n_kv_head INT key/value heads per layer; fewer than n_head is grouped-query attention" in said
-    assert f"default: {load('shakespeare').model.n_embd}" in said
-    assert said.count("default:") > 45
+    output = " ".join(capsys.readouterr().out.split()).replace("grouped- query", "grouped-query")
+    assert "--model.n_kv_head INT key/value heads per layer; fewer than n_head is grouped-query attention" in output
+    assert f"default: {load('shakespeare').model.n_embd}" in output
+    assert output.count("default:") > 45
 
 
-def test_print_config_prints_what_would_run(capsys):
+def test_print_config(capsys):
     assert train.parse_args(["shakespeare", "--model.n_layer", "8", "--print-config"]) is None
     assert "n_layer = 8\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "message"),
     [
         (["shakespear"], "shakespeare-quick, tinystories; did you mean shakespeare?"),
         (["shakespeare", "--model.n_layr", "3"], "--model.n_layr: no such option; did you mean --model.n_layer?"),
@@ -51,7 +51,7 @@ def test_print_config_prints_what_would_run(capsys):
         (["shakespeare", "--train.device", "cuda"], "train.device = 'cuda': not available on this machine"),
     ],
 )
-def test_mistakes_are_one_line_and_leave_nothing(text, tmp_path, words, says, monkeypatch, capsys):
+def test_errors_are_one_line_and_leave_no_run(text, tmp_path, words, message, monkeypatch, capsys):
     monkeypatch.setattr(train, "RUNS", tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     source = [] if "--data.source" in words or words == ["shakespear"] else ["--data.source", str(text)]
@@ -61,6 +61,6 @@ def test_mistakes_are_one_line_and_leave_nothing(text, tmp_path, words, says, mo
     assert left.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("train.py: ")
-    assert says in error
+    assert message in error
     assert error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []

@@ -1,6 +1,6 @@
-"""The step between the matmuls of kernels/cross_entropy.py as a Triton kernel: losses, and logits to their gradient.
+"""Triton kernel for the step between the matmuls of kernels/cross_entropy.py: losses, and logits to their gradient.
 
-Grid (rows,). A program owns one row of the chunk of logits, reads it twice and overwrites it.
+Grid (rows,). A program handles one row of the chunk of logits: it reads the row twice and overwrites it.
 """
 
 import triton
@@ -30,16 +30,16 @@ def _row(  # type: ignore[no-untyped-def]
     logits, targets, losses, V, stride, z_loss, softcap,
     SOFTCAP: tl.constexpr, GRADIENT: tl.constexpr, IGNORE_INDEX: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One row: a first pass over blocks of the vocabulary computes its statistics, a second its gradient."""
-    row = tl.program_id(0).to(tl.int64)  # row * stride may pass 2**31
-    logits += row * stride  # (V,), and padding up to the stride, which is read and written but never counts
+    """One row. The first pass over blocks of the vocabulary computes the statistics, the second the gradient."""
+    row = tl.program_id(0).to(tl.int64)  # row * stride may exceed 2**31
+    logits += row * stride  # (V,); padding up to the stride is read and written but has no effect
     target = tl.load(targets + row)
     in_vocabulary = (target >= 0) & (target < V)
     at_target = tl.load(logits + target, mask=in_vocabulary, other=float("nan")).to(tl.float32)
     if SOFTCAP:
         at_target = softcap * accurate_tanh(at_target / softcap)
 
-    # Online softmax (Milakov and Gimelshein 2018): `total` is always relative to the largest score so far.
+    # Online softmax (Milakov and Gimelshein 2018): `total` is relative to the largest score so far.
     top = float("-inf")
     total = 0.0
     for start in range(0, V, BLOCK_N):
@@ -53,7 +53,7 @@ def _row(  # type: ignore[no-untyped-def]
         top = higher
     lse = top + tl.log(total)
     counts = target != IGNORE_INDEX
-    loss = tl.log(total) + (top - at_target) + z_loss * lse * lse  # small beside large scores: the difference first
+    loss = tl.log(total) + (top - at_target) + z_loss * lse * lse  # difference first: small next to large scores
     tl.store(losses + row, tl.where(counts, loss, 0.0))
 
     if GRADIENT:
@@ -66,5 +66,5 @@ def _row(  # type: ignore[no-untyped-def]
             g = factor * tl.exp(score - top) - tl.where(column == target, 1.0, 0.0)
             if SOFTCAP:
                 g *= 1 - (score / softcap) * (score / softcap)  # dscore/dlogit
-            g = tl.where(counts & (column < V), g, 0.0)  # zeros in the padding, which a matmul may read
+            g = tl.where(counts & (column < V), g, 0.0)  # zero the padding, which a matmul may read
             tl.store(logits + column, g.to(logits.dtype.element_ty), mask=column < stride)

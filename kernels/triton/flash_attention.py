@@ -1,22 +1,22 @@
-"""Flash attention in Triton: the softmax-weighted sum without the (T, S) matrix, forward and backward.
+"""Flash attention in Triton, forward and backward: exact attention without storing the (T, S) matrix.
 
 A program holds a block of queries and iterates over blocks of keys, with an online softmax (Milakov and Gimelshein
-2018) that rescales its sums when a larger score occurs. Only the output and each row's log-sum-exp are written, from
-which the backward pass recomputes the weights (FlashAttention-2: Dao 2023, arXiv 2307.08691, sections 3.1 and 3.2).
+2018) that rescales its sums when a larger score occurs. Only the output and each row's log-sum-exp are written. The
+backward pass recomputes the weights from them (FlashAttention-2: Dao 2023, arXiv 2307.08691, sections 3.1 and 3.2).
 
-Three kernels, each with its own tile of M queries x N keys (kernels/triton/tiles.py):
+There are three kernels, each with its own tile of M queries x N keys (kernels/triton/tiles.py):
 
     _forward  grid (blocks of queries, H, B)  writes M rows of out and lse, iterates over keys
     _dq       grid (blocks of queries, H, B)  writes M rows of dq and delta, iterates over keys
     _dkdv     grid (blocks of keys, K, B)     writes N rows of dk and dv, iterates over the group's G heads and queries
 
-No element is written by two programs, so there are no atomics, and gradients are bitwise deterministic. With s the
-scores, p = exp(s - lse) the weights, o the output, and do and dlse the incoming gradients:
+No element is written by two programs, so no atomics are needed and gradients are bitwise deterministic. With scores s,
+weights p = exp(s - lse), output o, and incoming gradients do and dlse:
 
     dv = p^T do    dp = do v^T    delta = rowsum(do * o) - dlse    ds = p * (dp - delta)    dq = ds k    dk = ds^T q
 
-Blocks that the mask hides completely are skipped, not masked. Scores are in base 2, since the hardware has exp2: the
-scale includes log2(e).
+Blocks that are fully masked are skipped. Scores are in base 2, since the hardware has an exp2 instruction: the scale
+includes log2(e).
 
 Shapes: B batch, T queries, S keys, H query heads, K key/value heads, G = H / K, D head size (padded to BLOCK_D, a power
 of two). Query t is at position t + S - T, key s at s. lse and delta are (B, T, H), fp32. q_b ... v_h are strides.
@@ -41,17 +41,17 @@ def flash_attention(
     q: Tensor, k: Tensor, v: Tensor, mask_spec: MaskSpec, softmax_scale: float, document_ids: Tensor | None = None,
     alibi_slopes: Tensor | None = None, sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Attention of whole sequences, differentiable. Arguments are those of `kernels.attention`.
+    """Attention over whole sequences, differentiable. The arguments are those of `kernels.attention`.
 
     Args:
-        q: (B, T, H, D); k, v: (B, S, K, D), all fp32, fp16 or bf16; T at most S with document_ids (B, S).
-        document_ids: runs of one number; cumulative lengths become such numbers by torch.repeat_interleave(lengths).
+        q: (B, T, H, D); k, v: (B, S, K, D), all fp32, fp16 or bf16; with document_ids (B, S), T is at most S.
+        document_ids: one number per document; from lengths: torch.repeat_interleave(lengths).
         alibi_slopes, sinks: (H,), converted to fp32.
     Returns:
-        out (B, T, H, D) in q's dtype and the log-sum-exp (B, T, H) in fp32, natural, sink included, both with
-        gradients. A row without a key has out 0 and log-sum-exp -inf, or the sink.
+        out (B, T, H, D) in q's dtype and the log-sum-exp (B, T, H) in fp32, base e, sink included; both are
+        differentiable. A row without a key has out 0 and log-sum-exp -inf, or the sink.
     Raises:
-        ValueError: dtypes that differ or are none of the three; D above 256.
+        ValueError: dtypes differ or are not supported; D is above 256.
     """
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16) or not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"flash needs one dtype, fp32, fp16 or bf16; q is {q.dtype}, k {k.dtype}, v {v.dtype}")
@@ -65,19 +65,19 @@ def flash_attention(
 
 
 def document_bounds(document_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Begin and end of each position's document, (B, S) int32: its keys are first ... last - 1."""
+    """Start and end of each position's document, (B, S) int32: its keys are first ... last - 1."""
     S = document_ids.shape[1]
-    # (B, S) true where a run begins; not at position 0, where one always does
+    # (B, S) true where a document starts, except at position 0
     new = document_ids.diff(dim=1, prepend=document_ids[:, :1]) != 0
     here = torch.arange(S, dtype=torch.int32, device=document_ids.device).expand_as(document_ids)  # (B, S)
     first = torch.where(new, here, 0).cummax(1).values
-    ends = torch.where(new, here, S).roll(-1, 1)  # (B, S) at a run's last position the next one's first
+    ends = torch.where(new, here, S).roll(-1, 1)  # (B, S) at a document's last position: the start of the next
     ends[:, -1] = S
     last = ends.flip(1).cummin(1).values.flip(1)  # the nearest end to the right
     return first.int(), last.int()
 
 
-# 1. What the kernels share ------------------------------------------------------------------------------------------
+# 1. Shared device functions -----------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -85,9 +85,9 @@ def _scores(  # type: ignore[no-untyped-def]
     product, query, key, first, last, slope, scale, S,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr = True,
 ):  # fmt: skip
-    """q k^T -> the scores in base 2, -inf where the key is not seen; and tanh, which the softcap's derivative needs.
+    """q k^T -> the scores in base 2, -inf where masked; and tanh, which the softcap's derivative needs.
 
-    query, first, last and slope have the shape of a row of queries, (M, 1) or (1, M), key that of a row of keys.
+    query, first, last and slope have the shape of the query dimension, (M, 1) or (1, M), key that of the key dimension.
     """
     distance = query - key
     tanh = product
@@ -100,19 +100,19 @@ def _scores(  # type: ignore[no-untyped-def]
         score -= slope * LOG2E * tl.abs(distance)
     if not MASKED:
         return score, tanh
-    sees = key < S
+    visible = key < S
     if CAUSAL:
-        sees = sees & (distance >= 0)
+        visible = visible & (distance >= 0)
     if WINDOW is not None:
-        sees = sees & (tl.abs(distance) < WINDOW)
+        visible = visible & (tl.abs(distance) < WINDOW)
     if first is not None:
-        sees = sees & (key >= first) & (key < last)
-    return tl.where(sees, score, float("-inf")), tanh
+        visible = visible & (key >= first) & (key < last)
+    return tl.where(visible, score, float("-inf")), tanh
 
 
 @triton.jit
 def accurate_tanh(x):  # type: ignore[no-untyped-def]
-    """By exp far from 0. Near 0 that would lose digits: there five terms of Lambert's continued fraction are exact."""
+    """tanh by exp for large |x|. Near 0, where that loses precision, five terms of Lambert's continued fraction."""
     square = x * x
     near = x * (945 + square * (105 + square)) / (945 + square * (420 + square * 15))
     return tl.where(tl.abs(x) < 0.6, near, 2 * tl.sigmoid(2 * x) - 1)
@@ -122,7 +122,7 @@ def accurate_tanh(x):  # type: ignore[no-untyped-def]
 def _key_range(  # type: ignore[no-untyped-def]
     start, b, first, last, T, S, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, M: tl.constexpr, N: tl.constexpr
 ):
-    """The keys [low, high) that some of the queries start ... start + M - 1 may see; low is a block's border."""
+    """The keys [low, high) to which queries start ... start + M - 1 may attend; low is a multiple of N."""
     least = start + S - T  # positions of the block's first and last query
     most = tl.minimum(start + M, T) - 1 + S - T
     low, high = 0, S
@@ -142,7 +142,7 @@ def _key_range(  # type: ignore[no-untyped-def]
 def _query_range(  # type: ignore[no-untyped-def]
     start, b, first, last, T, S, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, M: tl.constexpr, N: tl.constexpr
 ):
-    """The queries [low, high) that may see some of the keys start ... start + N - 1; low is a block's border."""
+    """The queries [low, high) that may attend to keys start ... start + N - 1; low is a multiple of M."""
     end = tl.minimum(start + N, S) - 1  # the block's last key
     low, high = S - T, S  # positions of all queries
     if CAUSAL:
@@ -159,9 +159,9 @@ def _query_range(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _rows(x, at, stride, limit, start, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Where rows start ... start + BLOCK - 1 of x lie, (BLOCK, BLOCK_D), and which are real; `at` is a head's row 0.
+    """Pointers to rows start ... start + BLOCK - 1 of x, (BLOCK, BLOCK_D), and the mask of those in range.
 
-    The row is counted in 64 bits, once for the block: a long sequence has more than 2**31 numbers.
+    `at` is the offset of the head's row 0. The offset of the block is 64 bits: a long sequence has over 2**31 elements.
     """
     row, column = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
     pointers = x + (at + tl.cast(start, tl.int64) * stride) + row[:, None] * stride + column[None, :]
@@ -170,7 +170,7 @@ def _rows(x, at, stride, limit, start, BLOCK: tl.constexpr, D: tl.constexpr, BLO
 
 @triton.jit
 def _load(x, at, stride, limit, start, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):  # type: ignore[no-untyped-def]
-    """These rows, (BLOCK, BLOCK_D), with zeros around."""
+    """The rows, (BLOCK, BLOCK_D), zero-padded."""
     pointers, real = _rows(x, at, stride, limit, start, BLOCK, D, BLOCK_D)
     return tl.load(pointers, mask=real, other=0.0)
 
@@ -191,9 +191,9 @@ def _forward(  # type: ignore[no-untyped-def]
     G: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """M queries of one head: their output and log-sum-exp."""
-    start = (tl.num_programs(0) - 1 - tl.program_id(0)) * M  # the late ones see most: begin with them
-    h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)  # 64 bits: a head may lie 2**31 numbers away
+    """Output and log-sum-exp of M queries of one head."""
+    start = (tl.num_programs(0) - 1 - tl.program_id(0)) * M  # late queries have the most keys: start with them
+    h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)  # 64 bits: offsets may exceed 2**31
     t = start + tl.arange(0, M)  # (M,)
     query = (t + S - T)[:, None]  # (M, 1) positions
     of_row = (b * T + t) * H + h  # (M,) in (B, T, H)
@@ -206,13 +206,13 @@ def _forward(  # type: ignore[no-untyped-def]
         end = tl.load(last + b * S + query, mask=query < S, other=0)
     total = tl.zeros((M,), tl.float32)
     top = total - float("inf")
-    if sinks is not None:  # a score that is seen before all others and has no value
+    if sinks is not None:  # an additional first score without a value
         top, total = total + tl.load(sinks + h) * LOG2E, total + 1.0
     sums = tl.zeros((M, BLOCK_D), tl.float32)
 
     low, high = _key_range(start, b, first, last, T, S, CAUSAL, WINDOW, M, N)
-    # Where only the diagonal and the end hide keys, blocks before them need no mask. The backward has one loop for all,
-    # since two take registers that it lacks.
+    # If only the diagonal and the end mask keys, earlier blocks need no mask. The backward pass has one loop for all
+    # blocks: two loops need more registers than it has.
     clear = low
     if WINDOW is None and first is None:
         clear = tl.maximum(tl.minimum(high, start + S - T + 1) if CAUSAL else high, 0) // N * N
@@ -223,9 +223,9 @@ def _forward(  # type: ignore[no-untyped-def]
             key = (here + tl.arange(0, N))[None, :]
             score, _ = _scores(product, query, key, begin, end, slope, scale, S, CAUSAL, WINDOW, SOFTCAP, MASKED)
 
-            # total and sums are always relative to the largest score so far.
+            # total and sums are relative to the largest score so far
             higher = tl.maximum(top, tl.max(score, 1))
-            base = tl.where(higher == float("-inf"), 0.0, higher)  # no key so far: exp2(-inf - 0) = 0, without a NaN
+            base = tl.where(higher == float("-inf"), 0.0, higher)  # no key so far: exp2(-inf - 0) = 0, not NaN
             weight = tl.exp2(score - base[:, None])
             rescale = tl.exp2(top - base)
             total = total * rescale + tl.sum(weight, 1)
@@ -247,9 +247,9 @@ def _dq(  # type: ignore[no-untyped-def]
     G: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """M queries of one head: their gradient, their delta, and what each adds to the gradient of the head's slope."""
+    """Gradient and delta of M queries of one head, and their contributions to the gradient of the head's slope."""
     start = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
-    h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)  # 64 bits: a head may lie 2**31 numbers away
+    h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)  # 64 bits: offsets may exceed 2**31
     t = start + tl.arange(0, M)  # (M,)
     query = (t + S - T)[:, None]  # (M, 1) positions
     of_row = (b * T + t) * H + h  # (M,) in (B, T, H)
@@ -259,7 +259,7 @@ def _dq(  # type: ignore[no-untyped-def]
     outs = _load(out, (b * T * H + h) * D, H * D, T, start, M, D, BLOCK_D)  # (M, BLOCK_D)
     d = tl.sum(outs.to(tl.float32) * douts.to(tl.float32), 1) - tl.load(dlse + of_row, mask=t < T, other=0.0)
     base = _base(lse, of_row, t < T)
-    d = tl.where(base == float("inf"), 0.0, d)  # no key, no gradient: dlse may well be NaN there
+    d = tl.where(base == float("inf"), 0.0, d)  # no key, no gradient: dlse may be NaN there
     tl.store(delta + of_row, d, mask=t < T)
 
     slope = None if slopes is None else tl.load(slopes + h)
@@ -268,7 +268,7 @@ def _dq(  # type: ignore[no-untyped-def]
         begin = tl.load(first + b * S + query, mask=query < S, other=0)  # (M, 1)
         end = tl.load(last + b * S + query, mask=query < S, other=0)
     sums = tl.zeros((M, BLOCK_D), tl.float32)
-    farness = tl.zeros((M,), tl.float32)
+    distance_sums = tl.zeros((M,), tl.float32)
 
     low, high = _key_range(start, b, first, last, T, S, CAUSAL, WINDOW, M, N)
     for here in range(low, high, N):
@@ -280,14 +280,14 @@ def _dq(  # type: ignore[no-untyped-def]
         dweight = tl.dot(douts, tl.trans(values), input_precision="ieee")  # (M, BLOCK_D) (BLOCK_D, N) -> (M, N)
         dscore = tl.exp2(score - base[:, None]) * (dweight - d[:, None])
         if slopes is not None:
-            farness += tl.sum(dscore * tl.abs(query - key), 1)
+            distance_sums += tl.sum(dscore * tl.abs(query - key), 1)
         if SOFTCAP is not None:
             dscore *= 1 - tanh * tanh
         sums = tl.dot(dscore.to(keys.dtype), keys, sums, input_precision="ieee")  # (M, N) (N, BLOCK_D)
 
     _store(sums * scale, dq, (b * T * H + h) * D, H * D, T, start, M, D, BLOCK_D)
     if slopes is not None:
-        tl.store(dslopes + of_row, -farness, mask=t < T)
+        tl.store(dslopes + of_row, -distance_sums, mask=t < T)
 
 
 @triton.jit
@@ -297,7 +297,7 @@ def _dkdv(  # type: ignore[no-untyped-def]
     G: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """N keys and values of one head: their gradients. All matrices of weights are transposed here: (N, M)."""
+    """Gradients of N keys and values of one head. The matrices of weights are transposed: (N, M)."""
     start, K = tl.program_id(0) * N, H // G
     kv, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     key = (start + tl.arange(0, N))[:, None]  # (N, 1)
@@ -335,18 +335,18 @@ def _dkdv(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _base(lse, of_row, real):  # type: ignore[no-untyped-def]
-    """What is taken off the scores in base 2; for rows without keys and past the end +inf, so that weights are 0."""
+    """The base-2 log-sum-exp to subtract from scores; +inf for rows without keys or out of range: weights are 0."""
     base = tl.load(lse + of_row, mask=real, other=float("inf"))
     return tl.where(base == float("-inf"), float("inf"), base * LOG2E)
 
 
-# 4. Launching, and how torch sees it: one node each way -----------------------------------------------------------
+# 4. Launch, and registration as custom operators --------------------------------------------------------------------
 
 
 def _arguments(
     kernel: str, q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, softcap: float | None
 ) -> tuple[list[int], dict[str, Any]]:
-    """What every kernel gets at its end: sizes and strides; and constants with the tile."""
+    """The trailing arguments of every kernel: sizes and strides, and constants including the tile."""
     D, t = q.shape[3], tile(kernel, q.shape[3], q.device)
     if q.dtype == torch.float32 and t != INTERPRETED:
         t = FLASH_FP32[min(size for size in FLASH_FP32 if size >= D)]
@@ -378,7 +378,7 @@ def _backward_op(
     window: int | None, softcap: float | None, softmax_scale: float, first: Tensor | None, last: Tensor | None,
     alibi_slopes: Tensor | None, sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk, dv, and the gradients of alibi_slopes and sinks, empty where there are none."""
+    """dq, dk, dv, and the gradients of alibi_slopes and sinks, empty tensors if those are None."""
     B, T, H, _ = q.shape
     S, K = k.shape[1:3]
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
@@ -410,7 +410,7 @@ def _backward_op(
         q, k, v, first, last, alibi_slopes, lse, delta, dout, dk, dv, softmax_scale, *numbers, **constants
     )
     dslopes = q.new_empty(0) if of_rows is None else of_rows.sum((0, 1))  # (B, T, H) -> (H,)
-    # A sink's weight is exp(sink - lse), and it has no value: dp = 0.
+    # A sink's weight is exp(sink - lse). It has no value: dp = 0.
     dsinks = q.new_empty(0) if sinks is None else -((sinks - lse).exp() * delta).sum((0, 1))
     return dq, dk, dv, dslopes, dsinks
 

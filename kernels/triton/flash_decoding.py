@@ -1,22 +1,22 @@
-"""Flash-decoding in Triton: attention of a few queries over a long KV cache. Split the keys, attend, combine.
+"""Flash-decoding in Triton: attention of a few queries over a long KV cache.
 
-Decoding a token is B * K small matmuls over S keys each, far fewer than a GPU has processors. So the keys of a sequence
-are divided among several programs, and a second kernel combines their results (Flash-Decoding: Dao, Haziza, Massa and
-Sizov 2023). Split i of the keys has output o_i and log-sum-exp l_i; the output of all keys is the mean of the o_i with
-weights exp(l_i), since o_i was divided by exp(l_i).
+Decoding a token is B * K small matmuls over S keys each, far fewer than a GPU has processors. Therefore the keys of a
+sequence are split among several programs, and a second kernel combines their results (Flash-Decoding: Dao, Haziza,
+Massa and Sizov 2023). Split i of the keys has output o_i and log-sum-exp l_i. The output over all keys is the mean of
+the o_i weighted by exp(l_i), since o_i was divided by exp(l_i).
 
 The split kernel. Grid (B * K * row blocks, splits). The queries that share one key/value head are the rows of one
 matrix, row t * G + g for query t of the group's query head g, so keys are loaded once per group. A program computes
 BLOCK_M rows over one split of the positions that any of them attends to, BLOCK_N at a time with an online softmax
-(Milakov and Gimelshein 2018), and writes o_i and l_i. Its split depends on the length of the sequence, which only the
-GPU reads: the number of splits follows from shapes alone.
+(Milakov and Gimelshein 2018), and writes o_i and l_i. The bounds of a split depend on the length of the sequence, which
+only the GPU reads; the number of splits depends on shapes alone.
 
 The combine kernel. Grid (B * T * H,). A program computes one row. With a single split there is nothing to combine, and
 the split kernel writes the results.
 
-Programs iterate over positions, not slots: position p is in slot p % S, also when the cache is a full ring buffer.
+Programs iterate over positions, not slots: position p is in slot p % S, including when the cache is a full ring buffer.
 With a block table (PagedAttention: Kwon et al. 2023, section 4.3), slot s is in page block_table[b, s // page]. A cache
-without pages is a pool whose pages have S slots, and sequence b has page b.
+without pages is treated as a pool whose pages have S slots, and sequence b has page b.
 
 Shapes: B batch, T queries, S slots, H query heads, K key/value heads, G = H / K, D head size.
 """
@@ -34,9 +34,9 @@ from kernels.reference import MaskSpec
 from kernels.triton.flash_attention import accurate_tanh
 from kernels.triton.tiles import tile
 
-RESIDENT = 2  # programs per processor: one computes while the other waits for memory
+RESIDENT = 2  # programs per processor at a time: one computes while the other waits for memory
 MOST_SPLITS = 256
-INTERPRETED = 8  # processors without a GPU: enough that small inputs are split
+INTERPRETED = 8  # number of processors assumed without a GPU: enough to split small inputs
 
 
 def decode_attention(
@@ -55,7 +55,7 @@ def decode_attention(
         out (B, T, H, D) in q's dtype and the log-sum-exp (B, T, H) in fp32, sink included. A row without a key
         has out 0 and log-sum-exp -inf, or the sink.
     Raises:
-        ValueError: dtypes that differ or are not fp32, fp16 or bf16; an input that requires a gradient; D above 256.
+        ValueError: dtypes differ or are not fp32, fp16 or bf16; an input requires a gradient; D is above 256.
     """
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16) or not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"decode needs one dtype, fp32, fp16 or bf16; q is {q.dtype}, k {k.dtype}, v {v.dtype}")
@@ -79,12 +79,12 @@ def decode_attention(
 
 @functools.cache
 def choose_splits(programs: int, blocks: int, processors: int) -> int:
-    """The number of splits of the keys with the shortest total time; the smallest such number.
+    """The number of splits of the keys with the shortest estimated time; of equal ones, the smallest.
 
     Without splits there are `programs` programs of `blocks` blocks of keys each. RESIDENT programs run at a time on
-    each of the GPU's processors: a wave. A wave takes as long as a program: its share of the blocks, and about the time
-    of one more block to start and to write its result. One sequence of 8,192 tokens with 8 key/value heads, in blocks
-    of 64, becomes 8 * 32 programs on an H100, one wave on its 132 processors.
+    each of the GPU's processors: a wave. A wave takes as long as one program: its share of the blocks, plus about one
+    block for startup and output. One sequence of 8,192 tokens with 8 key/value heads, in blocks of 64, becomes 8 * 32
+    programs on an H100, one wave on its 132 processors.
     """
 
     def time(splits: int) -> int:
@@ -99,17 +99,17 @@ def launch(
     cache_seqlens: Tensor, block_table: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None,
     splits: int | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Arguments and results of `decode_attention`."""
+    """Launch the kernels. Arguments and results are those of `decode_attention`."""
     B, T, H, D = q.shape
     page, K = k.shape[1:3]
     G, S = H // K, page if block_table is None else page * block_table.shape[1]
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     t, block_d = tile("decode", D, q.device), max(triton.next_power_of_2(D), 16)
-    # A tensor core takes at least 16 rows. There is none for fp32, whose rows are in ordinary registers.
+    # Tensor cores need at least 16 rows. fp32 does not use them and keeps its rows in registers.
     block_m = 16 if q.dtype == torch.float32 else min(max(triton.next_power_of_2(T * G), 16), t.M)
     programs = B * K * triton.cdiv(T * G, block_m)
     if splits is None:
-        seen = S if window is None else min(S, (window if causal else 2 * window) + T)  # by any row, at most
+        seen = S if window is None else min(S, (window if causal else 2 * window) + T)  # upper bound for any row
         gpu = torch.cuda.get_device_properties(q.device) if q.is_cuda else None
         splits = choose_splits(programs, triton.cdiv(seen, t.N), gpu.multi_processor_count if gpu else INTERPRETED)
     new = functools.partial(torch.empty, device=q.device)
@@ -123,7 +123,7 @@ def launch(
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         G=G, D=D, PAGE=None if block_table is None else page, CAUSAL=causal, WINDOW=window, SOFTCAP=softcap,
         BLOCK_M=block_m, BLOCK_N=t.N, BLOCK_D=block_d, num_warps=t.warps,
-        # The page number is loaded before the page: the pipeline is twice as long for as many loads in flight.
+        # The page number is loaded before the page: twice as many stages give the same number of loads in flight.
         num_stages=t.stages if block_table is None else 2 * t.stages - 1,
     )  # fmt: skip
     if splits > 1:
@@ -142,18 +142,18 @@ def _split(  # type: ignore[no-untyped-def]
     G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M rows of one sequence and key/value head over one part of the positions; q_b ... v_h are strides."""
+    """BLOCK_M rows of one sequence and key/value head over one split of the positions; q_b ... v_h are strides."""
     row_blocks, split = tl.cdiv(T * G, BLOCK_M), tl.program_id(1)
     block, pair = tl.program_id(0) % row_blocks, tl.program_id(0) // row_blocks
-    b, kv = (pair // K).to(tl.int64), (pair % K).to(tl.int64)  # a cache may have more than 2**31 numbers
+    b, kv = (pair // K).to(tl.int64), (pair % K).to(tl.int64)  # 64 bits: a cache may have over 2**31 elements
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)  # (BLOCK_M,) in the matrix of T * G rows
     t, h = row // G, kv * G + row % G
     exists = row < T * G
     column = tl.arange(0, BLOCK_D)  # (BLOCK_D,)
 
-    # The positions [low, high) that some row of the block may see; positions below length - S were written over.
+    # The positions [low, high) to which rows of the block may attend; positions below length - S are overwritten.
     length = tl.load(lengths + b).to(tl.int32)
-    query = length - T + t  # (BLOCK_M,) the rows' own positions
+    query = length - T + t  # (BLOCK_M,) positions of the rows
     first = length - T + block * BLOCK_M // G
     last = length - T + tl.minimum((block * BLOCK_M + BLOCK_M - 1) // G, T - 1)
     low, high = tl.maximum(length - S, 0), length
@@ -163,16 +163,16 @@ def _split(  # type: ignore[no-untyped-def]
         high = tl.minimum(high, last + 1)
     elif WINDOW is not None:
         high = tl.minimum(high, last + WINDOW)
-    # This program's part of them, whole blocks: [start, stop), empty when there are fewer blocks than splits.
+    # This program's split of them in whole blocks: [start, stop), empty if there are fewer blocks than splits.
     share = tl.cdiv(tl.cdiv(tl.maximum(high - low, 0), BLOCK_N), tl.num_programs(1)) * BLOCK_N
     start, stop = low + split * share, tl.minimum(low + (split + 1) * share, high)
 
-    real = exists[:, None] & (column < D)[None, :]  # (BLOCK_M, BLOCK_D), and where in q that is:
+    real = exists[:, None] & (column < D)[None, :]  # (BLOCK_M, BLOCK_D)
     at = b * q_b + t.to(tl.int64)[:, None] * q_t + h[:, None] * q_h + column[None, :]
     queries = tl.load(q + at, mask=real, other=0.0)
     total = tl.zeros((BLOCK_M,), tl.float32)
     top = total - float("inf")
-    if sinks is not None:  # the first split has seen one score that has no value
+    if sinks is not None:  # an additional score without a value, in the first split
         sink = tl.load(sinks + h, mask=exists, other=0.0).to(tl.float32)
         top, total = tl.where(split == 0, sink, top), tl.where(split == 0, 1.0, total)
     if slopes is not None:
@@ -191,7 +191,7 @@ def _split(  # type: ignore[no-untyped-def]
             page = tl.load(pages + b * (S // PAGE) + slot // PAGE, mask=inside, other=0).to(tl.int64)
             slot = slot % PAGE
         slot = slot.to(tl.int64)
-        # Values outside are masked too, not only scores: 0 times what is left in a slot may be NaN.
+        # Values are masked as well as scores: an unused slot may hold NaN, and 0 * NaN is NaN.
         read = inside[:, None] & (column < D)[None, :]
         keys = tl.load(k + (page * k_b + slot * k_s + kv * k_h)[:, None] + column[None, :], mask=read, other=0.0)
         values = tl.load(v + (page * v_b + slot * v_s + kv * v_h)[:, None] + column[None, :], mask=read, other=0.0)
@@ -203,16 +203,16 @@ def _split(  # type: ignore[no-untyped-def]
             score = SOFTCAP * accurate_tanh(score / SOFTCAP)
         if slopes is not None:
             score -= slope[:, None] * tl.abs(distance)
-        sees = inside[None, :]
+        visible = inside[None, :]
         if CAUSAL:
-            sees = sees & (distance >= 0)
+            visible = visible & (distance >= 0)
         if WINDOW is not None:
-            sees = sees & (tl.abs(distance) < WINDOW)
-        score = tl.where(sees, score, float("-inf"))
+            visible = visible & (tl.abs(distance) < WINDOW)
+        score = tl.where(visible, score, float("-inf"))
 
-        # Online softmax: total and sum_of_values are always relative to the largest score so far.
+        # Online softmax: total and sum_of_values are relative to the largest score so far.
         higher = tl.maximum(top, tl.max(score, 1))
-        base = tl.where(higher == float("-inf"), 0.0, higher)  # no key so far: exp(-inf - 0) = 0, without a NaN
+        base = tl.where(higher == float("-inf"), 0.0, higher)  # no key so far: exp(-inf - 0) = 0, not NaN
         weight = tl.exp(score - base[:, None])
         rescale = tl.exp(top - base)
         total = total * rescale + tl.sum(weight, 1)
@@ -238,7 +238,7 @@ def _combine(  # type: ignore[no-untyped-def]
     lses += row
     found = tl.load(lses + each * rows, mask=each < splits, other=float("-inf"))  # (BLOCK_SPLITS,)
     top = tl.max(found, 0)
-    base = tl.where(top == float("-inf"), 0.0, top)  # no split has seen a key
+    base = tl.where(top == float("-inf"), 0.0, top)  # no key in any split
     total = tl.sum(tl.exp(found - base), 0)
     tl.store(lse + row, top + tl.log(total))
     mean = tl.zeros((BLOCK_D,), tl.float32)

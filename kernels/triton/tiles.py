@@ -1,8 +1,8 @@
-"""The tile of every kernel, per GPU and head size: one static table, nothing is searched when a run starts.
+"""Tile sizes of every kernel, per GPU and head size: one static table, no autotuning at startup.
 
-A tile is what one program holds: BLOCK_M query rows (or tokens), BLOCK_N keys (or vocabulary), worked on by `warps`
-warps, with `stages` blocks of loads in flight. `python -m benchmarks tiles` searches them on a GPU and prints new
-rows.
+A tile is what one program processes: BLOCK_M query rows (or tokens) and BLOCK_N keys (or vocabulary entries), with
+`warps` warps and `stages` blocks of loads in flight. `python -m benchmarks tiles` searches for the fastest tiles on a
+GPU and prints new rows.
 """
 
 from typing import NamedTuple
@@ -11,7 +11,7 @@ import torch
 
 
 class Tile(NamedTuple):
-    """BLOCK_M x BLOCK_N, the number of warps, the stages of the software pipeline."""
+    """BLOCK_M, BLOCK_N, the number of warps, and the number of software pipeline stages."""
 
     M: int
     N: int
@@ -19,7 +19,7 @@ class Tile(NamedTuple):
     stages: int
 
 
-# kernel -> target -> the largest head size (or other width) that the tile is for -> tile
+# kernel -> target -> largest head size (or other width) for which the tile is used -> tile
 TABLE: dict[str, dict[str, dict[int, Tile]]] = {
     # One row at a time: N columns of it. Few, full CTAs, which read each row twice: the second time the rows in flight
     # are still in the L2 with 50,257 columns in bf16, not with 151,936 (calculated for sm_90: 27 and 80 MB of 50 MB).
@@ -29,7 +29,7 @@ TABLE: dict[str, dict[str, dict[int, Tile]]] = {
         "sm_100": {1024: Tile(1, 1024, 4, 1), 4096: Tile(1, 4096, 16, 1), 1 << 30: Tile(1, 8192, 32, 1)},
         "gfx942": {1024: Tile(1, 1024, 4, 1), 4096: Tile(1, 4096, 16, 1), 1 << 30: Tile(1, 8192, 16, 1)},
     },
-    # M is the most rows of a block; when fewer are needed it is the next power of two from 16. The keys are read once.
+    # M is the maximum number of rows; for fewer rows it is the next power of two, at least 16. Keys are read once.
     "decode": {
         "sm_80": {64: Tile(64, 64, 4, 3), 128: Tile(64, 32, 4, 3), 256: Tile(64, 32, 8, 2)},
         "sm_90": {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 3), 256: Tile(64, 32, 8, 3)},
@@ -42,7 +42,7 @@ TABLE: dict[str, dict[str, dict[int, Tile]]] = {
         "sm_100": {256: Tile(1, 16, 4, 1)},
         "gfx942": {256: Tile(1, 16, 4, 1)},
     },
-    # M queries, N keys: as large as the registers allow.
+    # M queries, N keys: as large as registers allow.
     "flash_forward": {
         "sm_80": {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 2)},
         "sm_90": {64: Tile(128, 128, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
@@ -63,17 +63,17 @@ TABLE: dict[str, dict[str, dict[int, Tile]]] = {
     },
 }
 
-# Flash in fp32, on every GPU: exact matmuls use registers, not tensor cores, and larger tiles would spill.
+# Flash attention in fp32, on every GPU: exact matmuls do not use tensor cores, and larger tiles would spill registers.
 FLASH_FP32 = {128: Tile(32, 32, 8, 1), 256: Tile(16, 16, 8, 1)}
 
-# Where no GPU is: small, so that Triton's interpreter crosses block borders on small inputs.
+# Without a GPU: small, so that small inputs span several blocks in Triton's interpreter.
 INTERPRETED = Tile(16, 16, 4, 1)
 
 
 def target(device: torch.device) -> str:
-    """The row of the table for a device: sm_80, sm_90, sm_100, gfx942, or "interpreter" where no GPU is.
+    """The row of the table for a device: sm_80, sm_90, sm_100, gfx942, or "interpreter" without a GPU.
 
-    Others take sm_80's, whose tiles ask for the least shared memory: Ada and the smaller Blackwells have no more.
+    Other GPUs use sm_80's tiles, which need the least shared memory: Ada and consumer Blackwell GPUs have no more.
     """
     if device.type != "cuda":
         return "interpreter"
@@ -84,12 +84,12 @@ def target(device: torch.device) -> str:
 
 
 def tile(kernel: str, width: int, device: torch.device) -> Tile:
-    """The tile of a kernel at a head size. Raises ValueError: the kernel does not take a width so large."""
+    """The tile of a kernel at a head size. Raises ValueError if the kernel does not support such a large width."""
     where = target(device)
     if where == "interpreter":
         return INTERPRETED
     rows = TABLE[kernel][where]
     fits = [size for size in rows if size >= width]
     if not fits:
-        raise ValueError(f"{kernel} takes widths up to {max(rows)} on {where}, not {width}")
+        raise ValueError(f"{kernel} supports widths up to {max(rows)} on {where}, not {width}")
     return rows[min(fits)]

@@ -45,14 +45,14 @@ def test_all_engines_generate_the_same(tmp_path):
 
 
 def test_mistakes_are_one_line(tmp_path):
-    for words, says in (
+    for words, message in (
         (["--nanogpt", str(tmp_path)], "no model.py"),
         (["--max-new-tokens", "1"], "at least 1"),
         (["--prompts", "1000"], "at most 1,024"),
         (["--sizes", "1T"], "--sizes 1T: must be one of 10M, 50M, 124M"),
         (["--only", "me"], "--only me: must be one of heed fp32, "),
     ):
-        with pytest.raises(ValueError, match=says):
+        with pytest.raises(ValueError, match=message):
             bench.main(bench.arguments(["inference", *words]))
 
 

@@ -274,14 +274,14 @@ def test_without_a_gpu_one_line_says_what_to_do(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "message"),
     [
         (["kernels", "--dry-run", "--only", "sideways"], "--only sideways: must be one of forward, backward, decode"),
         (["tiles", "sideways", "--dry-run"], "tiles sideways: the kernels are "),
     ],
 )
-def test_unknown_kernels_are_named(words, says):
-    with pytest.raises(ValueError, match=says):
+def test_unknown_kernels_are_named(words, message):
+    with pytest.raises(ValueError, match=message):
         run(*words)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints as the hub has them, small and random: with the shapes and tokenizers of SmolLM2, Qwen3, TinyLlama."""
+"""Small random checkpoints like those on the hub: with the configs and tokenizers of SmolLM2, Qwen3 and TinyLlama."""
 
 import json
 from pathlib import Path
@@ -10,11 +10,11 @@ from tokenizers import Tokenizer as Inner
 from transformers import PreTrainedTokenizerFast
 
 from data.tokenizer import EOT, Tokenizer
-from tests.convert.test_to_hf import TEXTS, lively
+from tests.convert.test_to_hf import TEXTS, enlarge_blocks
 
 
 def bytes_bpe(split, special: list[str], normalizer=None) -> Inner:
-    """A byte-level BPE as in SmolLM2 or Qwen: `special` first or last decides nothing here."""
+    """A byte-level BPE as in SmolLM2 or Qwen; here the position of `special` in the vocabulary does not matter."""
     inner = Inner(models.BPE())
     inner.normalizer = normalizer
     inner.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
@@ -32,14 +32,14 @@ def smollm2_tokenizer() -> Inner:
 
 
 def qwen3_tokenizer() -> Inner:
-    words = Regex(r"(?i:'s|'t|'ll)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-    inner = bytes_bpe(pre_tokenizers.Split(words, "isolated"), [EOT, "<|im_start|>", "<|im_end|>"], normalizers.NFC())
+    pattern = Regex(r"(?i:'s|'t|'ll)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+    inner = bytes_bpe(pre_tokenizers.Split(pattern, "isolated"), [EOT, "<|im_start|>", "<|im_end|>"], normalizers.NFC())
     inner.add_tokens([AddedToken("<think>", normalized=False)])
     return inner
 
 
 def sentencepiece_tokenizer() -> Inner:
-    """As TinyLlama's: spaces are a character of the words, unseen characters are bytes, <s> opens every text."""
+    """As TinyLlama's: a space is a character of a word, unseen characters become bytes, <s> starts every text."""
     inner = Inner(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     inner.decoder = decoders.Sequence(
@@ -51,7 +51,7 @@ def sentencepiece_tokenizer() -> Inner:
     )
     inner.train_from_iterator(TEXTS[:1], trainer)
     content = json.loads(inner.to_str())
-    content["added_tokens"] = content["added_tokens"][:3]  # the bytes are plain entries there
+    content["added_tokens"] = content["added_tokens"][:3]  # there, bytes are ordinary entries
     inner = Inner.from_str(json.dumps(content))
     inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return inner
@@ -60,15 +60,15 @@ def sentencepiece_tokenizer() -> Inner:
 SENTENCEPIECE = Tokenizer(sentencepiece_tokenizer(), "here", "</s>")
 
 
-def llama(**words) -> transformers.PreTrainedModel:
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**words))
+def llama(**options) -> transformers.PreTrainedModel:
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**options))
 
 
-def qwen3(**words) -> transformers.PreTrainedModel:
-    return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**words))
+def qwen3(**options) -> transformers.PreTrainedModel:
+    return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**options))
 
 
-# class, its configuration, the tokenizer and its end of text, the files' type
+# class, its configuration, tokenizer, end-of-text token, dtype of the files
 HUB = {
     "SmolLM2": (
         llama,
@@ -97,13 +97,13 @@ HUB = {
 
 
 def saved(name: str, folder: Path, shard: str = "5GB") -> Path:
-    """A checkpoint as save_pretrained leaves it; a shard's largest size as "20KB"."""
-    make, words, tokenizer, end, dtype = HUB[name]
+    """Write a checkpoint with save_pretrained; `shard` is the maximum size of a file, such as "20KB"."""
+    make, options, tokenizer, end, dtype = HUB[name]
     torch.manual_seed(0)
-    model = make(**words)
+    model = make(**options)
     with torch.no_grad():
         for p in model.parameters():
             p.normal_(1.0, 0.3) if p.ndim == 1 else p.normal_(0.0, 0.2)
-    lively(model).to(dtype).save_pretrained(folder, max_shard_size=shard)
+    enlarge_blocks(model).to(dtype).save_pretrained(folder, max_shard_size=shard)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer(), eos_token=end).save_pretrained(folder)
     return folder

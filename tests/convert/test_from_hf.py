@@ -1,4 +1,4 @@
-"""convert/__main__.py import: checkpoints of transformers' own making become runs that say what transformers says."""
+"""`convert from-hf`: checkpoints written by transformers become runs with the same logits and the same text."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ from tests.convert.test_to_hf import HARD, MODELS, TEXTS, made, same_greedy_text
 
 @pytest.mark.parametrize("shard", ["5GB", "20KB"])
 @pytest.mark.parametrize("name", HUB)
-def test_a_checkpoint_becomes_a_run_with_the_same_logits_and_text(name, shard, tmp_path):
+def test_imported_run_has_the_same_logits_and_text(name, shard, tmp_path):
     folder = saved(name, tmp_path / "hub", shard)
     assert len(list(folder.glob("*.safetensors"))) == 1 if shard == "5GB" else 3
     import_checkpoint(str(folder), tmp_path / "run")
@@ -39,7 +39,7 @@ def test_a_checkpoint_becomes_a_run_with_the_same_logits_and_text(name, shard, t
 
 
 @pytest.mark.parametrize("name", HUB)
-def test_there_and_back_every_weight_and_token_is_the_same(name, tmp_path):
+def test_round_trip_keeps_every_weight_and_token(name, tmp_path):
     folder = saved(name, tmp_path / "hub", "20KB")
     import_checkpoint(str(folder), tmp_path / "run")
     export(tmp_path / "run", tmp_path / "out", dtype="bfloat16" if name != "TinyLlama" else "float32")
@@ -59,20 +59,20 @@ def test_there_and_back_every_weight_and_token_is_the_same(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", HUB)
-def test_speaking_follows_the_prompt_as_decoding_the_whole_does(name, tmp_path):
+def test_streamed_text_equals_decoding_everything_at_once(name, tmp_path):
     import_checkpoint(str(saved(name, tmp_path / "hub")), tmp_path / "run")
     ours, tokenizer = load_run(tmp_path / "run")
     assert tokenizer.inner.id_to_token(tokenizer.eot) == HUB[name][3]
     model, fast = theirs(tmp_path / "hub").float(), AutoTokenizer.from_pretrained(tmp_path / "hub")
     for prompt in ("the cat", "👩 the cat sat on"):
-        said = model.generate(**fast(prompt, return_tensors="pt", return_token_type_ids=False), do_sample=False,
+        generated = model.generate(**fast(prompt, return_tensors="pt", return_token_type_ids=False), do_sample=False,
                               max_new_tokens=40)  # fmt: skip
-        expected = fast.decode(said[0], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        expected = fast.decode(generated[0], skip_special_tokens=True, clean_up_tokenization_spaces=False)
         parts = stream_generate(ours, tokenizer, prompt, max_new_tokens=40, sampling=SamplingParams(greedy=True))
         assert prompt + "".join(part for _, part in parts) == expected
 
 
-def test_a_sentencepiece_keeps_the_space_after_the_prompt(monkeypatch):
+def test_sentencepiece_keeps_the_space_after_the_prompt(monkeypatch):
     tokenizer = SENTENCEPIECE
     before, after = tokenizer.encode("the cat"), tokenizer.encode("sat 👩")
     stream = StreamingDetokenizer(tokenizer, before)
@@ -88,20 +88,20 @@ def test_a_sentencepiece_keeps_the_space_after_the_prompt(monkeypatch):
 @settings(max_examples=200, deadline=None, derandomize=True)
 @example([259, 35])  # a last byte that is a space
 @given(st.lists(st.integers(0, 329) | st.sampled_from([1, 2, 0xF0 + 3, 0x9F + 3, 0x91 + 3, 0xA9 + 3]), max_size=20))
-def test_streams_survive_what_a_model_may_write(ids):
+def test_detokenizer_accepts_any_token_ids(ids):
     stream = StreamingDetokenizer(SENTENCEPIECE)
     assert "".join(map(stream.add_token, ids)) + stream.finalize() == SENTENCEPIECE.decode(ids)
     before = SENTENCEPIECE.encode("a cat 👩")
     stream = StreamingDetokenizer(SENTENCEPIECE, before)
-    said = "".join(map(stream.add_token, [*ids, *SENTENCEPIECE.encode("end")])) + stream.finalize()
-    assert said.endswith(" end")
+    streamed = "".join(map(stream.add_token, [*ids, *SENTENCEPIECE.encode("end")])) + stream.finalize()
+    assert streamed.endswith(" end")
 
 
-def test_the_named_end_of_text_stays_with_the_tokenizer(tmp_path):
+def test_end_of_text_token_is_saved_with_the_tokenizer(tmp_path):
     tokenizer = Tokenizer(smollm2_tokenizer(), "here", "<|im_end|>")
     assert tokenizer.eot == 2 and Tokenizer(smollm2_tokenizer()).eot == 0
-    assert tokenizer.sha256 != Tokenizer(smollm2_tokenizer()).sha256  # prepared texts end their documents otherwise
-    for folder in ("a", "b"):  # a run's, then that of a run that began with it
+    assert tokenizer.sha256 != Tokenizer(smollm2_tokenizer()).sha256  # prepared texts use another end-of-text token
+    for folder in ("a", "b"):  # of a run, then of a run initialized from it
         (tmp_path / folder).mkdir()
         tokenizer.save(tmp_path / folder / "tokenizer.json")
         tokenizer = Tokenizer.load(tmp_path / folder / "tokenizer.json")
@@ -109,18 +109,18 @@ def test_the_named_end_of_text_stays_with_the_tokenizer(tmp_path):
     config = tmp_path / "a/tokenizer_config.json"
     config.write_text('{"eos_token": {"content": "<|im_start|>", "special": true}}')
     assert Tokenizer.load(tmp_path / "a").eot == 1
-    for wrong, says in (
+    for wrong, message in (
         ('{"eos_token": "<stop>"}', "eos_token = '<stop>': not in"),
         ('{"eos_token": 2}', "eos_token = 2: not in"),
         ("[]", "not a tokenizer_config"),
     ):
         config.write_text(wrong)
-        with pytest.raises(ValueError, match=says):
+        with pytest.raises(ValueError, match=message):
             Tokenizer.load(tmp_path / "a")
 
 
 @pytest.mark.parametrize("flags", [flags for flags, _ in MODELS.values()], ids=MODELS)
-def test_what_heed_exported_comes_back(flags, tmp_path):
+def test_export_and_import_round_trip(flags, tmp_path):
     config = dataclasses.replace(TINY, vocab_size=0, context=256, **flags)
     run = made(tmp_path / "run", config)
     export(run, tmp_path / "out")
@@ -131,16 +131,17 @@ def test_what_heed_exported_comes_back(flags, tmp_path):
         torch.testing.assert_close(again.state_dict()[name], weight, atol=1e-6 if ours.config.gate else 0, rtol=0)
 
 
-def test_training_begins_where_the_checkpoint_stood_and_cards_say_so(tmp_path):
+def test_training_starts_from_the_imported_checkpoint_and_the_card_names_it(tmp_path):
     import_checkpoint(str(saved("SmolLM2", tmp_path / "hub")), tmp_path / "run", context=64)
     ours, _ = load_run(tmp_path / "run")
     assert ours.config.context == 64
     export(tmp_path / "run", tmp_path / "out")
     card = (tmp_path / "out/README.md").read_text()
-    assert f"| began as | {tmp_path / 'hub'}, whose licence holds, too |" in card and "trained on" not in card
+    assert f"| initialized from | {tmp_path / 'hub'}, whose licence applies as well |" in card
+    assert "trained on" not in card
 
 
-def test_a_hub_name_is_found_in_the_hubs_cache(tmp_path):
+def test_hub_name_is_found_in_the_hub_cache(tmp_path):
     folder = tmp_path / "home/hub/models--somebody--small"
     saved("Qwen3", folder / "snapshots/abc")
     (folder / "refs").mkdir()
@@ -153,53 +154,53 @@ def test_a_hub_name_is_found_in_the_hubs_cache(tmp_path):
     assert ours.config.context == 128
 
 
-def test_broken_folders_are_refused_in_a_line_and_leave_nothing(tmp_path):
+def test_invalid_folder_raises_and_leaves_no_run(tmp_path):
     run = made(tmp_path / "run", dataclasses.replace(TINY, vocab_size=0))
     export(run, folder := tmp_path / "hub")
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
     weights, words = load_file(folder / "model.safetensors"), json.loads(files["config.json"])
     some = next(iter(weights))
 
-    def refused(says: str, name: str = "run2", context: int | None = None) -> None:
+    def check_refused(message: str, name: str = "run2", context: int | None = None) -> None:
         with pytest.raises(ValueError) as error:
             import_checkpoint(str(folder), tmp_path / name, context)
-        assert says in str(error.value) and "\n" not in str(error.value)
+        assert message in str(error.value) and "\n" not in str(error.value)
         assert not (tmp_path / "run2").exists()
         for path in folder.iterdir():
             path.unlink()
         for file, content in files.items():
             (folder / file).write_bytes(content)
 
-    refused("run: not empty; name a new folder", name="run")
-    refused("name = 'a b': must be a folder name", name="a b")
-    refused("--context 33: must be from 1 to 32", context=33)
+    check_refused("run: not empty; name a new folder", name="run")
+    check_refused("name = 'a b': must be a folder name", name="a b")
+    check_refused("--context 33: must be from 1 to 32", context=33)
     (folder / "config.json").unlink()
-    refused("config.json: no such file")
+    check_refused("config.json: no such file")
     (folder / "config.json").write_text("{")
-    refused("config.json: not JSON")
+    check_refused("config.json: not JSON")
     (folder / "config.json").write_text(json.dumps(words | {"eos_token_id": 999}))
-    refused("eos_token_id = 999: not in the vocabulary")
+    check_refused("eos_token_id = 999: not in the vocabulary")
     (folder / "config.json").write_text(json.dumps(words | {"vocab_size": 299}))
-    refused("tokenizer.json has 300 tokens, but config.json's vocab_size is 299")
+    check_refused("tokenizer.json has 300 tokens, but config.json's vocab_size is 299")
     (folder / "config.json").write_text(json.dumps(words | {"intermediate_size": 64}))
-    refused("config.json makes it (32, 64)")
+    check_refused("config.json gives (32, 64)")
     (folder / "tokenizer.json").unlink()
-    refused("tokenizer.json': no such file")
+    check_refused("tokenizer.json': no such file")
     (folder / "model.safetensors").unlink()
-    refused("has no model.safetensors, nor an index of several")
+    check_refused("has no model.safetensors and no index file")
     (folder / "model.safetensors").write_bytes(b"not weights")
-    refused("model.safetensors: cannot be read")
+    check_refused("model.safetensors: cannot be read")
     save_file({k: v for k, v in weights.items() if k != some}, folder / "model.safetensors")
-    refused(f"{some} is in none of its weight files")
+    check_refused(f"{some} is missing from the weight files")
     bias = {"model.layers.0.self_attn.q_proj.bias": torch.zeros(64)}
     save_file(weights | bias, folder / "model.safetensors")
-    refused("q_proj.bias of (64,): heed's model has no such")
-    # what the model does not need is passed over
+    check_refused("q_proj.bias has shape (64,): heed has no such weight")
+    # tensors that the model does not need are ignored
     angles = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8), "lm_head.weight": weights[some].clone()}
     save_file(weights | angles, folder / "model.safetensors")
     import_checkpoint(str(folder), tmp_path / "good")
 
 
-def test_the_tool_itself_does_without_transformers():
+def test_convert_does_not_import_transformers():
     code = "import sys, convert.to_hf, convert.from_hf; assert 'transformers' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -1,4 +1,4 @@
-"""config.json read as heed's configuration: old words, and what is refused."""
+"""config.json converted to ModelConfig: formats of older versions of transformers, and unsupported values."""
 
 import dataclasses
 
@@ -10,8 +10,8 @@ from tests.conftest import TINY
 from tests.convert.test_to_hf import YARN
 
 
-def test_old_words_are_understood():
-    """config.json as transformers 4 wrote it: TinyLlama's and Qwen3-0.6B's, with YaRN as its card advises."""
+def test_config_of_transformers_4():
+    """config.json as written by transformers 4: TinyLlama's and Qwen3-0.6B's, with the YaRN of its model card."""
     old = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": False, "hidden_act": "silu",
         "hidden_size": 2048, "intermediate_size": 5632, "max_position_embeddings": 2048, "num_attention_heads": 32,
@@ -32,11 +32,11 @@ def test_old_words_are_understood():
     assert (stretched.yarn_factor, stretched.yarn_original_context, stretched.rope_theta) == (4.0, 32768, 1e6)
 
 
-WORDS = to_hf(dataclasses.replace(TINY, **YARN)) | {"rope_scaling": None}
+CONFIG = to_hf(dataclasses.replace(TINY, **YARN)) | {"rope_scaling": None}
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ({"model_type": "gpt2"}, "model_type = 'gpt2': heed reads qwen3, qwen3_next, llama, ministral"),
         ({"attention_bias": True}, "attention_bias = True: heed's model has False"),
@@ -49,13 +49,13 @@ WORDS = to_hf(dataclasses.replace(TINY, **YARN)) | {"rope_scaling": None}
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_type = 'llama3': heed has default and"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type = 'linear': heed has default and yarn"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
-        ({"rope_parameters": WORDS["rope_parameters"] | {"beta_fast": 16}}, "rope_parameters.beta_fast = 16: "),
-        ({"rope_parameters": WORDS["rope_parameters"] | {"mscale": 0.7}}, "rope_parameters.mscale = 0.7: "),
-        ({"layer_types": ["full_attention", "linear_attention"]}, "layer_types: must be 2 times one of"),
-        ({"model_type": "qwen3_next"}, "mlp_only_layers: must name every layer"),
+        ({"rope_parameters": CONFIG["rope_parameters"] | {"beta_fast": 16}}, "rope_parameters.beta_fast = 16: heed's"),
+        ({"rope_parameters": CONFIG["rope_parameters"] | {"mscale": 0.7}}, "rope_parameters.mscale = 0.7: not supp"),
+        ({"layer_types": ["full_attention", "linear_attention"]}, "layer_types: must have 2 entries of"),
+        ({"model_type": "qwen3_next"}, "mlp_only_layers: must list every layer"),
     ],
 )
-def test_what_heed_cannot_compute_is_refused_by_name(change, says):
+def test_unsupported_value_raises(change, message):
     with pytest.raises(ValueError, match=r"^config\.json: ") as error:
-        from_hf(WORDS | change)
-    assert says in str(error.value) and "\n" not in str(error.value)
+        from_hf(CONFIG | change)
+    assert message in str(error.value) and "\n" not in str(error.value)

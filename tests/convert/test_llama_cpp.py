@@ -1,4 +1,4 @@
-"""llama.cpp itself: the ids, logits, text and perplexity that it makes of heed's files, where it is installed."""
+"""llama.cpp itself, if installed: its ids, logits, text and perplexity for heed's GGUF files."""
 
 import numpy as np
 import pytest
@@ -29,18 +29,18 @@ HARD = [
 
 @pytest.fixture(scope="module")
 def some_text() -> list[str]:
-    short = [text for text in HARD if len(text) < 100]  # llama-cpp-python gives 32 bytes of a token at most
+    short = [text for text in HARD if len(text) < 100]  # llama-cpp-python returns at most 32 bytes of a token
     return [*(page.read_text() for page in sorted((ROOT / "docs").glob("*.md"))), *short * 3]
 
 
 def split_like(name: str, texts: list[str]) -> Tokenizer:
-    """A BPE that splits text in another way, with an added token that is not special."""
-    words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=name == "smollm")
+    """A BPE with another pre-tokenizer and an added token that is not special."""
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=name == "smollm")
     first = pre_tokenizers.Digits(individual_digits=True)
     if name == "qwen2":
         first = pre_tokenizers.Split(tokenizers.Regex(to_gguf.QWEN), "isolated")
     inner = Tokenizer.train("byte", []).inner
-    inner.pre_tokenizer = pre_tokenizers.Sequence([first, words])
+    inner.pre_tokenizer = pre_tokenizers.Sequence([first, byte_level])
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     inner.train_from_iterator(
         texts, tokenizers.trainers.BpeTrainer(vocab_size=900, special_tokens=[EOT], initial_alphabet=alphabet)
@@ -56,7 +56,7 @@ def tokenizer(request, some_text) -> Tokenizer:
     return Tokenizer.train(request.param, some_text, 900)
 
 
-def test_llama_cpp_makes_the_same_ids(tokenizer, tmp_path):
+def test_llama_cpp_has_the_same_ids(tokenizer, tmp_path):
     path, _ = written(tmp_path, random_model(tokenizer, vocab_size=tokenizer.vocab_size + 3), tokenizer)
     theirs = Llama(str(path), vocab_only=True, verbose=False)
     for text in HARD:
@@ -66,7 +66,7 @@ def test_llama_cpp_makes_the_same_ids(tokenizer, tmp_path):
     assert theirs.token_eos() == theirs.token_bos() == tokenizer.eot
 
 
-# Arithmetic ---------------------------------------------------------------------------------------------------------
+# Logits -------------------------------------------------------------------------------------------------------------
 
 
 def llama_logits(path, ids: list[int], **how) -> torch.Tensor:
@@ -76,7 +76,7 @@ def llama_logits(path, ids: list[int], **how) -> torch.Tensor:
     return torch.tensor(np.array(model.scores[: len(ids)]))
 
 
-EXACT = {"type_k": 0, "type_v": 0, "flash_attn": False}  # keys and values in fp32, too
+EXACT = {"type_k": 0, "type_v": 0, "flash_attn": False}  # keys and values in fp32
 
 WIDE = {"context": 256, "n_embd": 64}
 
@@ -90,7 +90,7 @@ WIDE = {"context": 256, "n_embd": 64}
         {"rope_theta": 1e6, "norm_eps": 1e-2},
     ],
 )
-def test_llama_cpp_computes_the_same_logits(changes, tmp_path):
+def test_llama_cpp_has_the_same_logits(changes, tmp_path):
     tokenizer = Tokenizer.train("byte", [])
     model = random_model(tokenizer, **WIDE, **changes)
     path, _ = written(tmp_path, model, tokenizer)
@@ -102,7 +102,7 @@ def test_llama_cpp_computes_the_same_logits(changes, tmp_path):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, text):
-    """A trained run that reads 256 tokens at once."""
+    """A trained run with context 256."""
     where = tmp_path_factory.mktemp("runs")
     small = [word for word in SMALL if "context" not in word and "batch" not in word]
     done = command(
@@ -114,7 +114,7 @@ def run(tmp_path_factory, text):
     return where / "read"
 
 
-def test_llama_cpp_says_the_same_in_f32(run, tmp_path):
+def test_llama_cpp_generates_the_same_text_in_f32(run, tmp_path):
     done = command("convert", "to-gguf", str(run), str(tmp_path / "x.gguf"), "--type", "f32", where=run.parent)
     assert done.returncode == 0, done.stderr
     model, tokenizer = load(run)
@@ -127,7 +127,7 @@ def test_llama_cpp_says_the_same_in_f32(run, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", to_gguf.TYPES)
-def test_llama_cpp_finds_the_same_perplexity(dtype, run, text, tmp_path):
+def test_llama_cpp_has_the_same_perplexity(dtype, run, text, tmp_path):
     assert convert(["to-gguf", str(run), str(tmp_path / "x.gguf"), "--type", dtype]) == 0
     model, tokenizer = load(run)
     ids = torch.tensor(tokenizer.encode(text.read_text())[:257])
@@ -135,4 +135,4 @@ def test_llama_cpp_finds_the_same_perplexity(dtype, run, text, tmp_path):
         ours = torch.nn.functional.cross_entropy(model.cpu()(ids[None, :-1])[0], ids[1:]).exp()
     theirs = torch.nn.functional.cross_entropy(llama_logits(tmp_path / "x.gguf", ids[:-1].tolist()), ids[1:]).exp()
     assert theirs.item() == pytest.approx(ours.item(), rel=0.01)
-    assert ours < 20  # of 300: it has learned something that could get lost
+    assert ours < 20  # of 300: the model is trained, so errors would show

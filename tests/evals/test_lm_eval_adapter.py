@@ -1,4 +1,4 @@
-"""The real lm-eval, offline, on local tasks: its figures are evals/__main__.py's, and transformers' arithmetic."""
+"""lm-eval itself, offline, on local tasks: its results equal those of `python -m evals` and of transformers."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from evals import lm_eval_adapter, tasks
 from evals.lm_eval_adapter import Heed
 from sample import SamplingParams, load, stream_generate
 from tests.conftest import command
-from tests.evals.test_evaluate import by_hand
+from tests.evals.test_evaluate import expected_score
 
 WORDS = [f"the {n % 7} birds sing to the {n % 5} bees, and the bees to the {n % 3} {w}"
          for n, w in enumerate(["ants.", "bees.", "birds", "ants.\n", "ants", "the", "naïve", "to"])]  # fmt: skip
@@ -59,7 +59,7 @@ ROWS = {
 
 @pytest.fixture(scope="module")
 def found(runs, tmp_path_factory) -> dict:
-    """What the command writes: the results, and under `samples` each task's answers."""
+    """The output of the command: the results, and under `samples` each task's answers."""
     where = tmp_path_factory.mktemp("harness")
     for task, recipe in TASKS.items():
         (where / f"{task}.jsonl").write_text("\n".join(map(json.dumps, ROWS[task])))
@@ -84,7 +84,7 @@ def ours(runs):
     return model.cpu(), tokenizer
 
 
-def test_last_words_and_choices_are_evaluates(found, ours):
+def test_accuracy_equals_that_of_evals(found, ours):
     items = [{"task": "lambada", "text": text.rstrip("\n")} for text in WORDS]
     items += [{"task": "choice", **row} for row in CHOICES]
     lambada, choice = tasks.evaluate(*ours, [tasks.parse(item, "") for item in items])
@@ -98,30 +98,30 @@ def test_last_words_and_choices_are_evaluates(found, ours):
     assert choice.accuracy.value != choice.per_byte.value
 
 
-def test_perplexity_is_that_by_hand(found, ours):
+def test_perplexity(found, ours):
     model, tokenizer = ours
     total = 0.0
     for text in WORDS:
         context, _, word = text.rpartition(" ")
         ids = tokenizer.encode(context)
-        total += by_hand(model, ids, tokenizer.encode(f"{context} {word}")[len(ids) :])[0]
+        total += expected_score(model, ids, tokenizer.encode(f"{context} {word}")[len(ids) :])[0]
     assert found["last_word"]["perplexity,none"] == pytest.approx(math.exp(-total / len(WORDS)), rel=1e-3)
 
 
-def test_whole_texts_are_scored_as_by_hand(found, ours):
+def test_rolling_loglikelihood(found, ours):
     model, tokenizer = ours
     total = 0.0
     for text in TEXTS:
         ids = [tokenizer.eot, *tokenizer.encode(text)]
-        for start in range(1, len(ids), 32):  # so many tokens at once, each time with as much before as then fits
+        for start in range(1, len(ids), 32):  # 32 tokens at a time, preceded by as many tokens as fit
             scored = ids[start : start + 32]
-            total += by_hand(model, ids[:start], scored)[0]
+            total += expected_score(model, ids[:start], scored)[0]
     size = sum(len(text.encode()) for text in TEXTS)
     assert len(tokenizer.encode(TEXTS[1])) > 64
     assert found["rolling"]["bits_per_byte,none"] == pytest.approx(-total / size / math.log(2), rel=1e-3)
 
 
-def test_generation_is_samples_greedy_text_up_to_a_stop(found, ours):
+def test_generation_equals_greedy_sample_up_to_a_stop_string(found, ours):
     for row, sample in zip(ROWS["go_on"], found["samples"]["go_on"], strict=True):
         parts = stream_generate(
             *ours, row["prompt"], max_new_tokens=40, sampling=SamplingParams(greedy=True), stop=["sing", "."]
@@ -130,7 +130,7 @@ def test_generation_is_samples_greedy_text_up_to_a_stop(found, ours):
         assert "sing" not in sample["resps"][0][0]
 
 
-# Questions that no task above asks ----------------------------------------------------------------------------------
+# Requests not covered by the tasks above ----------------------------------------------------------------------------
 
 
 class Request:
@@ -138,52 +138,52 @@ class Request:
         self.args = args
 
 
-def test_contexts_without_words_begin_a_document(runs, ours):
+def test_blank_context_starts_a_document(runs, ours):
     model, tokenizer = ours
     heed = Heed(str(runs / "songs"), "latest")
-    begins = by_hand(model, [tokenizer.eot], tokenizer.encode(" the"))[0]
+    begins = expected_score(model, [tokenizer.eot], tokenizer.encode(" the"))[0]
     for context, continuation in (("", " the"), (" ", "the")):
         (found,) = heed.loglikelihood([Request(context, continuation)], disable_tqdm=True)
         assert found[0] == pytest.approx(begins, abs=1e-3)
     assert heed.loglikelihood_rolling([Request("")]) == [0]
 
 
-def test_generation_does_what_is_asked_or_says_what_it_cannot(runs):
+def test_generation_options(runs):
     heed = Heed(str(runs / "songs"))
     torch.manual_seed(0)
     drawn = heed.generate_until([Request("Song", {"do_sample": True, "temperature": 5.0, "top_k": 50})])
     assert drawn != heed.generate_until([Request("Song", {})])
-    with pytest.raises(ValueError, match=r"gen_kwargs: num_beams = 4: sample.py has temperature, top_k"):
+    with pytest.raises(ValueError, match=r"gen_kwargs: num_beams = 4: sample.py supports temperature, top_k"):
         heed.generate_until([Request("Song", {"num_beams": 4})])
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
-        ({}, "model_args: names no run; --model_args run=runs/NAME"),
+        ({}, "model_args: no run; --model_args run=runs/NAME"),
         ({"run": "none"}, "none: no such run"),
         ({"run": "none", "pretrained": "gpt2", "batch_size": 1}, "model_args: pretrained = 'gpt2': no such argument"),
     ],
 )
-def test_wrong_arguments_are_named(arguments, says):
-    with pytest.raises(ValueError, match=says):
+def test_invalid_model_args(arguments, message):
+    with pytest.raises(ValueError, match=message):
         Heed(**arguments)
 
 
-def test_a_mistake_is_one_line(monkeypatch, capsys):
+def test_error_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: Heed(run="none"))
     assert lm_eval_adapter.main() == 2
     assert capsys.readouterr().err == "lm_eval_adapter: none: no such run\n"
 
 
-def test_without_the_package_there_is_a_hint(runs, tmp_path):
+def test_missing_package_prints_a_hint(runs, tmp_path):
     (tmp_path / "lm_eval.py").write_text("raise ModuleNotFoundError(\"No module named 'lm_eval'\")")
     done = command("evals.lm_eval_adapter", "--help", where=runs, PYTHONPATH=str(tmp_path))
     assert done.stderr == "lm_eval_adapter: No module named 'lm_eval': pip install -e .[eval]\n"
     assert done.returncode == 2
 
 
-def test_the_tokenizer_adds_nothing(runs):
+def test_tok_encode_adds_no_special_tokens(runs):
     heed = Heed(str(runs / "songs"))
     tokenizer = Tokenizer.load(runs / "songs")
     assert heed.tok_encode("Song 1", add_special_tokens=True) == tokenizer.encode("Song 1")

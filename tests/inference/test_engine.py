@@ -1,4 +1,4 @@
-"""Engines: the C++ engine against the model in fp64 without a cache, for every flag; and no compiler, and int8."""
+"""Engines: the C++ engine compared with the model in fp64 without a cache, for every flag; no compiler; int8."""
 
 import dataclasses
 import re
@@ -17,20 +17,20 @@ from tests.conftest import TINY, randomized
 
 FLAGS = {
     "plain": {},
-    "one key head": {"n_kv_head": 1},
-    "as many key heads": {"n_kv_head": 4},
-    "windows": {"window": 5, "layer_pattern": "SL"},
+    "MQA": {"n_kv_head": 1},
+    "MHA": {"n_kv_head": 4},
+    "sequences": {"window": 5, "layer_pattern": "SL"},
     "gate": {"gate": True},
     "yarn": {"yarn_factor": 4.0, "yarn_original_context": 8},
     "untied": {"tie_embeddings": False},
     "odd sizes": {"n_embd": 37, "n_ffn": 51, "head_dim": 6, "vocab_size": 101},
     "wide": {"n_embd": 192, "n_ffn": 320, "head_dim": 64, "norm_eps": 1e-3, "rope_theta": 500.0},
 }
-PIECES = (7, 1, 1, 10, 1, 1, 1, 5, 1, 4)  # 32 tokens, the whole context
+CHUNKS = (7, 1, 1, 10, 1, 1, 1, 5, 1, 4)  # 32 tokens, the whole context
 
 
 def exact(model: GPT, tokens: torch.Tensor) -> torch.Tensor:
-    """Logits after every token in fp64, of the whole text at once."""
+    """Logits after every token in fp64, computed for the whole sequence at once."""
     double = GPT(model.config).eval().double()
     named = ((name, child) for name, child in model.named_modules() if getattr(child, "weight", None) is not None)
     double.load_state_dict({f"{name}.weight": child.weight.double() for name, child in named})
@@ -40,47 +40,47 @@ def exact(model: GPT, tokens: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "int8"])
 @torch.inference_mode()
-def test_logits_are_the_models_for_every_flag(flags, kind):
-    """Activations may be rounded, too: with weights in bf16 as torch does, with int8 to 16 bits."""
+def test_logits_equal_the_models_for_every_flag(flags, kind):
+    """Activations may be rounded as well: with bf16 weights as in torch, with int8 weights to 16 bits."""
     model = randomized(dataclasses.replace(TINY, **flags))
     if kind != "fp32":
         quantize(model, kind)
-    read, dtype = CppEngine(model), model.model.norm.weight.dtype
+    run, dtype = CppEngine(model), model.model.norm.weight.dtype
     ours, torchs = [], []
     for batch in (1, 2, 5):
         tokens = torch.randint(0, 97, (batch, 32))
         expected, end = exact(model, tokens), 0
         cache, theirs = KVCache(model.config, batch), KVCache(model.config, batch, dtype=dtype)
-        for T in PIECES:
-            piece, end = tokens[:, end : end + T], end + T
-            ours.append((read(piece, cache) - expected[:, end - 1]).abs().max())
-            torchs.append((EagerEngine(model)(piece, theirs) - expected[:, end - 1]).abs().max())
+        for T in CHUNKS:
+            chunk, end = tokens[:, end : end + T], end + T
+            ours.append((run(chunk, cache) - expected[:, end - 1]).abs().max())
+            torchs.append((EagerEngine(model)(chunk, theirs) - expected[:, end - 1]).abs().max())
     assert max(ours) <= (max(torchs) if kind == "bf16" else {"fp32": 2e-6, "int8": 4e-4}[kind] * expected.abs().max())
 
 
 @torch.inference_mode()
-def test_a_ring_goes_round_and_a_cache_in_bf16_is_the_torch_ones():
+def test_ring_buffer_and_bf16_cache_equal_torch():
     model = randomized(dataclasses.replace(TINY, window=100, layer_pattern="SL", context=600))
-    read, tokens = CppEngine(model), torch.randint(0, 97, (2, 590))
+    run, tokens = CppEngine(model), torch.randint(0, 97, (2, 590))
     cache = KVCache(model.config, 2)
-    for piece in tokens.split(59, dim=1):
-        got = read(piece, cache)
+    for chunk in tokens.split(59, dim=1):
+        got = run(chunk, cache)
     assert cache.layers[0][0].shape[1] < 590
     torch.testing.assert_close(got.double(), exact(model, tokens)[:, -1], atol=3e-5, rtol=3e-5)
     quantize(model, "bf16")
     ours, theirs = (KVCache(model.config, 2, dtype=torch.bfloat16) for _ in range(2))
-    read, tokens = CppEngine(model), tokens[:, :20]
-    near = (read(tokens, ours) - EagerEngine(model)(tokens, theirs)).abs().max()
-    assert near < 0.1 * read(tokens[:, :1], ours).abs().max()  # torch rounds every step to bf16
-    for mine, yours in zip(ours.layers[0], theirs.layers[0], strict=True):  # of the first layer: one rounding apart
+    run, tokens = CppEngine(model), tokens[:, :20]
+    near = (run(tokens, ours) - EagerEngine(model)(tokens, theirs)).abs().max()
+    assert near < 0.1 * run(tokens[:, :1], ours).abs().max()  # torch rounds every step to bf16
+    for mine, yours in zip(ours.layers[0], theirs.layers[0], strict=True):  # first layer: they differ by one rounding
         torch.testing.assert_close(mine[:, :20], yours[:, :20], atol=0.02, rtol=0.02)
 
 
 @torch.inference_mode()
-def test_threads_share_the_work():
+def test_number_of_threads_does_not_change_the_result():
     model, tokens, before = randomized(TINY), torch.randint(0, 97, (3, 9)), torch.get_num_threads()
     try:
-        for threads in (1, 3, 40):  # 40: more than there are heads and rows
+        for threads in (1, 3, 40):  # 40: more than heads and rows
             torch.set_num_threads(threads)
             got = CppEngine(model)(tokens, KVCache(model.config, 3))
             torch.testing.assert_close(got, model(tokens)[:, -1], atol=2e-5, rtol=2e-5)
@@ -88,14 +88,14 @@ def test_threads_share_the_work():
         torch.set_num_threads(before)
 
 
-def test_what_torch_would_refuse_is_refused():
-    read, cache = CppEngine(randomized(TINY)), KVCache(TINY, 1)
+def test_out_of_range_tokens_raise():
+    run, cache = CppEngine(randomized(TINY)), KVCache(TINY, 1)
     for tokens in ([97], [-1], [0] * 33, []):
         with pytest.raises(IndexError, match="tokens from 0 to 96, 1 to 32 of them"):
-            read(torch.tensor([tokens], dtype=torch.long), cache)
+            run(torch.tensor([tokens], dtype=torch.long), cache)
 
 
-def test_the_engine_of_a_cpu_is_the_fast_one_and_generate_uses_it(monkeypatch):
+def test_default_cpu_engine_is_cpp_and_generate_uses_it(monkeypatch):
     model = randomized(TINY)
     assert isinstance(make_engine(model), CppEngine)
     asked, real = [], decode_step.decode
@@ -104,29 +104,29 @@ def test_the_engine_of_a_cpu_is_the_fast_one_and_generate_uses_it(monkeypatch):
     assert asked == [(1, 3), (2, 1), (2, 1)]
 
 
-# Where it cannot be --------------------------------------------------------------------------------------------------
+# Without the C++ engine ----------------------------------------------------------------------------------------------
 
 
-def test_without_a_compiler_the_eager_engine_generates_and_says_so(monkeypatch, capfd, tmp_path, compilers):
+def test_without_a_compiler_the_eager_engine_is_used_with_a_warning(monkeypatch, capfd, tmp_path, clear_compiled):
     engine._warn_once.cache_clear()
     monkeypatch.setattr(build, "FOLDER", tmp_path)
     model = randomized(TINY)
     expected = torch.stack(list(sample.generate(model, [5], max_new_tokens=9, seed=3)))
-    compilers()
+    clear_compiled()
     for compiler, why in (("false", "false failed"), ("/no/compiler", "no C.. compiler")):
         monkeypatch.setenv("CXX", compiler)
         monkeypatch.setattr(build, "FOLDER", tmp_path / "another")
         assert torch.equal(torch.stack(list(sample.generate(model, [5], max_new_tokens=9, seed=3))), expected)
-        list(sample.generate(model, [5], max_new_tokens=1))  # no second line
+        list(sample.generate(model, [5], max_new_tokens=1))  # the warning is printed once
         said = capfd.readouterr().err.splitlines()
         assert len(said) == 1 and re.search(why, said[0]) and "generating with PyTorch" in said[0]
-        compilers()
+        clear_compiled()
 
 
-def test_a_flag_that_it_does_not_know_is_torchs(capfd):
+def test_unknown_flag_uses_the_eager_engine(capfd):
     @dataclasses.dataclass(frozen=True)
     class Later(type(TINY)):
-        """A configuration of a later heed."""
+        """A configuration of a later version of heed."""
 
         softcap: float = 0.0
 
@@ -141,9 +141,9 @@ def test_a_flag_that_it_does_not_know_is_torchs(capfd):
         assert "model.softcap" in capfd.readouterr().err
 
 
-def test_compiled_once_and_kept(tmp_path, monkeypatch, compilers):
+def test_compiled_library_is_cached(tmp_path, monkeypatch, clear_compiled):
     def compiled(*flags: str) -> list[int]:
-        compilers()
+        clear_compiled()
         monkeypatch.setattr(build, "FLAGS", [*build.FLAGS[:1], *flags, *build.FLAGS[1:]])
         cpu.library("linear", ELEMENT=torch.float32)
         return sorted(path.stat().st_mtime_ns for path in tmp_path.iterdir())
@@ -154,17 +154,17 @@ def test_compiled_once_and_kept(tmp_path, monkeypatch, compilers):
     assert len(compiled("-O1")) == 2
 
 
-def test_a_folder_that_takes_nothing_is_named(tmp_path, monkeypatch, compilers):
+def test_unwritable_cache_folder_is_reported(tmp_path, monkeypatch, clear_compiled):
     (tmp_path / "file").touch()
     monkeypatch.setattr(build, "FOLDER", tmp_path / "file" / "cpu")
     with pytest.raises(cpu.Unavailable, match=r"file/cpu cannot hold compiled code: .*Not a directory"):
         cpu.library("linear", ELEMENT=torch.float32)
 
 
-# Fewer bytes ---------------------------------------------------------------------------------------------------------
+# Quantization --------------------------------------------------------------------------------------------------------
 
 
-def test_int8_is_a_quarter_of_the_bytes_and_within_half_a_step():
+def test_int8_takes_a_quarter_of_the_bytes_and_rounds_to_nearest():
     model = randomized(TINY)
     before = {name: p.clone() for name, p in model.named_parameters() if p.ndim == 2}
     quantize(model, "int8")
@@ -178,36 +178,36 @@ def test_int8_is_a_quarter_of_the_bytes_and_within_half_a_step():
     assert sum(p.ndim > 1 for p in model.parameters()) == 0
 
 
-def test_int8_costs_less_than_half_a_percent_in_bits_per_byte(runs):
+def test_int8_changes_bits_per_byte_by_less_than_half_a_percent(runs):
     model, tokenizer = sample.load(runs / "songs")
     song = "Song {}: the {} birds sing to the {} bees, and the bees to the {} ants.\n"
     text = "".join(song.format(n, n % 7, n % 5, n % 3) for n in range(40))
     ids = torch.tensor(tokenizer.encode(text))
-    windows = ids[: len(ids) // 32 * 32].view(-1, 32)
+    sequences = ids[: len(ids) // 32 * 32].view(-1, 32)
 
     @torch.inference_mode()
-    def bits_a_byte(model: GPT, read) -> float:
+    def bits_per_byte(model: GPT, run) -> float:
         total = 0.0
-        cache = KVCache(model.config, len(windows))
+        cache = KVCache(model.config, len(sequences))
         for place in range(31):
-            logits = read(windows[:, place : place + 1], cache)
-            total += torch.nn.functional.cross_entropy(logits, windows[:, place + 1], reduction="sum").item()
+            logits = run(sequences[:, place : place + 1], cache)
+            total += torch.nn.functional.cross_entropy(logits, sequences[:, place + 1], reduction="sum").item()
         return total / len(text.encode())
 
-    before = bits_a_byte(model, make_engine(model))
+    before = bits_per_byte(model, make_engine(model))
     quantize(model, "int8")
-    for read in (make_engine(model), EagerEngine(model)):
-        after = bits_a_byte(model, read)
+    for run in (make_engine(model), EagerEngine(model)):
+        after = bits_per_byte(model, run)
         assert abs(after / before - 1) < 0.005
         assert after != before
 
 
-def test_the_command_generates_in_int8_with_and_without_a_compiler(runs, sample_py, monkeypatch, compilers):
+def test_command_generates_in_int8_with_and_without_a_compiler(runs, sample_py, monkeypatch, clear_compiled):
     said = {}
     for words in ((), ("--quantize=int8",), ("--quantize=bf16",)):
         for compiler in ("g++", "false"):
             engine._warn_once.cache_clear()
-            compilers()
+            clear_compiled()
             monkeypatch.setenv("CXX", compiler)
             done = sample_py("--greedy", "--max-new-tokens=12", "--prompt=Song", *words, where=runs)
             assert done.returncode == 0, done.stderr

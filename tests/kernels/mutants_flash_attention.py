@@ -10,10 +10,10 @@ from kernels.reference import CAUSAL, FULL, MaskSpec, reference_attention
 # name, text in the source, what it becomes, how often it occurs if not once
 MUTANTS: list[tuple[str, str, str] | tuple[str, str, str, int]] = [
     # which keys
-    ("the query's own key not seen", "sees & (distance >= 0)", "sees & (distance > 0)"),
-    ("one key of the future seen", "sees & (distance >= 0)", "sees & (distance >= -1)"),
+    ("the query's own key not seen", "visible & (distance >= 0)", "visible & (distance > 0)"),
+    ("one key of the future seen", "visible & (distance >= 0)", "visible & (distance >= -1)"),
     ("a window of one key more", "(tl.abs(distance) < WINDOW)", "(tl.abs(distance) <= WINDOW)"),
-    ("keys past the end seen", "sees = key < S", "sees = key < S + 9"),
+    ("keys past the end seen", "visible = key < S", "visible = key < S + 9"),
     ("a document's first key not seen", "(key >= first)", "(key > first)"),
     ("a document sees the next one's first key", "(key < last)", "(key <= last)"),
     ("the diagonal aligned to the start", "query = (t + S - T)[:, None]", "query = t[:, None]", 2),
@@ -60,7 +60,7 @@ MUTANTS: list[tuple[str, str, str] | tuple[str, str, str, int]] = [
     ("dq without scale", "_store(sums * scale, dq", "_store(sums, dq"),
     ("dk without scale", "_store(dkeys * scale, dk", "_store(dkeys, dk"),
     ("softcap's derivative dropped", "dscore *= 1 - tanh * tanh", "dscore *= 1", 2),
-    ("slopes' gradient has the wrong sign", "dslopes + of_row, -farness", "dslopes + of_row, farness"),
+    ("slopes' gradient has the wrong sign", "dslopes + of_row, -distance_sums", "dslopes + of_row, distance_sums"),
     ("slopes' gradient without the distance", "dscore * tl.abs(query - key), 1", "dscore, 1"),
     ("sinks' gradient has the wrong sign", "else -((sinks", "else ((sinks"),
     ("rows without keys have gradients", 'tl.where(base == float("-inf"), float("inf"), base * LOG2E)', "base * LOG2E"),

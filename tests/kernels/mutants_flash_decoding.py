@@ -19,7 +19,7 @@ MUTANTS: list[tuple[str, str, str]] = [
     ("keys of a block's later rows skipped", "(block * BLOCK_M + BLOCK_M - 1) // G", "block * BLOCK_M // G"),
     ("a ring without modulo", "tl.where(slot < S, slot, slot - S)", "slot"),
     ("keys that were written over seen twice", "tl.maximum(length - S, 0), length", "0, length"),
-    ("keys beyond the length count", "sees = inside[None, :]", "sees = distance == distance"),
+    ("keys beyond the length count", "visible = inside[None, :]", "visible = distance == distance"),
     ("values beyond the length are read", "v_h)[:, None] + column[None, :], mask=read", VALUES_UNMASKED),
     # where they lie
     ("heads of a group dealt out in turn", "kv * G + row % G", "kv + row % G * K"),

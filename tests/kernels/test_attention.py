@@ -234,7 +234,7 @@ def test_views_that_are_not_contiguous():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         ({"backend": "cuda"}, "'cuda' is not one of reference, sdpa, cpp, blocks, flash, decode"),
         ({"backend": "sdpa", "return_lse": True}, "cannot return the log-sum-exp"),
@@ -250,9 +250,9 @@ def test_views_that_are_not_contiguous():
         ({"cache_seqlens": torch.tensor([4, 4]), "document_ids": torch.zeros(2, 4)}, "exclude each other"),
     ],
 )
-def test_mistakes_are_named(arguments, says):
+def test_mistakes_are_named(arguments, message):
     q, k, v = draw(2, 4, 4, 4, 2, 6)
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         attention(q, k, v, **arguments)
 
 

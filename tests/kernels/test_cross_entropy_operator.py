@@ -86,7 +86,7 @@ def test_views_that_are_not_contiguous():
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ({"x": torch.zeros(6, 7)}, r"got \(6, 7\), \(65, 8\), \(6,\)"),
         ({"targets": torch.zeros(5).long()}, r"got \(6, 8\), \(65, 8\), \(5,\)"),
@@ -97,7 +97,7 @@ def test_views_that_are_not_contiguous():
         ({"backend": "cuda"}, "'cuda' is not one of torch, cpp, triton"),
     ],
 )
-def test_mistakes_are_named(change, says):
+def test_mistakes_are_named(change, message):
     x, weight, targets = draw(6, 8, 65)
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         linear_cross_entropy(**{"x": x, "weight": weight, "targets": targets} | change)

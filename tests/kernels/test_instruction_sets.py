@@ -27,10 +27,10 @@ def available() -> list[str]:
 
 
 @pytest.fixture(params=available())
-def instruction_set(request, monkeypatch, compilers):
+def instruction_set(request, monkeypatch, clear_compiled):
     """The C++ files are compiled for this instruction set."""
     monkeypatch.setattr(build, "FLAGS", [f.replace("native", request.param) for f in build.FLAGS])
-    compilers()
+    clear_compiled()
 
 
 @pytest.mark.usefixtures("instruction_set")

@@ -11,7 +11,7 @@ HERE = build.HERE
 
 
 @pytest.fixture
-def compiled(monkeypatch, tmp_path, tmp_path_factory, compilers):
+def compiled(monkeypatch, tmp_path, tmp_path_factory, clear_compiled):
     """compiled(name, text) replaces kernels/cpu/NAME, for this test."""
 
     def put(name: str, text: str) -> None:
@@ -22,7 +22,7 @@ def compiled(monkeypatch, tmp_path, tmp_path_factory, compilers):
         monkeypatch.setattr(
             build, "FOLDER", tmp_path_factory.getbasetemp() / "compiled"
         )  # the other file, compiled once
-        compilers()
+        clear_compiled()
 
     return put
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, UNMEASURED
+from tests.conftest import ROOT, UNTRACED_ENV
 
 LINES = 6  # of an error message, at most
 
@@ -18,7 +18,7 @@ class Server:
 
     def __init__(self, where: Path) -> None:
         self.where, self.cases, self.wrong = where, 0, list[str]()
-        environment = UNMEASURED | {
+        environment = UNTRACED_ENV | {
             "HEED_CACHE": str(where / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"
         }  # fmt: skip
         self.process = subprocess.Popen(

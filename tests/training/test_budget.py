@@ -1,4 +1,4 @@
-"""The step budget: how many steps a run with a budget of minutes makes, and when it evaluates."""
+"""The time budget: number of steps of a run with a budget of minutes, and when it evaluates."""
 
 import re
 
@@ -10,9 +10,9 @@ from training.budget import StepBudget, evaluation_due
 from training.recipes import load
 
 
-def test_the_number_of_steps_is_set_to_end_in_time(learn, capsys):
-    run = learn("timed", "--train.minutes=0.15", "--train.num_evals=2")
-    # Set after the first steps and then adjusted again and again: the last line is right.
+def test_number_of_steps_fits_the_budget(run_training, capsys):
+    run = run_training("timed", "--train.minutes=0.15", "--train.num_evals=2")
+    # Set after the first steps and adjusted repeatedly: the last line is final.
     out = capsys.readouterr().out
     assert "budget 0.15 min = " in out
     steps = int(re.findall(r"step (\d+) \| val_loss", out)[-1])
@@ -21,31 +21,31 @@ def test_the_number_of_steps_is_set_to_end_in_time(learn, capsys):
     assert max(losses(run, "val_loss")) == steps
     assert f"num_steps: {steps}\n" in out
     rates = [r["lr"] for r in metrics.read(run / "metrics.jsonl") if "lr" in r]
-    assert rates[-1] < 0.1 * max(rates)  # the schedule reached its end
+    assert rates[-1] < 0.1 * max(rates)  # the schedule is complete
 
 
-def test_the_number_of_steps_follows_the_machines_speed(learn, monkeypatch):
+def test_number_of_steps_is_adjusted_to_the_speed(run_training, monkeypatch):
     asked = []
 
     def fit(self, step, evals_left):
         asked.append((step, evals_left))
-        return 60 if step < 20 else 40  # the machine became slower
+        return 60 if step < 20 else 40  # steps became slower
 
     monkeypatch.setattr(StepBudget, "steps_in_time", fit)
     monkeypatch.setattr(budget, "ADJUST_EVERY", 5)
-    run = learn("drifting", "--train.minutes=1", "--train.num_evals=2")
+    run = run_training("drifting", "--train.minutes=1", "--train.num_evals=2")
     assert asked == [(12, 2), (15, 2), (20, 2), (25, 1), (30, 1)]  # after the first steps, then every five
     assert list(losses(run, "val_loss")) == [20, 40]
     assert max(losses(run)) == 40
 
 
-def test_steps_in_time_is_what_the_budget_leaves(monkeypatch):
+def test_steps_in_the_remaining_time(monkeypatch):
     config = load("shakespeare", {"train.minutes": "2", "train.num_evals": "3", "train.batch_tokens": "8192"})
     monkeypatch.setattr(StepBudget, "elapsed", 10.0)
 
     def steps(seconds: float) -> int:
         timed = StepBudget(config, 0, val_tokens=8192)
-        timed.durations = [9.0] * 4 + [seconds] * 3  # the first ones are left out
+        timed.durations = [9.0] * 4 + [seconds] * 3  # the first ones are excluded
         return timed.steps_in_time(7, 2)
 
     # 120 s * 0.98, less 10 s spent, less 2 evaluations of 0.5 * 8192 / 8192 / 3 + 2 s, at 0.5 s per step, after 7 steps
@@ -57,7 +57,7 @@ def test_steps_in_time_is_what_the_budget_leaves(monkeypatch):
     ("num_steps", "given", "due"),
     [(0, "0", [12]), (200, "0", [12, 50, 100]), (200, "200", [])],
 )
-def test_when_the_number_is_adjusted(num_steps, given, due):
+def test_when_the_number_of_steps_is_adjusted(num_steps, given, due):
     config = load("shakespeare", {"train.steps": given} if given != "0" else {})
     timed, found = StepBudget(config, num_steps, 1), []
     for step in range(1, 200):
@@ -66,7 +66,7 @@ def test_when_the_number_is_adjusted(num_steps, given, due):
     assert found == due
 
 
-def test_evaluations_are_spread_evenly_and_none_is_lost_when_the_steps_change():
+def test_evaluations_are_spread_evenly_when_the_number_of_steps_changes():
     def made(steps_at, end, validated=()):
         validated = list(validated)
         for step in range(max(validated, default=0), end + 1):
@@ -78,5 +78,5 @@ def test_evaluations_are_spread_evenly_and_none_is_lost_when_the_steps_change():
     assert made(lambda step: 0, 12) == []  # not yet known
     assert made(lambda step: 120 if step < 55 else 90, 90) == [55, 90]  # fewer: 45 was passed
     assert made(lambda step: 100 if step < 60 else 130, 130) == [50, 130]  # more: 65 comes too soon after 50
-    assert made(lambda step: 100 if step < 51 else 52, 52) == [50, 52]  # the last is never left out
-    assert made(lambda step: 200, 200, [50, 100]) == [50, 100, 200]  # a finished run goes on
+    assert made(lambda step: 100 if step < 51 else 52, 52) == [50, 52]  # the last evaluation always runs
+    assert made(lambda step: 200, 200, [50, 100]) == [50, 100, 200]  # a finished run continues

@@ -1,4 +1,4 @@
-"""Checkpoints survive a kill at any moment, and damage is noticed."""
+"""Checkpoints: atomic writes, round trips, detection of damage."""
 
 import itertools
 import json
@@ -18,7 +18,7 @@ from training.optimizers import build_optimizers
 
 
 class Killed(BaseException):
-    """What a kill is to a process: nothing after it runs."""
+    """Simulates a kill: no code after it runs."""
 
 
 def trained(steps: int, seed: int = 0) -> tuple[GPT, list[torch.optim.Optimizer]]:
@@ -33,7 +33,7 @@ def trained(steps: int, seed: int = 0) -> tuple[GPT, list[torch.optim.Optimizer]
     return model, optimizers
 
 
-def test_what_is_saved_is_what_is_loaded(tmp_path):
+def test_save_and_load(tmp_path):
     model, optimizers = trained(3)
     folder = checkpoint.save(tmp_path, 3, model, optimizers, {"steps": 9})
     assert checkpoint.find(tmp_path, "latest") == folder == tmp_path / "step-000003"
@@ -45,13 +45,13 @@ def test_what_is_saved_is_what_is_loaded(tmp_path):
         assert torch.equal(a, b), name
     torch.manual_seed(7)
     x = torch.randint(0, 97, (2, 8))
-    for m, os_ in ((model, optimizers), (other, others)):  # the optimizers remember the same, too
+    for m, os_ in ((model, optimizers), (other, others)):  # and the optimizers' states are equal
         m.loss(x, x).backward()
         [o.step() for o in os_]
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
-def test_names_are_hugging_faces_also_after_compiling(tmp_path):
+def test_tensor_names_are_hugging_faces_even_when_compiled(tmp_path):
     model, optimizers = trained(0)
     for layer in model.model.layers:
         layer.compile()
@@ -64,8 +64,8 @@ def test_names_are_hugging_faces_also_after_compiling(tmp_path):
     assert not any("_orig_mod" in name for name in names)
 
 
-def test_a_process_killed_at_any_moment_leaves_a_loadable_run(tmp_path, monkeypatch):
-    """Every call that changes the disk is, in turn, the last one that happens."""
+def test_kill_at_any_time_leaves_a_loadable_run(tmp_path, monkeypatch):
+    """The process is killed at each call that changes the disk."""
     first, first_optimizers = trained(1)
     second, second_optimizers = trained(2)
     calls = {"rename": Path.rename, "replace": Path.replace, "write_text": Path.write_text, "mkdir": Path.mkdir}
@@ -112,7 +112,7 @@ def test_a_process_killed_at_any_moment_leaves_a_loadable_run(tmp_path, monkeypa
             checkpoint.load_optimizers(folder, optimizers)
             expected = {1: first, 2: second}[step]
             assert torch.equal(model.model.norm.weight, expected.model.norm.weight)
-        checkpoint.save(run, 2, second, second_optimizers, {})  # and the run goes on
+        checkpoint.save(run, 2, second, second_optimizers, {})  # and the run continues
         assert checkpoint.read_state(checkpoint.find(run, "latest"))["step"] == 2
         assert not list(run.glob(".draft-step*"))
         if done:
@@ -122,7 +122,7 @@ def test_a_process_killed_at_any_moment_leaves_a_loadable_run(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt"])
-def test_one_flipped_bit_is_noticed(tmp_path, name):
+def test_flipped_bit_is_detected(tmp_path, name):
     folder = checkpoint.save(tmp_path, 1, *trained(1), {})
     raw = bytearray((folder / name).read_bytes())
     raw[len(raw) // 2] ^= 1
@@ -131,7 +131,7 @@ def test_one_flipped_bit_is_noticed(tmp_path, name):
         checkpoint.read_state(folder)
 
 
-def test_damaged_and_missing_states_are_named(tmp_path):
+def test_damaged_and_missing_checkpoints_are_reported(tmp_path):
     folder = checkpoint.save(tmp_path, 1, *trained(1), {})
     (folder / "optimizer.pt").unlink()
     with pytest.raises(CheckpointError, match="damaged checkpoint"):
@@ -143,14 +143,14 @@ def test_damaged_and_missing_states_are_named(tmp_path):
         checkpoint.find(tmp_path, "step-000007")
 
 
-def test_another_models_weights_are_refused(tmp_path):
+def test_weights_of_another_model_raise(tmp_path):
     folder = checkpoint.save(tmp_path, 1, *trained(1), {})
     other = GPT(type(TINY)(**{**vars(TINY), "n_ffn": 64}))
     with pytest.raises(CheckpointError, match="does not fit this model"):
         checkpoint.load_weights(folder, other)
 
 
-def test_nothing_that_is_loaded_can_run_code(tmp_path):
+def test_loading_does_not_execute_code(tmp_path):
     folder = checkpoint.save(tmp_path, 1, *trained(1), {})
 
     class Bomb:
@@ -162,7 +162,7 @@ def test_nothing_that_is_loaded_can_run_code(tmp_path):
         checkpoint.load_optimizers(folder, trained(0)[1])
 
 
-def test_prune_keeps_the_newest_and_those_that_pointers_name(tmp_path):
+def test_prune_keeps_the_newest_checkpoints_and_pointers(tmp_path):
     for step in (1, 2, 3, 4, 5):
         checkpoint.save(tmp_path, step, *trained(0), {})
     checkpoint.point(tmp_path, "best", tmp_path / "step-000002")

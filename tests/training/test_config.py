@@ -1,4 +1,4 @@
-"""Recipes and overrides: what is right comes through, what is wrong is one line that names the place."""
+"""Recipes and overrides: valid ones are applied, invalid ones raise a one-line error with the location."""
 
 import dataclasses
 import tomllib
@@ -8,9 +8,9 @@ import pytest
 
 from model import ModelConfig
 from training.config import SECTIONS, Config, ConfigError, TrainConfig
+from training.deprecated_names import RENAMED
 from training.flops import count_parameters, flops_per_token
 from training.recipes import RECIPES, documentation, dump, fields, load, recipes
-from training.deprecated_names import RENAMED
 
 
 @pytest.fixture
@@ -23,13 +23,13 @@ def recipe(tmp_path: Path):
     return write
 
 
-def test_a_recipe_is_its_name_or_its_path():
+def test_load_recipe_by_name_or_path():
     for name in recipes():
         assert load(name) == load(str(RECIPES / f"{name}.toml"))
         assert load(name).name == name
 
 
-def test_every_field_can_be_changed_on_the_command_line():
+def test_every_field_can_be_overridden():
     for section in SECTIONS:
         for name, kind in fields(section).items():
             now = getattr(getattr(load("shakespeare"), section), name)
@@ -45,12 +45,12 @@ def test_every_field_can_be_changed_on_the_command_line():
                 "context",
                 "rope_theta",
             ):
-                continue  # these go in pairs: the next test
+                continue  # fields that must change together: see the next test
             changed = getattr(getattr(load("shakespeare", overrides), section), name)
             assert (changed, type(changed)) == (other, kind), name
 
 
-def test_fields_that_go_in_pairs():
+def test_override_fields_that_change_together():
     pairs = {
         "model.n_head": "8", "model.n_kv_head": "8", "model.layer_pattern": "SL", "model.window": "5",
         "model.yarn_factor": "2", "model.yarn_original_context": "64", "model.context": "128",
@@ -61,7 +61,7 @@ def test_fields_that_go_in_pairs():
     assert (changed.train.batch_tokens, changed.name) == (1280, "other")
 
 
-def test_a_budget_on_the_command_line_replaces_the_recipes():
+def test_budget_override_replaces_the_recipes_budget():
     assert load("shakespeare").train.minutes > 0
     assert (
         load("shakespeare", {"train.steps": "7"}).train.steps,
@@ -71,14 +71,14 @@ def test_a_budget_on_the_command_line_replaces_the_recipes():
         load("shakespeare", {"train.steps": "7", "train.minutes": "1"})
 
 
-def test_the_resolved_configuration_reads_back_equal(recipe):
+def test_dumped_config_loads_equal(recipe):
     strange = load("shakespeare", {"data.source": 'a "b" \\c é.txt', "model.dropout": "1e-7", "train.steps": "3"})
     assert load(recipe(dump(strange))) == strange
     assert set(tomllib.loads(dump(strange))) == {"name", "init_from", *SECTIONS}
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ("[model]\nn_layr = 3", ":2: model.n_layr: no such field; did you mean model.n_layer?"),
         ("[modell]\nn_layer = 3", ":2: modell: no such section; did you mean model?"),
@@ -99,16 +99,16 @@ def test_the_resolved_configuration_reads_back_equal(recipe):
         ("model = 3", ":1: model = 3: must be a section, [model]"),
     ],
 )
-def test_a_mistake_in_a_file_is_named_with_its_line(recipe, text, says):
+def test_error_in_a_recipe_has_the_line_number(recipe, text, message):
     path = recipe(text)
     with pytest.raises(ConfigError) as error:
         load(path)
-    assert str(error.value).startswith(path + says)
+    assert str(error.value).startswith(path + message)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("override", "says"),
+    ("override", "message"),
     [
         (("model.n_layer", "six"), "--model.n_layer: model.n_layer = 'six': must be a whole number, is a string"),
         (
@@ -119,41 +119,41 @@ def test_a_mistake_in_a_file_is_named_with_its_line(recipe, text, says):
         (("train.dtype", "int8"), "--train.dtype: train.dtype = 'int8': must be auto, float32 or bfloat16"),
     ],
 )
-def test_a_mistake_on_the_command_line_is_named_with_its_flag(override, says):
+def test_error_in_an_override_has_the_flag(override, message):
     with pytest.raises(ConfigError) as error:
         load("shakespeare", dict([override]))
-    assert str(error.value).startswith(says)
+    assert str(error.value).startswith(message)
 
 
-def test_an_unknown_recipe_lists_those_that_are_there():
+def test_unknown_recipe_lists_the_known_ones():
     with pytest.raises(ConfigError, match=r"no such recipe, only chat, .*; did you mean shakespeare\?"):
         load("shakespear")
     with pytest.raises(ConfigError, match=r"nowhere/x.toml: no such file"):
         load("nowhere/x.toml")
 
 
-def test_every_field_is_documented_and_of_a_plain_type():
+def test_every_field_has_documentation_and_a_simple_type():
     for section, kind in SECTIONS.items():
         names = {f.name for f in dataclasses.fields(kind)}
         assert set(documentation(section)) == set(fields(section)) == names
         assert set(fields(section).values()) <= {int, float, str, bool}
 
 
-def test_every_old_name_is_gone_and_every_new_one_is_there():
+def test_renamed_fields():
     for old, new in RENAMED.items():
         if not old.startswith("--"):
             (section, name), (_, now) = old.split("."), new.split(".")
             assert name not in fields(section) and now in fields(section)
 
 
-def test_the_defaults_are_a_configuration_that_runs():
+def test_defaults_are_valid():
     assert Config("x").train == TrainConfig(steps=1000)
     assert load("shakespeare").model.vocab_size == 0
 
 
 @pytest.mark.parametrize("name", recipes())
-def test_the_figures_in_a_recipes_header_are_those_that_it_computes(name):
-    """Headers state parameters and FLOPs; a recipe that is changed must be restated."""
+def test_recipe_header_figures(name):
+    """The figures in a recipe's header equal the computed ones."""
     header = [line[2:] for line in (RECIPES / f"{name}.toml").read_text().splitlines() if line.startswith("# ")]
     stated = dict(line.split(":", 1) for line in header if ":" in line)
     config = load(name)
@@ -166,7 +166,7 @@ def test_the_figures_in_a_recipes_header_are_those_that_it_computes(name):
     assert isinstance(model, ModelConfig)
     assert stated["parameters"].split()[0] == f"{count_parameters(model):,}"
     assert stated["FLOPs"].split()[0] == f"{flops_per_token(model) / 1e6:,.1f}"
-    assert stated["tokens a step"].split()[0] == f"{config.train.batch_tokens:,}"
+    assert stated["tokens per step"].split()[0] == f"{config.train.batch_tokens:,}"
     if config.train.steps:
-        assert stated["tokens in all"].split()[0] == f"{config.train.batch_tokens * config.train.steps:,}"
+        assert stated["total tokens"].split()[0] == f"{config.train.batch_tokens * config.train.steps:,}"
     assert {"memory", "reaches"} <= stated.keys()

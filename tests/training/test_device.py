@@ -1,4 +1,4 @@
-"""The choice of device, precision and layer implementation, also for machines that are not here."""
+"""The choice of device, precision and layer implementation, with simulated machines."""
 
 import platform
 import shutil
@@ -14,7 +14,7 @@ from training.config import ConfigError, TrainConfig
 
 
 @pytest.mark.parametrize(("gain", "dtype"), [(6.4, torch.bfloat16), (0.01, torch.float32), (1.2, torch.float32)])
-def test_a_cpus_precision_is_the_one_that_it_multiplies_faster(monkeypatch, gain, dtype):
+def test_cpu_dtype_is_the_one_with_faster_matmuls(monkeypatch, gain, dtype):
     monkeypatch.setattr(device, "_bf16_gain", lambda: gain)
     machine = device.choose(TrainConfig(steps=1, device="cpu"))
     assert machine.dtype == dtype
@@ -23,16 +23,16 @@ def test_a_cpus_precision_is_the_one_that_it_multiplies_faster(monkeypatch, gain
     assert (asked.dtype, asked.reasons[1]) == (torch.float32, "dtype float32 (train.dtype)")
 
 
-def test_the_gain_is_measured():
+def test_bf16_speedup_is_measured():
     assert 0 < device._bf16_gain() < 100
 
 
 @pytest.mark.parametrize(
     ("capability", "dtype"), [((7, 5), torch.float32), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)]
 )
-def test_a_gpus_precision_is_told_by_its_capability_and_not_by_emulation(monkeypatch, capability, dtype):
+def test_gpu_dtype_depends_on_compute_capability_not_on_emulation(monkeypatch, capability, dtype):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)  # a T4 says so, too
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)  # also true on a T4, by emulation
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
@@ -56,23 +56,23 @@ print(kept, before, [step() for _ in range(3)][-1])
 """
 
 
-def test_memory_that_a_step_frees_is_there_for_the_next():
+def test_freed_memory_is_kept_for_the_next_step():
     done = subprocess.run([sys.executable, "-c", FAULTS], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     words = done.stdout.split()
     kept, before, after = words[0] == "True", int(words[1]), int(words[2])
     assert kept == (platform.libc_ver()[0] == "glibc")
     if kept:
-        assert before > 500  # 20,480 where nothing happens to lie above what is freed
+        assert before > 500  # 20,480 if no other memory is above the freed memory
         assert after < 100
 
 
-def test_what_is_not_there_is_refused(monkeypatch):
+def test_unavailable_device_raises(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match=r"train.device = 'cuda': not available on this machine"):
         device.choose(TrainConfig(steps=1, device="cuda"))
 
 
-def test_layers_learn_in_the_way_that_is_to_be_had(monkeypatch, compilers):
+def test_layer_implementation_depends_on_what_is_available(monkeypatch, clear_compiled):
     def choose(**fields) -> tuple[str, str]:
         machine = device.choose(TrainConfig(steps=1, device="cpu", dtype="float32", **fields))
         return machine.layer_impl, machine.reasons[2]
@@ -80,7 +80,7 @@ def test_layers_learn_in_the_way_that_is_to_be_had(monkeypatch, compilers):
     assert choose() == ("fused", "layers fused C++ (no compile time)")
     assert choose(compile="on") == ("compiled", "layers compiled (train.compile = on)")
     assert choose(compile="off") == ("eager", "layers eager (train.compile = off)")
-    compilers()
+    clear_compiled()
     monkeypatch.setenv("CXX", "/no/compiler")
     monkeypatch.setattr(shutil, "which", lambda _: None)
     assert choose() == ("eager", "layers eager (no C++ compiler, g++ or clang++)")

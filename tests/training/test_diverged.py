@@ -8,7 +8,7 @@ from tests.conftest import losses
 from training import checkpoint
 
 
-def test_weights_that_are_not_finite_are_not_saved(learn, monkeypatch, tmp_path):
+def test_weights_that_are_not_finite_are_not_saved(run_training, monkeypatch, tmp_path):
     real = train.build_optimizers
 
     def broken(model, *a):
@@ -26,12 +26,12 @@ def test_weights_that_are_not_finite_are_not_saved(learn, monkeypatch, tmp_path)
 
     monkeypatch.setattr(train, "build_optimizers", broken)
     with pytest.raises(train.Diverged, match="step 4: a weight is not finite, and nothing was saved"):
-        learn("bad", "--train.steps=4", "--train.num_evals=2")
+        run_training("bad", "--train.steps=4", "--train.num_evals=2")
     assert checkpoint.read_state(checkpoint.find(tmp_path / "bad", "latest"))["step"] == 2
 
 
-def test_a_validation_loss_that_is_not_finite_stops_the_run(learn, monkeypatch, tmp_path):
+def test_a_validation_loss_that_is_not_finite_stops_the_run(run_training, monkeypatch, tmp_path):
     monkeypatch.setattr(train, "validate", lambda *_: float("nan"))
     with pytest.raises(train.Diverged, match="step 2: the loss is nan"):
-        learn("bad", "--train.steps=4", "--train.num_evals=2")
+        run_training("bad", "--train.steps=4", "--train.num_evals=2")
     assert not losses(tmp_path / "bad", "val_loss") and not (tmp_path / "bad" / "best").exists()

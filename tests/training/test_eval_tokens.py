@@ -61,10 +61,10 @@ def test_of_conversations_the_answers_count(tmp_path):
     assert part.bytes == len(tokenizer.decode(targets.tolist()).encode()) == part.num_targets - 2  # two end marks
 
 
-def test_a_run_evaluates_on_the_prefix_and_on_everything_at_the_end(learn, val, capsys):
+def test_a_run_evaluates_on_the_prefix_and_on_everything_at_the_end(run_training, val, capsys):
     words = ("--train.steps=4", "--train.num_evals=2")
-    whole = learn("whole", *words)
-    run = learn("part", *words, "--train.eval_tokens=200")
+    whole = run_training("whole", *words)
+    run = run_training("part", *words, "--train.eval_tokens=200")
     said = capsys.readouterr().out
     assert losses(run) == losses(whole)
     assert list(losses(run, "val_loss")) == [2, 4]
@@ -75,6 +75,6 @@ def test_a_run_evaluates_on_the_prefix_and_on_everything_at_the_end(learn, val, 
     part = val[0].prefix(200, val[1].decode)
     for step, loss in losses(run, "val_loss").items():
         assert losses(run, "val_bpb")[step] == pytest.approx(loss * part.num_targets / part.bytes / math.log(2))
-    learn("part", *words, "--train.eval_tokens=200", "--resume")
+    run_training("part", *words, "--train.eval_tokens=200", "--resume")
     assert len([r for r in metrics.read(run / "metrics.jsonl") if "full_val_loss" in r]) == 1
     assert checkpoint.read_state(checkpoint.find(run, "latest"))["step"] == 4

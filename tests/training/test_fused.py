@@ -1,4 +1,4 @@
-"""Fused layers: heed's C++ against model.py in fp64, values and all gradients, for every flag."""
+"""Fused layers: heed's C++ compared with model.py in fp64, outputs and all gradients, for every flag."""
 
 import copy
 import dataclasses
@@ -17,8 +17,8 @@ from training.fused import FusedLayersError, apply_fused_layers, optimize_layers
 
 FLAGS = {
     "plain": {},
-    "one key head": {"n_kv_head": 1},
-    "as many key heads": {"n_kv_head": 4},
+    "MQA": {"n_kv_head": 1},
+    "MHA": {"n_kv_head": 4},
     "no QK-norm": {"qk_norm": False},
     "gate": {"gate": True},
     "a window": {"window": 5, "layer_pattern": "SL"},
@@ -29,13 +29,13 @@ FLAGS = {
 }
 
 
-def in_cpp(model: GPT) -> GPT:
+def fused(model: GPT) -> GPT:
     apply_fused_layers(model)
     return model
 
 
 def results(model: GPT, tokens: torch.Tensor, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    """What the head reads, and the gradient of every weight when a random number is asked of each of its elements."""
+    """The input of the head, and the gradient of every weight for a random gradient of that input."""
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         out = model.model(tokens)
     asked = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
@@ -44,54 +44,54 @@ def results(model: GPT, tokens: torch.Tensor, dtype: torch.dtype = torch.float32
     return {"out": out.detach()} | dict(zip(names, gradients, strict=True))
 
 
-def far(got: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> dict[str, float]:
-    """The largest error of each result, as a share of its largest number."""
+def relative_errors(got: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> dict[str, float]:
+    """The maximum error of each result relative to its largest element."""
     return {name: float((got[name] - e).abs().max() / e.abs().max().clamp(min=1e-6)) for name, e in exact.items()}
 
 
 @pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_value_and_gradients_are_the_models_for_every_flag(flags, dtype):
-    """No further from fp64 than twice what torch is in the same dtype."""
+def test_output_and_gradients_for_every_flag(flags, dtype):
+    """The error relative to fp64 is at most twice that of torch in the same dtype."""
     config = dataclasses.replace(TINY, context=300, **flags)
     model = randomized(config)
     for T in (2, 33, 64, 150, 300) if not flags else (130,):  # blocks are 64 queries
         tokens = torch.randint(0, 97, (2, T), generator=torch.Generator().manual_seed(T))
         exact = results(copy.deepcopy(model).double(), tokens)
-        torchs = far(results(model, tokens, dtype), exact)
+        torchs = relative_errors(results(model, tokens, dtype), exact)
         worst = max(torchs.values())
-        for name, error in far(results(in_cpp(copy.deepcopy(model)), tokens, dtype), exact).items():
+        for name, error in relative_errors(results(fused(copy.deepcopy(model)), tokens, dtype), exact).items():
             assert error <= 2 * max(torchs[name], 0.5 * worst) + 1e-6, (T, name, error, torchs[name])
 
 
-def test_every_operation_is_in_cpp(monkeypatch):
-    """The test above would also pass if nothing had been put in the model's place."""
+def test_every_operation_is_fused(monkeypatch):
+    """The test above would also pass if no layer was replaced."""
     called = []
     for module, name in ((train_ops, "RMSNorm"), (fused_layers, "Attention"), (fused_layers, "FeedForward")):
         part = getattr(module, name)
         real = part.forward
         monkeypatch.setattr(part, "forward", staticmethod(lambda *a, n=name, f=real: (called.append(n), f(*a))[1]))
-    in_cpp(randomized(TINY))(torch.zeros(1, 4, dtype=torch.long))
+    fused(randomized(TINY))(torch.zeros(1, 4, dtype=torch.long))
     assert called == ["Attention", "FeedForward"] * TINY.n_layer + ["RMSNorm"]
 
 
-def test_a_flag_that_it_does_not_know_is_torchs(monkeypatch):
+def test_unknown_flag_uses_eager_layers(monkeypatch):
     @dataclasses.dataclass(frozen=True)
     class Later(ModelConfig):
-        """A configuration of a later heed."""
+        """A configuration of a later version of heed."""
 
         softcap: float = 0.0
 
     monkeypatch.setattr(engine, "ModelConfig", Later)
     machine = Machine(torch.device("cpu"), torch.float32, "fused", ())
-    for softcap, said in ((0.0, ""), (1.0, "layers eager (heed's C++ does not support model.softcap)")):
+    for softcap, reason in ((0.0, ""), (1.0, "layers eager (heed's C++ does not support model.softcap)")):
         model = randomized(Later(**vars(TINY), softcap=softcap))
-        assert optimize_layers(model, machine) == said
-        assert isinstance(model.model.norm.forward, functools.partial) == (not said)
+        assert optimize_layers(model, machine) == reason
+        assert isinstance(model.model.norm.forward, functools.partial) == (not reason)
 
 
-def test_the_same_bits_each_time_and_nearly_the_same_with_other_threads():
-    model, tokens = in_cpp(randomized(TINY)), torch.randint(0, 97, (3, 30))
+def test_deterministic_for_a_number_of_threads():
+    model, tokens = fused(randomized(TINY)), torch.randint(0, 97, (3, 30))
     before = torch.get_num_threads()
     first = results(model, tokens)
     try:
@@ -99,30 +99,30 @@ def test_the_same_bits_each_time_and_nearly_the_same_with_other_threads():
             torch.set_num_threads(threads)
             one, other = results(model, tokens), results(model, tokens)
             assert all(torch.equal(one[name], other[name]) for name in one)
-            assert max(far(one, first).values()) < 1e-5
+            assert max(relative_errors(one, first).values()) < 1e-5
     finally:
         torch.set_num_threads(before)
 
 
-def test_dropout_and_checkpointing_and_the_loss_stay_as_they_are():
+def test_dropout_checkpointing_and_loss():
     tokens = torch.randint(0, 97, (2, 32))
     found = []
-    for change, recompute in ((in_cpp, False), (in_cpp, True), (lambda model: model, False)):
+    for change, recompute in ((fused, False), (fused, True), (lambda model: model, False)):
         model = change(randomized(dataclasses.replace(TINY, dropout=0.3))).train()
         model.model.activation_checkpointing = recompute
         torch.manual_seed(5)
         model.loss(tokens, tokens).backward()
         found.append({name: p.grad for name, p in model.named_parameters()})
     assert all(torch.equal(a, b) for a, b in zip(found[0].values(), found[1].values(), strict=True))
-    assert max(far(found[0], found[2]).values()) < 1e-5
+    assert max(relative_errors(found[0], found[2]).values()) < 1e-5
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
 @torch.inference_mode()
-def test_a_fused_model_still_decodes_from_a_cache(dtype, bound):
+def test_fused_model_with_kv_cache(dtype, bound):
     model, tokens = randomized(TINY), torch.randint(0, 97, (2, 20))
     expected = model(tokens)
-    in_cpp(model)
+    fused(model)
     cache = KVCache(TINY, 2, dtype=dtype)
     with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
         first = model(tokens[:, :15], cache)
@@ -131,35 +131,35 @@ def test_a_fused_model_still_decodes_from_a_cache(dtype, bound):
     assert (got - expected).abs().max() < bound * expected.abs().max()
 
 
-def test_a_run_in_cpp_learns_what_a_written_one_does_and_resumes_bit_for_bit(learn):
+def test_run_equals_eager_layers_and_resume_is_bitwise_equal(run_training):
     words = ("--train.steps=12", "--train.num_evals=2", "--model.dropout=0.1")
-    written = learn("written", *words)
-    whole = learn("whole", *words, "--train.compile=auto")
+    written = run_training("written", *words)
+    whole = run_training("whole", *words, "--train.compile=auto")
     assert losses(whole) == pytest.approx(losses(written), rel=1e-3)
     assert losses(whole, "val_loss") == pytest.approx(losses(written, "val_loss"), rel=1e-3)
-    learn("half", *words, "--train.compile=auto")
+    run_training("half", *words, "--train.compile=auto")
     (whole.parent / "half" / "latest").write_text("step-000006\n")
-    half = learn("half", *words, "--train.compile=auto", "--resume")
+    half = run_training("half", *words, "--train.compile=auto", "--resume")
     assert weights(half) == weights(whole)
 
 
-def test_a_mask_that_hides_nothing_it_should_not():
-    """Against the definition: the last token's output changes with each token that its windows reach, and no other."""
+def test_sliding_window_mask():
+    """The last token's output depends on exactly the tokens within reach of its windows."""
     config = ModelConfig(vocab_size=97, context=200, n_layer=1, n_embd=32, n_head=2, n_kv_head=1, head_dim=16, n_ffn=48)
     for window, reached in ((0, 150), (70, 70), (1, 1)):
         pattern = {"window": window, "layer_pattern": "S"} if window else {}
-        model = in_cpp(randomized(dataclasses.replace(config, **pattern)))
+        model = fused(randomized(dataclasses.replace(config, **pattern)))
         x = model.model.embed_tokens(torch.randint(0, 97, (1, 150))).detach().requires_grad_()
         cos, sin = model.model.cos[None, :150, None], model.model.sin[None, :150, None]
         model.model.layers[0](x, cos, sin, None)[0, -1].sum().backward()
         assert x.grad[0].abs().sum(1).nonzero().min() == 150 - reached
 
 
-# A model that is not model.py's, or not as it was ------------------------------------------------------------------
+# Modified models and subclasses -------------------------------------------------------------------------------------
 
 
 class LoRA(torch.nn.Linear):
-    """A linear layer of another kind, whose weight alone is not what it computes."""
+    """A linear layer of another kind, whose output does not depend on the weight alone."""
 
 
 def replaced(parent: torch.nn.Module, name: str) -> None:
@@ -180,8 +180,8 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_a_model_changed_afterwards_is_refused(change):
-    model = in_cpp(randomized(TINY))
+def test_model_changed_after_fusing_raises(change):
+    model = fused(randomized(TINY))
     tokens = torch.zeros(1, 4, dtype=torch.long)
     model(tokens)
     change(model)
@@ -190,7 +190,7 @@ def test_a_model_changed_afterwards_is_refused(change):
 
 
 @pytest.mark.parametrize("part", ["self_attn", "mlp", "input_layernorm"])
-def test_a_subclass_is_refused(part):
+def test_subclass_raises(part):
     model = randomized(TINY)
     module = getattr(model.model.layers[1], part)
     module.__class__ = type("Mine", (type(module),), {})
@@ -198,28 +198,28 @@ def test_a_subclass_is_refused(part):
         apply_fused_layers(model)
 
 
-def test_what_cannot_be_fused_is_left_as_it_was():
+def test_model_is_unchanged_if_it_cannot_be_fused():
     model = randomized(TINY).double()
     with pytest.raises(FusedLayersError, match=r"model.embed_tokens.weight is float64 on cpu"):
         apply_fused_layers(model)
     model(torch.zeros(1, 4, dtype=torch.long))
 
 
-def test_after_a_change_layers_are_fused_again():
-    model, tokens = in_cpp(randomized(TINY)), torch.randint(0, 97, (2, 30))
+def test_fuse_again_after_a_change():
+    model, tokens = fused(randomized(TINY)), torch.randint(0, 97, (2, 30))
     model.model.layers[0] = randomized(TINY, seed=1).model.layers[0]
     written = randomized(TINY)
     written.model.layers[0] = randomized(TINY, seed=1).model.layers[0]
-    assert max(far(results(in_cpp(model), tokens), results(written, tokens)).values()) < 1e-4
+    assert max(relative_errors(results(fused(model), tokens), results(written, tokens)).values()) < 1e-4
 
 
-def test_a_copy_is_fused_too_and_independent():
-    model, tokens = in_cpp(randomized(TINY)), torch.randint(0, 97, (2, 30))
+def test_copy_is_fused_and_independent():
+    model, tokens = fused(randomized(TINY)), torch.randint(0, 97, (2, 30))
     twin = copy.deepcopy(model)
     with torch.no_grad():
         for p in model.parameters():
             p.zero_()
-    assert max(far(results(twin, tokens), results(randomized(TINY), tokens)).values()) < 1e-4
+    assert max(relative_errors(results(twin, tokens), results(randomized(TINY), tokens)).values()) < 1e-4
     twin.model.layers[0].mlp = torch.nn.Identity()
     with pytest.raises(FusedLayersError):
         twin(tokens)

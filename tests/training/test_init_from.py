@@ -1,4 +1,4 @@
-"""--init-from: what a run takes from another, what it keeps to itself, and what it remembers."""
+"""--init-from: a run initialized from another: weights, tokenizer, config, resume, errors."""
 
 import shutil
 import sys
@@ -19,7 +19,7 @@ OWN = [word for word in SMALL if not word.startswith(("--model.", "--data.vocab_
 
 @pytest.fixture
 def tune(runs, text, tmp_path, monkeypatch):
-    """tune("--name=x", ...) trains the finished run `songs` further, in this process; returns the new run's folder."""
+    """tune(name, ...) fine-tunes the finished run `songs` in this process. Returns the new run's folder."""
     monkeypatch.setattr(train, "RUNS", tmp_path)
 
     def run(name: str, *words: str, origin: str = str(runs / "songs")):
@@ -31,7 +31,7 @@ def tune(runs, text, tmp_path, monkeypatch):
     return run
 
 
-def test_the_first_step_sees_the_other_runs_weights_and_its_tokenizer(tune, runs, monkeypatch):
+def test_first_step_uses_the_other_runs_weights_and_tokenizer(tune, runs, monkeypatch):
     seen, loss = [], GPT.loss
 
     def spying(self, *batch):
@@ -51,7 +51,7 @@ def test_the_first_step_sees_the_other_runs_weights_and_its_tokenizer(tune, runs
     assert load(run)[0].config.n_embd == 32  # not the recipe's 128
 
 
-def test_a_named_step_and_another_context(tune, runs):
+def test_checkpoint_of_a_step_and_another_context(tune, runs):
     run = tune(
         "step", "--train.steps=1", "--train.num_evals=1", "--model.context=64", origin=f"{runs / 'songs'}@step-000015"
     )
@@ -60,7 +60,7 @@ def test_a_named_step_and_another_context(tune, runs):
         tune("no", origin=f"{runs / 'songs'}@step-000007")
 
 
-def test_resume_is_bitwise_and_remembers_where_it_began_though_that_is_gone(tune, runs, tmp_path, monkeypatch):
+def test_resume_is_bitwise_equal_without_the_initial_run(tune, runs, tmp_path, monkeypatch):
     shutil.copytree(runs / "songs", tmp_path / "parent")
     words = ("--train.steps=8", "--train.num_evals=2", "--model.dropout=0.1")
     whole = tune("whole", *words, origin=str(tmp_path / "parent"))
@@ -77,7 +77,7 @@ def test_resume_is_bitwise_and_remembers_where_it_began_though_that_is_gone(tune
         tune("killed", *words, "--resume", "--init-from=elsewhere")
 
 
-def test_new_rows_of_a_grown_vocabulary_are_the_mean_of_the_old(runs):
+def test_new_rows_of_a_larger_vocabulary_are_the_mean_of_the_old_rows(runs):
     model, _ = load(runs / "songs")
     for tied in (True, False):
         config = type(model.config)(**{**vars(model.config), "tie_embeddings": tied})
@@ -96,7 +96,7 @@ def test_new_rows_of_a_grown_vocabulary_are_the_mean_of_the_old(runs):
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "message"),
     [
         (["--init-from", "runs/nothing"], "--init-from runs/nothing: runs/nothing: no such run"),
         (
@@ -110,7 +110,7 @@ def test_new_rows_of_a_grown_vocabulary_are_the_mean_of_the_old(runs):
         ),
     ],
 )
-def test_mistakes_are_one_line(runs, words, says, monkeypatch, capsys):
+def test_errors_are_one_line(runs, words, message, monkeypatch, capsys):
     monkeypatch.setattr(train, "RUNS", runs)
     songs = str(runs / "songs")
     monkeypatch.setattr(sys, "argv", ["train.py", "shakespeare", *(word.replace("SONGS", songs) for word in words)])
@@ -118,4 +118,4 @@ def test_mistakes_are_one_line(runs, words, says, monkeypatch, capsys):
         train.main()
     assert left.value.code == 2
     error = capsys.readouterr().err
-    assert says.replace("SONGS", songs) in error and error.count("\n") == 1
+    assert message.replace("SONGS", songs) in error and error.count("\n") == 1

@@ -1,4 +1,4 @@
-"""A run's records: always there, also when wandb is not."""
+"""Metrics of a run, with and without wandb."""
 
 import json
 
@@ -6,7 +6,7 @@ from tests.conftest import losses
 from training import metrics
 
 
-def test_a_cut_metrics_line_is_left_out_and_lost_work_is_forgotten(tmp_path):
+def test_truncated_line_is_ignored_and_lost_steps_are_removed(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.5}\n{"step": 3, "lo')
     assert [r["step"] for r in metrics.read(path)] == [1, 2]
@@ -14,31 +14,31 @@ def test_a_cut_metrics_line_is_left_out_and_lost_work_is_forgotten(tmp_path):
     assert [json.loads(line) for line in path.read_text().splitlines()] == [{"step": 1, "loss": 2.0}]
 
 
-def test_wandb_offline_records_and_cannot_stop_a_run(learn, monkeypatch, capsys):
+def test_wandb_offline_and_failing_to_start(run_training, monkeypatch, capsys):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    run = learn("watched", "--train.steps=2", "--train.num_evals=1", "--train.wandb=offline")
+    run = run_training("watched", "--train.steps=2", "--train.num_evals=1", "--train.wandb=offline")
     assert list(run.glob("wandb/offline-run-*/*.wandb"))
     import wandb
 
     monkeypatch.setattr(wandb, "init", lambda **_: (_ for _ in ()).throw(RuntimeError("no such project")))
-    run = learn("unwatched", "--train.steps=2", "--train.num_evals=1", "--train.wandb=offline")
+    run = run_training("unwatched", "--train.steps=2", "--train.num_evals=1", "--train.wandb=offline")
     assert "wandb is off, it failed to start: no such project" in capsys.readouterr().out
     assert list(losses(run)) == [1, 2]
 
 
-def test_wandb_online_without_a_key_is_offline_before_it_starts(learn, monkeypatch, capsys):
+def test_wandb_online_without_a_key_falls_back_to_offline(run_training, monkeypatch, capsys):
     import wandb
 
     asked = []
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setattr(type(wandb.api), "api_key", None, raising=False)
     monkeypatch.setattr(wandb, "init", lambda **how: asked.append(how["mode"]))
-    learn("keyless", "--train.steps=1", "--train.num_evals=1", "--train.wandb=online")
+    run_training("keyless", "--train.steps=1", "--train.num_evals=1", "--train.wandb=online")
     assert asked == ["offline"]
     assert "no API key" in capsys.readouterr().out
 
 
-def test_a_wandb_that_fails_midway_is_dropped(learn, monkeypatch, capsys):
+def test_wandb_failure_during_a_run_turns_it_off(run_training, monkeypatch, capsys):
     import wandb
 
     class Broken:
@@ -46,6 +46,6 @@ def test_a_wandb_that_fails_midway_is_dropped(learn, monkeypatch, capsys):
             raise OSError("disk full")
 
     monkeypatch.setattr(wandb, "init", lambda **_: Broken())
-    run = learn("broken", "--train.steps=2", "--train.num_evals=1", "--train.wandb=offline")
+    run = run_training("broken", "--train.steps=2", "--train.num_evals=1", "--train.wandb=offline")
     assert capsys.readouterr().out.count("wandb stopped logging: disk full") == 1
     assert list(losses(run)) == [1, 2]

@@ -47,6 +47,6 @@ def test_a_long_name_is_one_line():
         load("shakespeare", {"name": "a" * 300})
 
 
-def test_a_model_that_cannot_fit_is_refused_before_it_is_made(learn):
+def test_a_model_that_cannot_fit_is_refused_before_it_is_made(run_training):
     with pytest.raises(ConfigError, match=r"model: [\d,]+ parameters need at least [\d,.]+ GiB of memory, cpu has"):
-        learn("vast", "--train.steps=1", "--model.n_ffn=2000000000")
+        run_training("vast", "--train.steps=1", "--model.n_ffn=2000000000")

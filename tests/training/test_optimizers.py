@@ -1,4 +1,4 @@
-"""Optimizers and the learning rate schedule against their definitions."""
+"""Optimizers and the learning rate schedule compared with their definitions."""
 
 import itertools
 
@@ -13,7 +13,7 @@ from training.config import OptimConfig
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (2, 5, 12), (2, 12, 5), (1, 1, 7)])
-def test_orthogonalize_keeps_directions_and_evens_out_sizes(shape):
+def test_orthogonalize_keeps_singular_vectors_and_equalizes_singular_values(shape):
     g = np.random.default_rng(0)
     matrices = g.standard_normal(shape)
     got = optimizers.orthogonalize(torch.tensor(matrices, dtype=torch.float32)).double().numpy()
@@ -26,7 +26,7 @@ def test_orthogonalize_keeps_directions_and_evens_out_sizes(shape):
         assert sizes.max() < 1.25
 
 
-def test_muon_steps_as_written(monkeypatch):
+def test_muon_step_equals_the_definition(monkeypatch):
     monkeypatch.setattr(optimizers, "orthogonalize", lambda x, _: x)
     p = torch.nn.Parameter(torch.full((2, 8), 2.0))
     muon = optimizers.Muon([p], lr=0.1, momentum=0.9, weight_decay=0.5, dtype=torch.float32)
@@ -41,7 +41,7 @@ def test_muon_steps_as_written(monkeypatch):
     torch.testing.assert_close(p.detach(), torch.full((2, 8), weight))
 
 
-def test_muons_step_has_the_size_of_adamws():
+def test_muon_update_has_the_rms_of_adamw():
     torch.manual_seed(0)
     for shape in ((64, 64), (32, 128), (128, 32)):
         p = torch.nn.Parameter(torch.zeros(shape))
@@ -50,7 +50,7 @@ def test_muons_step_has_the_size_of_adamws():
         assert p.square().mean().sqrt().item() == pytest.approx(0.2, rel=0.25)
 
 
-def test_a_batch_of_matrices_is_stepped_like_each_alone():
+def test_batched_step_equals_separate_steps():
     torch.manual_seed(0)
     together = [torch.nn.Parameter(torch.randn(6, 9)) for _ in range(3)]
     alone = [torch.nn.Parameter(p.detach().clone()) for p in together]
@@ -66,7 +66,7 @@ def test_a_batch_of_matrices_is_stepped_like_each_alone():
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_every_parameter_has_one_optimizer_and_the_right_one(tied):
+def test_every_parameter_has_exactly_one_optimizer(tied):
     model = GPT(type(TINY)(**{**vars(TINY), "tie_embeddings": tied}))
     adamw, muon = optimizers.build_optimizers(model, OptimConfig(weight_decay=0.3), torch.float32)
     names = {id(p): name for name, p in model.named_parameters()}
@@ -80,7 +80,7 @@ def test_every_parameter_has_one_optimizer_and_the_right_one(tied):
     assert sum(len(g["params"]) for g in alone.param_groups) == len(names)
 
 
-def test_the_schedule_rises_stays_and_falls_to_almost_nothing():
+def test_schedule_warmup_constant_and_decay():
     config = OptimConfig(warmup_steps=4, lr_decay_frac=0.5)
     factors = [optimizers.lr_factor(step, 20, config) for step in range(20)]
     assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from tests.conftest import ROOT, SMALL, UNMEASURED
+from tests.conftest import ROOT, SMALL, UNTRACED_ENV
 from training import checkpoint, device, distributed
 from training.config import ConfigError, TrainConfig
 from training.distributed import DistributedError, World
@@ -68,7 +68,7 @@ def start(tmp_path, text, name, *words, script=str(ROOT / "train.py")):
     ]
     environment = {"HEED_RUNS": str(tmp_path), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
-        [*launch, "shakespeare", *flags], cwd=ROOT, env=UNMEASURED | environment, text=True, stdout=subprocess.PIPE,
+        [*launch, "shakespeare", *flags], cwd=ROOT, env=UNTRACED_ENV | environment, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )  # fmt: skip
 

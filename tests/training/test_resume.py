@@ -30,17 +30,17 @@ def test_the_settings_of_the_optimizers_are_those_of_the_configuration(tmp_path)
     ]
 
 
-def test_changed_learning_rates_are_in_force_and_logged(learn, capsys):
-    learn("slow", "--train.steps=6", "--train.num_evals=1")
+def test_changed_learning_rates_are_in_force_and_logged(run_training, capsys):
+    run_training("slow", "--train.steps=6", "--train.num_evals=1")
     words = ("--train.steps=9", "--train.num_evals=1", "--optim.lr=1e-9", "--optim.muon_lr=1e-9")
-    run = learn("slow", *words, "--resume")
+    run = run_training("slow", *words, "--resume")
     said = capsys.readouterr().out
     assert "changed optim.lr 0.03 -> 1e-09, optim.muon_lr 0.015 -> 1e-09, train.steps 6 -> 9\n" in said
     assert "lr = 1e-09" in (run / "config.toml").read_text()
     trained = checkpoint.find(run, "step-000006"), checkpoint.find(run, "step-000009")
     before, after = (checkpoint.load_file(folder / "model.safetensors") for folder in trained)
     assert all(torch.allclose(before[name], after[name], rtol=0, atol=1e-7) for name in before)
-    learn("slow", *words, "--resume")
+    run_training("slow", *words, "--resume")
     assert "changed nothing\n" in capsys.readouterr().out
 
 
@@ -53,11 +53,11 @@ def test_changed_learning_rates_are_in_force_and_logged(learn, capsys):
         ("--train.steps=2", r"train.steps = 2: runs/fixed has made 3 steps already"),
     ],
 )
-def test_what_a_resumed_run_may_not_change_is_refused_by_name(learn, flag, says):
-    run = learn("fixed", "--train.steps=3", "--train.num_evals=1")
+def test_what_a_resumed_run_may_not_change_is_refused_by_name(run_training, flag, says):
+    run = run_training("fixed", "--train.steps=3", "--train.num_evals=1")
     before = weights(run), losses(run)
     with pytest.raises(CheckpointError, match=says):
-        learn("fixed", "--train.steps=6", "--train.num_evals=1", flag, "--resume")
+        run_training("fixed", "--train.steps=6", "--train.num_evals=1", flag, "--resume")
     assert (weights(run), losses(run)) == before
 
 
@@ -91,17 +91,17 @@ def test_the_length_of_a_resumed_run(config, state, expected):
     assert resumed(config, state) == pytest.approx(expected)
 
 
-def test_minutes_on_resume_are_honoured(learn, monkeypatch):
+def test_minutes_on_resume_are_honoured(run_training, monkeypatch):
     """A budget that is used up ends the run; a larger one goes on with the seconds counted together."""
     monkeypatch.setattr(StepBudget, "steps_in_time", lambda self, step, evals_left: step + 3)
     monkeypatch.setattr(budget, "TIMED_STEPS", 4)
-    run = learn("timed", "--train.minutes=10", "--train.num_evals=1")
+    run = run_training("timed", "--train.minutes=10", "--train.num_evals=1")
     assert max(losses(run)) == 7
     state = checkpoint.read_state(checkpoint.find(run, "latest"))
     assert state["seconds"] > 0
-    learn("timed", "--train.minutes=1e-9", "--train.num_evals=1", "--resume")
+    run_training("timed", "--train.minutes=1e-9", "--train.num_evals=1", "--resume")
     assert max(losses(run)) == 7
-    learn("timed", "--train.minutes=20", "--train.num_evals=1", "--resume")
+    run_training("timed", "--train.minutes=20", "--train.num_evals=1", "--resume")
     assert max(losses(run)) == 14 and list(losses(run, "val_loss")) == [7, 14]
     assert checkpoint.read_state(checkpoint.find(run, "latest"))["seconds"] > state["seconds"]
 
@@ -120,20 +120,22 @@ def test_saving_by_time():
     assert TrainConfig(steps=1).save_minutes <= 5
 
 
-def test_saving_after_every_step_changes_nothing(learn, monkeypatch):
-    plain = learn("plain", "--train.steps=6", "--train.num_evals=2", "--model.dropout=0.1")
+def test_saving_after_every_step_changes_nothing(run_training, monkeypatch):
+    plain = run_training("plain", "--train.steps=6", "--train.num_evals=2", "--model.dropout=0.1")
     saved, save = [], checkpoint.save
     monkeypatch.setattr(checkpoint, "save", lambda run, step, *a: (saved.append(step), save(run, step, *a))[1])
-    often = learn("often", "--train.steps=6", "--train.num_evals=2", "--model.dropout=0.1", "--train.save_minutes=1e-9")
+    often = run_training(
+        "often", "--train.steps=6", "--train.num_evals=2", "--model.dropout=0.1", "--train.save_minutes=1e-9"
+    )
     assert saved == [1, 2, 3, 4, 5, 6]
     assert weights(often) == weights(plain)
     for key in ("loss", "grad_norm", "lr", "val_loss", "val_bpb"):
         assert losses(often, key) == losses(plain, key)
 
 
-def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_again(learn, monkeypatch, capsys, runs):
+def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_again(run_training, monkeypatch, capsys, runs):
     words = ("--train.steps=4", "--train.num_evals=1")
-    whole = learn("whole", *words)
+    whole = run_training("whole", *words)
 
     def killed(*_):
         raise KeyboardInterrupt
@@ -141,8 +143,8 @@ def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_again(learn, 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save", killed)
         with pytest.raises(KeyboardInterrupt):
-            learn("early", *words)
-    run = learn("early", *words, "--resume")
+            run_training("early", *words)
+    run = run_training("early", *words, "--resume")
     assert "early: it was stopped before its first checkpoint and begins again at step 0\n" in capsys.readouterr().out
     assert weights(run) == weights(whole) and losses(run) == losses(whole)
 
@@ -160,12 +162,12 @@ def test_such_a_run_remembers_where_its_weights_came_from(runs, text, tmp_path, 
     assert losses(run)[1] < losses(runs / "songs")[1] - 1
 
 
-def test_a_damaged_latest_is_passed_over_for_the_newest_intact_one(learn, capsys):
+def test_a_damaged_latest_is_passed_over_for_the_newest_intact_one(run_training, capsys):
     words = ("--train.num_evals=2", "--optim.lr_decay_frac=0")
-    run = learn("hurt", "--train.steps=4", *words)
+    run = run_training("hurt", "--train.steps=4", *words)
     expected = weights(run), losses(run)
     (run / "step-000004" / "optimizer.pt").write_bytes(b"noise")
-    learn("hurt", "--train.steps=4", *words, "--resume")
+    run_training("hurt", "--train.steps=4", *words, "--resume")
     assert "optimizer.pt: damaged, its SHA-256 differs from state.json; using step-000002\n" in capsys.readouterr().out
     assert (weights(run), losses(run)) == expected
 
@@ -201,7 +203,7 @@ def test_damaged_lines_are_left_out_and_kept_beside(tmp_path, noise, capsys):
     assert "1 of 3 lines are damaged and left out" in capsys.readouterr().out
 
 
-def test_the_best_is_named_before_its_record_is_written(learn, monkeypatch):
+def test_the_best_is_named_before_its_record_is_written(run_training, monkeypatch):
     """A run killed between the two evaluates again; the other way round the best would be forgotten."""
     words = ("--train.steps=4", "--train.num_evals=2")
     real = metrics.Metrics.log
@@ -214,14 +216,16 @@ def test_the_best_is_named_before_its_record_is_written(learn, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(metrics.Metrics, "log", killed)
         with pytest.raises(KeyboardInterrupt):
-            learn("between", *words)
-    run = learn("between", *words, "--resume")
+            run_training("between", *words)
+    run = run_training("between", *words, "--resume")
     found = losses(run, "val_loss")
     assert list(found) == [2, 4]
     assert checkpoint.find(run, "best").name == f"step-{min(found, key=found.get):06d}"
 
 
-def test_the_fields_that_resuming_needs_are_in_the_state(learn):
-    state = checkpoint.read_state(checkpoint.find(learn("kept", "--train.steps=1", "--train.num_evals=1"), "latest"))
+def test_the_fields_that_resuming_needs_are_in_the_state(run_training):
+    state = checkpoint.read_state(
+        checkpoint.find(run_training("kept", "--train.steps=1", "--train.num_evals=1"), "latest")
+    )
     assert state.keys() >= {"format_version", "step", "steps", "seconds", "dtype", "identity", "config", "sha256"}
     assert state["config"]["train"] == dataclasses.asdict(TrainConfig(**state["config"]["train"]))

@@ -26,56 +26,56 @@ def content(folder):
     ],
 )
 @pytest.mark.parametrize("flag", [(), ("--overwrite",)])
-def test_a_folder_that_is_not_of_a_run_is_refused(learn, tmp_path, files, flag):
+def test_a_folder_that_is_not_of_a_run_is_refused(run_training, tmp_path, files, flag):
     for name in files:
         (tmp_path / "mydata" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "mydata" / name).write_text("years of work\n")
     before = content(tmp_path / "mydata")
     with pytest.raises(CheckpointError, match=r"runs/mydata (holds '.*', which is not of a run of heed|exists)"):
-        learn("mydata", *WORDS, *flag)
+        run_training("mydata", *WORDS, *flag)
     assert content(tmp_path / "mydata") == before
 
 
-def test_a_note_in_a_runs_folder_is_not_deleted_with_it(learn):
-    run = learn("mine", *WORDS)
+def test_a_note_in_a_runs_folder_is_not_deleted_with_it(run_training):
+    run = run_training("mine", *WORDS)
     (run / "notes.txt").write_text("what I saw")
     before = content(run)
     with pytest.raises(CheckpointError, match=r"runs/mine holds 'notes.txt', which is not of a run"):
-        learn("mine", *WORDS, "--overwrite")
+        run_training("mine", *WORDS, "--overwrite")
     assert content(run) == before
     (run / "notes.txt").unlink()
-    learn("mine", "--train.steps=2", "--train.num_evals=1", "--overwrite")
+    run_training("mine", "--train.steps=2", "--train.num_evals=1", "--overwrite")
     assert [path.name for path in run.glob("step-*")] == ["step-000002"] and weights(run)
 
 
-def test_a_file_in_the_place_of_the_folder_is_refused(learn, tmp_path):
+def test_a_file_in_the_place_of_the_folder_is_refused(run_training, tmp_path):
     (tmp_path / "mine").write_text("not a folder")
     with pytest.raises(CheckpointError, match="is not a folder"):
-        learn("mine", *WORDS)
+        run_training("mine", *WORDS)
     assert (tmp_path / "mine").read_text() == "not a folder"
 
 
-def test_an_empty_folder_and_an_unstarted_run_may_be_used(learn, tmp_path):
+def test_an_empty_folder_and_an_unstarted_run_may_be_used(run_training, tmp_path):
     (tmp_path / "mine").mkdir()
-    run = learn("mine", *WORDS)
+    run = run_training("mine", *WORDS)
     for name in ("latest", "best"):
         (run / name).unlink()
     with pytest.raises(CheckpointError, match="runs/mine exists"):  # its checkpoints are still there
-        learn("mine", *WORDS)
+        run_training("mine", *WORDS)
     before = (run / "config.toml").read_text()
     for folder in run.glob("step-*"):
         for file in folder.iterdir():
             file.unlink()
         folder.rmdir()
-    learn("mine", *WORDS)
+    run_training("mine", *WORDS)
     assert (run / "config.toml").read_text() == before
 
 
-def test_a_run_deleted_halfway_is_still_heeds(learn, monkeypatch, tmp_path):
+def test_a_run_deleted_halfway_is_still_heeds(run_training, monkeypatch, tmp_path):
     """Pointers go first and config.toml last, so that a kill leaves neither half a run nor a foreign folder."""
     from pathlib import Path
 
-    run, unlinked, unlink = learn("mine", *WORDS), [], Path.unlink
+    run, unlinked, unlink = run_training("mine", *WORDS), [], Path.unlink
 
     def watched(self, *a, **k):
         if self.parent == run:
@@ -83,5 +83,5 @@ def test_a_run_deleted_halfway_is_still_heeds(learn, monkeypatch, tmp_path):
         unlink(self, *a, **k)
 
     monkeypatch.setattr(Path, "unlink", watched)
-    learn("mine", *WORDS, "--overwrite")
+    run_training("mine", *WORDS, "--overwrite")
     assert set(unlinked[:2]) == {"latest", "best"} and unlinked[-1] == "config.toml"

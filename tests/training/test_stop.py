@@ -50,9 +50,9 @@ def test_the_handler_only_sets_flags():
     assert not any(word in source for word in ("print", "log", "write", "flush", "raise"))
 
 
-def test_a_stop_is_honoured_within_a_validation_and_the_run_goes_on_exactly(learn, monkeypatch):
+def test_a_stop_is_honoured_within_a_validation_and_the_run_goes_on_exactly(run_training, monkeypatch):
     words = ("--train.steps=6", "--train.num_evals=2")
-    whole = learn("whole", *words)
+    whole = run_training("whole", *words)
     real, batches = train.validate, []
 
     def signalled(model, *a):
@@ -71,17 +71,17 @@ def test_a_stop_is_honoured_within_a_validation_and_the_run_goes_on_exactly(lear
     with monkeypatch.context() as patch:
         patch.setattr(train, "validate", signalled)
         with pytest.raises(SystemExit) as left:
-            learn("stopped", *words)
+            run_training("stopped", *words)
     assert left.value.code == 128 + signal.SIGTERM
     assert batches == [False, False]  # and not the rest of the validation text
     run = whole.parent / "stopped"
     assert checkpoint.read_state(checkpoint.find(run, "latest"))["step"] == 3 and not losses(run, "val_loss")
-    learn("stopped", *words, "--resume")
+    run_training("stopped", *words, "--resume")
     assert weights(run) == weights(whole)
     assert (losses(run), losses(run, "val_loss")) == (losses(whole), losses(whole, "val_loss"))
 
 
-def test_a_signal_in_the_last_step_leaves_the_evaluation_to_the_resumed_run(learn, monkeypatch, capsys):
+def test_a_signal_in_the_last_step_leaves_the_evaluation_to_the_resumed_run(run_training, monkeypatch, capsys):
     real = train.check_finite
 
     def signalled(step, *numbers):
@@ -92,7 +92,7 @@ def test_a_signal_in_the_last_step_leaves_the_evaluation_to_the_resumed_run(lear
     with monkeypatch.context() as patch:
         patch.setattr(train, "check_finite", signalled)
         with pytest.raises(SystemExit) as left:
-            learn("last", "--train.steps=3", "--train.num_evals=1")
+            run_training("last", "--train.steps=3", "--train.num_evals=1")
     assert left.value.code == 128 + signal.SIGINT
     assert "stopped and saved at step 3; --resume continues" in capsys.readouterr().out
-    assert list(losses(learn("last", "--train.steps=3", "--train.num_evals=1", "--resume"), "val_loss")) == [3]
+    assert list(losses(run_training("last", "--train.steps=3", "--train.num_evals=1", "--resume"), "val_loss")) == [3]
