@@ -4,7 +4,9 @@ All have the same random weights of heed's shape, in processes that take turns i
 taken. One repetition is one turn of all: ratios are medians over the repetitions of heed's rate by theirs.
 """
 
+import contextlib
 import multiprocessing
+import signal
 import statistics
 import sys
 import tempfile
@@ -49,23 +51,33 @@ class EngineProcess:
         self.recv()
 
     def recv(self) -> Any:
-        """Receive a message. Raises ValueError if it is an error."""
+        """Receive a message. Raises ValueError if it is an error, or if the process has died."""
         try:
             said = self.pipe.recv()
-        except EOFError:
-            said = "its process died"
+        except (EOFError, OSError):
+            self.process.join()
+            said = f"its process died, {_exit_status(self.process.exitcode)}"
         if isinstance(said, str) and said != "ready":
             raise ValueError(f"{self.name}: {said}")
         return said
 
     def generate(self, prompt: list[int], batch: int, tokens: int) -> tuple[list[float], np.ndarray, float]:
         """See engines.serve."""
-        self.pipe.send((prompt, batch, tokens))
+        with contextlib.suppress(OSError):  # of a process that has died: recv says so
+            self.pipe.send((prompt, batch, tokens))
         return self.recv()
 
     def close(self) -> None:
         self.process.terminate()
         self.process.join()
+
+
+def _exit_status(code: int | None) -> str:
+    """A negative exit code is the number of a signal: -4 is SIGILL."""
+    try:
+        return signal.Signals(-(code or 0)).name
+    except ValueError:
+        return f"exit status {code}"
 
 
 def bandwidth(threads: int) -> float:
@@ -118,14 +130,15 @@ def run(names: list[str], sizes: list[str], batches: list[int], prompts: list[in
                     for row in found:
                         read = bytes_a_step(config, row["precision"], batch, length + tokens / 2)
                         # in bytes a second, until the best reading of memory is known
-                        bound = {"MBU": read * row["tokens/s"] / batch}
+                        bound = {"MBU": row["tokens/s"] and read * row["tokens/s"] / batch}
                         rows.append({"size": size, "batch": batch, "prompt": length} | row | bound)
-                    told = ", ".join(f"{row['who']} {row['tokens/s']:,.0f}" for row in found)
+                    told = ", ".join(f"{row['who']} {row['fault'] or round(row['tokens/s'])}" for row in found)
                     print(f"{size}, batch {batch}, prompt {length}, tokens/s: {told}", file=sys.stderr)
             for engine in there:
                 engine.close()
     for row in rows:
-        row["MBU"] /= speed
+        row["MBU"] = row["MBU"] and row["MBU"] / speed
+        row["fault"] = row.pop("fault")  # the last column
     print(f"torch {torch.__version__}, {threads} threads, memory was read at up to {speed / 1e9:.1f} GB/s")
     print(table(list(rows[0]), [list(row.values()) for row in rows]))
     print("TTFT: time to first token. MBU: share of the peak memory bandwidth.")
@@ -144,14 +157,14 @@ def run(names: list[str], sizes: list[str], batches: list[int], prompts: list[in
 def setting(
     there: list[EngineProcess], config: ModelConfig, batch: int, length: int, tokens: int, repetitions: int
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Everyone's figures with this batch and this prompt, and who failed."""
+    """Everyone's figures with this batch and this prompt, and who failed: it has a row without figures."""
     prompt = torch.randint(0, 256, (length,), generator=torch.Generator().manual_seed(length)).tolist()
     first: dict[EngineProcess, list[float]] = {engine: [] for engine in there}
     rate: dict[EngineProcess, list[float]] = {engine: [] for engine in there}
     spent = dict.fromkeys(there, 0.0)
     made: dict[EngineProcess, np.ndarray] = {}
     size: dict[EngineProcess, float] = {}
-    faults = []
+    faults: dict[EngineProcess, str] = {}
     for turn in range(-1, repetitions):  # the first warms up
         for engine in list(rate):
             if turn > 0 and spent[engine] > PATIENCE:
@@ -159,7 +172,7 @@ def setting(
             try:
                 times, made[engine], size[engine] = engine.generate(prompt, batch, tokens)
             except ValueError as fault:
-                faults.append(str(fault))
+                faults[engine] = str(fault)
                 del rate[engine]
                 continue
             if turn >= 0:
@@ -168,19 +181,25 @@ def setting(
                 rate[engine].append(batch * (tokens - 1) / (times[-1] - times[0]))
     ours = {engine.name: engine for engine in rate}
     rows = []
-    for engine, rates in rate.items():
+    for engine in there:
+        row: dict[str, Any] = {"who": engine.name, "precision": engine.precision}
+        if engine in faults:
+            figures = dict.fromkeys(("tokens/s", "TTFT ms", "MB", "heed/it", "same"))
+            rows.append(row | figures | {"fault": faults[engine].removeprefix(f"{engine.name}: ")})
+            continue
+        rates = rate[engine]
         heed = ours.get(f"heed {engine.precision}")
         exact = ours.get("heed fp32")
         compared = engine.name != "nanoGPT"  # which has weights of its own
         rows.append(
-            {
-                "who": engine.name,
-                "precision": engine.precision,
+            row
+            | {
                 "tokens/s": statistics.median(rates),
                 "TTFT ms": statistics.median(first[engine]) * 1000,
                 "MB": size[engine],
                 "heed/it": statistics.median(a / b for a, b in zip(rate[heed], rates, strict=False)) if heed else None,
                 "same": f"{(made[exact][:SAME] == made[engine][:SAME]).mean():.0%}" if exact and compared else None,
+                "fault": None,
             }
         )
-    return rows, faults
+    return rows, list(faults.values())

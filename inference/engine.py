@@ -17,7 +17,7 @@ from kernels import cpu
 from kernels.cpu import decode_step
 from model import GPT, KVCache, ModelConfig
 
-ROWS = 64  # tokens of all sequences in one C++ call: their activations fit into a core's cache
+ROWS = KVCache.CHUNK  # tokens of all sequences in one C++ call, which reads the weights once for all of them
 SUPPORTED = {  # fields of ModelConfig that the C++ files compute
     "vocab_size", "context", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_ffn", "tie_embeddings",
     "dropout", "window", "layer_pattern", "gate", "rope_theta", "yarn_factor", "yarn_original_context", "norm_eps",
@@ -124,7 +124,11 @@ class CppEngine:
         library = decode_step.library(self.weights, cache.layers[0][0].dtype)
         for row, (keys, values) in zip(self.layers, cache.layers, strict=True):
             row.keys, row.values, row.slots = keys.data_ptr(), values.data_ptr(), keys.shape[1]
-        for chunk in tokens.split(max(1, ROWS // len(tokens)), dim=1):
-            logits = decode_step.decode(library, self.model, chunk, cache.lengths)
+        logits = torch.empty(len(tokens), self.model.V)  # (B, V)
+        *chunks, last = tokens.split(max(1, ROWS // len(tokens)), dim=1)
+        for chunk in chunks:
+            decode_step.decode(library, self.model, chunk, cache.lengths, None)
             cache.advance(chunk.shape[1])
+        decode_step.decode(library, self.model, last, cache.lengths, logits)
+        cache.advance(last.shape[1])
         return logits

@@ -3,13 +3,14 @@
 // A step of a small model is some 200 small operations. Called one by one from Python they take longer than the work;
 // here they are one parallel region: the threads share the rows of each matrix and meet at a barrier where the next
 // operation needs all of the last one's result. Reading the weights is what takes the time: they are read once a step,
-// in fp32, bf16 or int8 with a scale a row (matmul.h). All sums and norms are fp32.
+// in fp32, bf16 or int8 with a scale a row (matmul.h). A prompt is many tokens at once, and arithmetic takes the time:
+// it is done in tiles (prefill.h). All sums and norms are fp32.
 //
 // B sequences, T new tokens each, R = B * T rows; C width, H query heads, K key/value heads, D head size, F
 // feed-forward width, V vocabulary. Matrices are (rows out, columns in), as in torch.
 #include <numeric>
 
-#include "matmul.h"
+#include "prefill.h"
 
 struct Layer {
     Matrix q, k, v, o, gate, up, down;
@@ -111,8 +112,9 @@ static void join(const Drawn& parts, int64_t n, int64_t h, const Model& m, float
 
 // 2. The model ------------------------------------------------------------------------------------------------------
 
-// 0, or 1 for no token, one that is not in the vocabulary or a position beyond the context.
-// W is what the weights are stored in, E what the cache is: the compiler's command line says it (-DWEIGHTS -DCACHE).
+// 0, or 1 for no token, one that is not in the vocabulary or a position beyond the context. Without `logits`, the cache
+// alone is filled. W is what the weights are stored in, E what the cache is: the compiler's command line says it
+// (-DWEIGHTS -DCACHE).
 extern "C" int heed_decode(const Model& m, int64_t B, int64_t T, const int64_t* tokens, const int64_t* lengths,
                             float* logits, int64_t threads) {
     if (B * T == 0) return 1;
@@ -120,16 +122,34 @@ extern "C" int heed_decode(const Model& m, int64_t B, int64_t T, const int64_t* 
         if (tokens[i] < 0 || tokens[i] >= m.V || lengths[i / T] + T > m.context) return 1;
     using W = WEIGHTS;
     using E = CACHE;
-    int64_t R = B * T, D = m.D, Q = m.H * D * (m.gated ? 2 : 1), KV = m.K * D;
-    std::vector<float> x(R * m.C), y(R * m.C), q(R * Q), k(R * KV), v(R * KV), a(R * m.H * D), f(R * m.F), g(R * m.F);
-    // Where one thread would have a token more than another, they share every token's positions instead.
-    int64_t split = R % threads ? threads : 1;
-    std::vector<float> largest(R * split * m.H), total(R * split * m.H), values(R * split * m.H * D);
+    int64_t D = m.D, Q = m.H * D * (m.gated ? 2 : 1), KV = m.K * D, all = B * T;
+    Buffer<float> x(all * m.C), y(all * m.C), q(all * Q), k(all * KV), v(all * KV), a(all * m.H * D), f(all * m.F),
+        g(all * m.F);
+    Columns<W> columns(all < MANY ? 0 : all, std::max({m.C, m.H * D, m.F}));
+    int64_t drawn_rows = (T < MANY ? all : B) * threads;
+    Buffer<float> largest(drawn_rows * m.H), total(drawn_rows * m.H), values(drawn_rows * m.H * D);
 #pragma omp parallel num_threads(threads)
     {
+        Tiles tiles;
+        int64_t R = all, skipped = 0;  // rows; and tokens of each sequence that are not among them
+        // Before the matmuls of some rows, and these: in tiles if there are many rows. A unit is what one thread has of a matrix.
+        auto in_tiles = [&] { return IN_TILES<W> && R >= MANY; };
+        auto unit = [&] { return in_tiles() ? 32 : 3; };
+        auto pack = [&](const float* from, int64_t width) {
+            if (!in_tiles()) return;
+            Part mine(R, 16);
+            for (int64_t r = mine.from; r < mine.to; r += 16) columns.pack(from, R, width, r);
+#pragma omp barrier
+        };
+        auto matmul = [&](const Matrix& w, Product p) {
+            if constexpr (IN_TILES<W>)
+                if (in_tiles()) return product<W>(w, p, columns);
+            product<W>(w, p);
+        };
         auto norm = [&](const float* gain) {
-            Part mine(R);
+            Part mine(R, in_tiles() ? 16 : 1);
             for (int64_t r = mine.from; r < mine.to; r++) rms_norm(&x[r * m.C], gain, m.C, m.eps, &y[r * m.C]);
+            if (in_tiles()) return pack(y, m.C);
 #pragma omp barrier
         };
         for (int64_t r = Part(R).from; r < Part(R).to; r++)
@@ -137,12 +157,30 @@ extern "C" int heed_decode(const Model& m, int64_t B, int64_t T, const int64_t* 
                 float scale = m.embed.scale ? m.embed.scale[tokens[r]] : 1;
                 x[r * m.C + c] = float(((const W*)m.embed.weight)[tokens[r] * m.C + c]) * scale;
             }
+        // Each row's share of the cache, row by row. Where one thread would have a row more than another, they share every
+        // row's positions instead.
+        auto attend_rows = [&](const Layer& l) {
+            int64_t split = R % threads ? threads : 1, per = R / B;
+            auto drawn = [&](int64_t part) {
+                return Drawn{&largest[part * m.H], &total[part * m.H], &values[part * m.H * D]};
+            };
+            Part parts(R * split);
+            for (int64_t i = parts.from; i < parts.to; i++) {
+                int64_t r = i / split, end = lengths[r / per] + skipped + r % per + 1, cache = r / per * l.slots * KV;
+                int64_t begin = l.window ? std::max<int64_t>(0, end - l.window) : 0, n = end - begin;
+                attend(&q[r * Q], Q / m.H, (E*)l.keys + cache, (E*)l.values + cache, l, m,
+                       begin + n * (i % split) / split, begin + n * (i % split + 1) / split, drawn(i));
+            }
+#pragma omp barrier
+            Part joined(R * m.H);
+            for (int64_t i = joined.from; i < joined.to; i++) join(drawn(i / m.H * split), split, i % m.H, m, &a[i * D]);
+        };
         for (const Layer* l = m.layer; l < m.layer + m.layers; l++) {
 #pragma omp barrier
             norm(l->norm_in);
-            product<W>(l->q, {y.data(), q.data(), R, Q, m.C, false});
-            product<W>(l->k, {y.data(), k.data(), R, KV, m.C, false});
-            product<W>(l->v, {y.data(), v.data(), R, KV, m.C, false});
+            matmul(l->q, {y, q, R, Q, m.C, false});
+            matmul(l->k, {y, k, R, KV, m.C, false});
+            matmul(l->v, {y, v, R, KV, m.C, false});
 #pragma omp barrier
             Part heads(R * (m.H + m.K));
             for (int64_t i = heads.from; i < heads.to; i++) {
@@ -159,45 +197,59 @@ extern "C" int heed_decode(const Model& m, int64_t B, int64_t T, const int64_t* 
                 for (int64_t d = 0; d < D; d++) ((E*)l->values)[to + d] = E(v[from + d]);
             }
 #pragma omp barrier
-            auto drawn = [&](int64_t part) {
-                return Drawn{&largest[part * m.H], &total[part * m.H], &values[part * m.H * D]};
-            };
-            Part parts(R * split);
-            for (int64_t i = parts.from; i < parts.to; i++) {
-                int64_t r = i / split, end = lengths[r / T] + r % T + 1, cache = r / T * l->slots * KV;
-                int64_t begin = l->window ? std::max<int64_t>(0, end - l->window) : 0, n = end - begin;
-                attend(&q[r * Q], Q / m.H, (E*)l->keys + cache, (E*)l->values + cache, *l, m,
-                       begin + n * (i % split) / split, begin + n * (i % split + 1) / split, drawn(i));
+            bool last = l + 1 == m.layer + m.layers;
+            if (last && !logits) break;
+            if (last && T > 1) {  // from here on each sequence's last token alone is wanted
+#pragma omp single
+                for (int64_t b = 0; b < B; b++) {
+                    std::copy_n(&x[(b * T + T - 1) * m.C], m.C, &x[b * m.C]);
+                    std::copy_n(&q[(b * T + T - 1) * Q], Q, &q[b * Q]);
+                }
+                R = B, skipped = T - 1;
+            }
+            if (R / B < MANY) {
+                attend_rows(*l);
+            } else {
+                // Where one thread would have a head more than another, they share the queries of every head instead.
+                int64_t parts = B * m.K % threads ? threads : 1, group = m.H / m.K, pitch = Q / m.H;
+                Part mine(B * m.K * parts);
+                for (int64_t i = mine.from; i < mine.to; i++) {
+                    int64_t b = i / parts / m.K, h = i / parts % m.K, cache = b * l->slots * KV + h * D;
+                    Sequence<E> sequence{(E*)l->keys + cache, (E*)l->values + cache, lengths[b], T, l->slots, KV, D, l->window};
+                    sequence.attend(&q[b * T * Q + h * group * pitch], Q, pitch, &a[(b * T * m.H + h * group) * D], m.H * D,
+                                    Part(group * ((T + 31) / 32), 1, i % parts, parts));
+                }
+            }
+            if (m.gated) {
+#pragma omp barrier
+                Part gates(R * m.H);
+                for (int64_t i = gates.from; i < gates.to; i++) {
+                    int64_t r = i / m.H, h = i % m.H;
+                    for (int64_t d = 0; d < D; d++) a[i * D + d] /= 1 + std::exp(-q[r * Q + h * 2 * D + D + d]);
+                }
             }
 #pragma omp barrier
-            Part joined(R * m.H);
-            for (int64_t i = joined.from; i < joined.to; i++) {
-                int64_t r = i / m.H, h = i % m.H;
-                float* out = &a[i * D];
-                join(drawn(r * split), split, h, m, out);
-                if (m.gated)
-                    for (int64_t d = 0; d < D; d++) out[d] /= 1 + std::exp(-q[r * Q + h * 2 * D + D + d]);
-            }
-#pragma omp barrier
-            product<W>(l->o, {a.data(), x.data(), R, m.C, m.H * D, true});
+            pack(a, m.H * D);
+            matmul(l->o, {a, x, R, m.C, m.H * D, true});
 #pragma omp barrier
             norm(l->norm_mid);
-            product<W>(l->gate, {y.data(), g.data(), R, m.F, m.C, false});
-            product<W>(l->up, {y.data(), f.data(), R, m.F, m.C, false});
-            Part mine(m.F, 3);  // the same rows as in the two matmuls
+            matmul(l->gate, {y, g, R, m.F, m.C, false});
+            matmul(l->up, {y, f, R, m.F, m.C, false});
+            Part mine(m.F, unit());  // the same rows as in the two matmuls
             for (int64_t r = 0; r < R; r++) {
                 float *silu = &g[r * m.F], *up = &f[r * m.F];
                 each(silu + mine.from, mine.to - mine.from, [](auto v) { return v / (1 + exp(-v)); });
                 for (int64_t i = mine.from; i < mine.to; i++) up[i] *= silu[i];
             }
 #pragma omp barrier
-            product<W>(l->down, {f.data(), x.data(), R, m.C, m.F, true});
+            pack(f, m.F);
+            matmul(l->down, {f, x, R, m.C, m.F, true});
         }
+        if (logits) {
 #pragma omp barrier
-        for (int64_t b = Part(B).from; b < Part(B).to; b++)
-            rms_norm(&x[(b * T + T - 1) * m.C], m.norm, m.C, m.eps, &y[b * m.C]);
-#pragma omp barrier
-        product<W>(m.head, {y.data(), logits, B, m.V, m.C, false});
+            norm(m.norm);
+            matmul(m.head, {y, logits, B, m.V, m.C, false});
+        }
     }
     return 0;
 }

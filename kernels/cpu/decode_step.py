@@ -39,14 +39,12 @@ def library(weights: torch.dtype, cache: torch.dtype) -> ctypes.CDLL:
     return cpu.library("decode_step", WEIGHTS=weights, CACHE=cache)
 
 
-def decode(found: ctypes.CDLL, model: Model, tokens: Tensor, lengths: Tensor) -> Tensor:
-    """tokens (B, T) int64 after those that the cache holds, lengths (B,) -> the next one's logits (B, V) fp32.
+def decode(found: ctypes.CDLL, model: Model, tokens: Tensor, lengths: Tensor, logits: Tensor | None) -> None:
+    """tokens (B, T) int64 after those that the cache holds, lengths (B,) -> the next one's logits (B, V) fp32, if wanted.
 
     Writes keys and values into the cache that `model` points to. Raises IndexError as torch would: a token that is not
     in the vocabulary, or a position beyond the context.
     """
     B, T = tokens.shape
-    tokens, logits = tokens.contiguous(), torch.empty(B, model.V)
-    if cpu.call(found.heed_decode, model, B, T, tokens, lengths, logits):
+    if cpu.call(found.heed_decode, model, B, T, tokens.contiguous(), lengths, logits):
         raise IndexError(f"tokens from 0 to {model.V - 1}, 1 to {model.context} of them")
-    return logits

@@ -63,3 +63,19 @@ def test_an_engine_that_fails_is_named_and_the_others_go_on(tmp_path):
     with pytest.raises(ValueError, match="heed fp32: IndexError"):
         here.generate([280], 1, 2)
     here.close()
+
+
+def test_an_engine_whose_process_dies_has_a_row_that_says_so(tmp_path):
+    """Killed between two settings, as by a signal in a library: both the next setting and the one after go on."""
+    engines.write(tmp_path, inference.TINY, [])
+    here, other = (inference.EngineProcess(name, tmp_path, None, 1) for name in ("heed fp32", "heed bf16"))
+    inference.setting([here, other], inference.TINY, 1, 3, 2, 1)
+    other.process.kill()
+    for length in (3, 5):
+        (good, bad), faults = inference.setting([here, other], inference.TINY, 1, length, 2, 1)
+        assert good["who"] == "heed fp32" and good["tokens/s"] > 0 and good["fault"] is None
+        assert bad == dict.fromkeys(good) | {
+            "who": "heed bf16", "precision": "bf16", "fault": "its process died, SIGKILL"
+        }  # fmt: skip
+        assert faults == ["heed bf16: its process died, SIGKILL"]
+    here.close()
