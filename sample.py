@@ -59,11 +59,11 @@ from torch import Tensor  # noqa: E402
 
 from data import chat_format  # noqa: E402
 from data.tokenizer import Tokenizer, TokenizerError  # noqa: E402
-from inference.detokenizer import GeneratedText  # noqa: E402
 from inference.engine import make_engine  # noqa: E402
 from inference.huge_pages import use_huge_pages  # noqa: E402
 from inference.quantize import quantize  # noqa: E402
 from inference.sampling import SamplingParams  # noqa: E402
+from inference.stop_strings import GeneratedText  # noqa: E402
 from model import GPT, KVCache  # noqa: E402
 from training.checkpoint import CheckpointError, load_weights, model_config, open_checkpoint  # noqa: E402
 

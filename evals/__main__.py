@@ -10,70 +10,17 @@ evals/tasks.py. For lm-eval's tasks, see evals/lm_eval_adapter.py.
 """
 
 import argparse
-import dataclasses
-import json
-import math
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.report import table
-from data.chunking import Piece
-from data.prepare import Splitter, prepare, write
-from data.shards import Shards
-from data.sources import Corpus, CorpusError, open_corpus
-from data.tokenizer import Tokenizer
 from evals import tasks
-from model import GPT
+from evals.perplexity import measure, own_validation, tokens_of
 from sample import load
 from training import device
-from training.checkpoint import CheckpointError, find, read_state
-from training.config import Config, TrainConfig
-from training.distributed import World
-from training.evaluation import validate
+from training.config import TrainConfig
 from training.recipes import load as load_recipe
-
-
-class AllValidation(Splitter):
-    """All pieces of a corpus in the validation split."""
-
-    def __init__(self, corpus: Corpus):
-        self.corpus = corpus
-
-    def __iter__(self) -> Iterator[tuple[str | None, Piece]]:
-        return (("val", piece) for piece in self.corpus.pieces())
-
-
-def tokens_of(source: str, text_column: str, limit: int, tokenizer: Tokenizer, folder: Path) -> Shards:
-    """Tokenize a whole text into `folder`. Raises CorpusError and TokenizerError."""
-    try:
-        corpus = open_corpus(source, text_column=text_column, limit=limit)
-        manifest = write(folder, AllValidation(corpus), tokenizer, log=lambda _: None)
-    except CorpusError as error:  # replace config keys by this command's options
-        raise CorpusError(
-            str(error).replace("data.source =", "--text").replace("data.text_column =", "--text-column")
-        ) from None
-    (folder / "manifest.json").write_text(json.dumps(dataclasses.asdict(manifest)))
-    return Shards(folder, "val")
-
-
-def own_validation(run: Path, config: Config) -> Shards:
-    """The validation text of a run, cached or tokenized again. Raises CheckpointError if the text has changed."""
-    folder = prepare(**dataclasses.asdict(config.data))
-    if folder.name != read_state(find(run, "latest"))["identity"]["text"]:
-        raise CheckpointError(f"{run}: data.source = {config.data.source!r} has changed since; name a --text")
-    return Shards(folder, "val")
-
-
-def measure(model: GPT, text: Shards, config: Config, machine: device.Machine) -> list[str]:
-    """Tokens, bytes, documents, nats/token, perplexity and bits per byte, formatted."""
-    loss = validate(model, text, config, World(), machine, text.manifest.eot)
-    assert loss is not None  # nothing stops it
-    model.eval()
-    bits = loss * text.num_targets / text.bytes / math.log(2)
-    counts = [f"{count:,}" for count in (text.num_targets, text.bytes, text.manifest.splits["val"]["documents"])]
-    return [*counts, f"{loss:.4f}", f"{math.exp(loss):,.2f}", f"{bits:.4f}"]
 
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:

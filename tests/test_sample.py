@@ -6,8 +6,8 @@ from transformers import LogitsProcessorList
 from transformers.generation import logits_process as theirs
 
 from data.tokenizer import EOT, Tokenizer
-from inference.detokenizer import GeneratedText
 from inference.engine import EagerEngine
+from inference.stop_strings import GeneratedText
 from model import KVCache
 from sample import SamplingParams, generate, load, stream_generate
 from tests.conftest import TINY, command, randomized
