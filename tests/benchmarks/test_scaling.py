@@ -17,16 +17,16 @@ def test_exponents():
 
 def test_activation_checkpointing_takes_less_memory(monkeypatch):
     monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
-    size = {"context": 2048, "width": 128, "batch": 1, "vocabulary": 256}
+    size = {"context": 256, "width": 128, "batch": 32, "vocabulary": 256}
     kept, checkpointed = (
         scaling.measure(**size, checkpointing=checkpointing)["bytes"] for checkpointing in (False, True)
     )
-    assert checkpointed < 0.8 * kept
+    assert checkpointed < 0.9 * kept
 
 
 def test_what_does_not_fit_is_named():
-    with pytest.raises(ValueError, match="'width': 65"):
-        scaling.measure(context=64, width=65, batch=0, vocabulary=64, checkpointing=False)
+    with pytest.raises(ValueError, match="'vocabulary': 0"):
+        scaling.measure(context=64, width=64, batch=1, vocabulary=0, checkpointing=False)
 
 
 def test_the_whole_path(tmp_path, capsys):

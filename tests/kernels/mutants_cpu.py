@@ -11,7 +11,7 @@ from tests.conftest import TINY, randomized
 from tests.inference.test_engine import exact as logits
 from tests.kernels.test_cross_entropy import compare, draw
 from tests.kernels.test_muon_step import compare_steps
-from tests.training.test_fused import far, in_cpp, results
+from tests.training.test_fused import fused, relative_errors, results
 
 # File: (name, text in the file, replacement)
 MUTANTS: dict[str, list[tuple[str, str, str]]] = {}
@@ -138,7 +138,7 @@ def layers() -> None:
     model = randomized(dataclasses.replace(TINY, context=150, window=40, layer_pattern="SL"))
     tokens = torch.randint(0, 97, (4, 150), generator=torch.Generator().manual_seed(0))
     exact = results(copy.deepcopy(model).double(), tokens)
-    for name, error in far(results(in_cpp(model), tokens), exact).items():
+    for name, error in relative_errors(results(fused(model), tokens), exact).items():
         assert error < 1e-4, name
 
 

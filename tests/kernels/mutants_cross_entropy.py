@@ -38,7 +38,7 @@ TRITON_MUTANTS: list[tuple[str, str, str]] = [
     ("the softcap's derivative not squared", "1 - (score / softcap) * (score / softcap)", "1 - (score / softcap)"),
     ("lse in the z-loss not squared", "z_loss * lse * lse", "z_loss * lse"),
     ("the z-loss not differentiated", "factor = (1 + 2 * z_loss * lse) / total\n", "factor = 1 / total\n"),
-    ("ignored rows have a gradient", "g = tl.where(counts, g, 0.0)", "pass"),
+    ("ignored rows have a gradient", "tl.where(counts & (column < V), g", "tl.where(column < V, g"),
     ("ignored rows have a loss", "tl.where(counts, loss", "tl.where(row >= 0, loss"),
     ("a target outside looks valid", 'other=float("nan")', "other=0.0"),
 ]  # fmt: skip

@@ -12,7 +12,7 @@ from kernels.cpu import build
 from tests.conftest import TINY, randomized
 from tests.kernels.test_cross_entropy import compare, draw
 from tests.kernels.test_muon_step import compare_steps
-from tests.training.test_fused import far, in_cpp, results
+from tests.training.test_fused import fused, relative_errors, results
 
 # g++'s name for each, and what /proc/cpuinfo must list: fp32 vectors of 8, of 16, pairs of bf16
 SETS = {"x86-64-v3": {"avx2", "fma"}, "x86-64-v4": {"avx512vl", "avx512dq"}, "cooperlake": {"avx512_bf16"}}
@@ -39,7 +39,7 @@ def test_layers_loss_and_optimizer_on_every_instruction_set():
     tokens = torch.randint(0, 97, (2, 150), generator=torch.Generator().manual_seed(0))
     exact = results(randomized(model.config).double(), tokens)
     for dtype, bound in ((torch.float32, 1e-4), (torch.bfloat16, 0.1)):
-        for name, error in far(results(in_cpp(randomized(model.config)), tokens, dtype), exact).items():
+        for name, error in relative_errors(results(fused(randomized(model.config)), tokens, dtype), exact).items():
             assert error < bound, (dtype, name)
     compare(*draw(70, 40, 65), backend="cpp", z_loss=0.1, softcap=3.0)
     compare_steps((48, 37), torch.float32)
