@@ -1,4 +1,4 @@
-"""python -m benchmarks scaling: its arithmetic, and its whole path on tiny sizes."""
+"""python -m benchmarks scaling: the exponent, and a run with tiny sizes."""
 
 import csv
 
@@ -24,14 +24,14 @@ def test_activation_checkpointing_takes_less_memory(monkeypatch):
     assert checkpointed < 0.8 * kept
 
 
-def test_what_does_not_fit_is_named():
+def test_out_of_memory_is_reported():
     with pytest.raises(ValueError, match="'width': 65"):
         scaling.measure(context=64, width=65, batch=0, vocabulary=64, checkpointing=False)
 
 
-def test_the_whole_path(tmp_path, capsys):
+def test_run(tmp_path, capsys):
     assert bench.main(bench.arguments(["scaling", "--quick", "--out", str(tmp_path)])) == 0
-    assert "grows with the power of" in capsys.readouterr().out
+    assert "exponent" in capsys.readouterr().out
     rows = list(csv.DictReader((tmp_path / "scaling.csv").open()))
     assert len(rows) == 10
     assert {row["series"] for row in rows} == {
