@@ -1,1 +1,1 @@
-"""Measurements of speed: `python -m benchmarks`."""
+"""Speed and memory benchmarks: `python -m benchmarks`."""

@@ -1,14 +1,14 @@
-"""Measure heed's speed next to other implementations and next to what the hardware allows.
+"""Benchmarks of heed against other implementations and against the limits of the hardware.
 
 python -m benchmarks training --nanogpt DIR --text FILE [--setting cpu|gpu] [--out DIR]
-                                             anywhere: seconds of training to a validation loss, against nanoGPT
-python -m benchmarks inference [--out DIR]   on a CPU: tokens per second against transformers, llama.cpp and nanoGPT
-python -m benchmarks kernels [--out DIR]     on a GPU: check heed's kernels, then time them and others
-python -m benchmarks kernels --bound         anywhere: the roofline of each GPU, computed
-python -m benchmarks kernels --dry-run       anywhere: the same code on tiny shapes, interpreted, not timed
-python -m benchmarks tiles [KERNEL]          on a GPU: search tiles, print rows for kernels/triton/tiles.py
-python -m benchmarks data [--megabytes N]    anywhere: text to tokens to batches, against datasets.map and nanoGPT
-python -m benchmarks scaling [--out DIR]     anywhere: time and memory of a step against the model's sizes
+                                             CPU or GPU: training time to a validation loss, against nanoGPT
+python -m benchmarks inference [--out DIR]   CPU: tokens per second against transformers, llama.cpp and nanoGPT
+python -m benchmarks kernels [--out DIR]     GPU: check the kernels, then time them and other implementations
+python -m benchmarks kernels --bound         no GPU needed: compute the roofline of each GPU
+python -m benchmarks kernels --dry-run       no GPU needed: the same code on tiny shapes, interpreted, not timed
+python -m benchmarks tiles [KERNEL]          GPU: search tile sizes, print rows for kernels/triton/tiles.py
+python -m benchmarks data [--megabytes N]    CPU: text to tokens to batches, against datasets.map and nanoGPT
+python -m benchmarks scaling [--out DIR]     CPU or GPU: time and memory of a training step against model sizes
 """
 
 import argparse
@@ -19,58 +19,54 @@ from pathlib import Path
 
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    kernels = commands.add_parser("kernels", help="heed's kernels against others and the roofline")
+    kernels = commands.add_parser("kernels", help="heed's kernels against other implementations and the roofline")
     kernels.add_argument("--only", nargs="+", default=[], metavar="KERNEL", help="only these kernels")
-    kernels.add_argument("--out", type=Path, metavar="DIR", help="write a CSV and a plot there")
-    kernels.add_argument("--bound", action="store_true", help="print the roofline and time nothing")
+    kernels.add_argument("--out", type=Path, metavar="DIR", help="folder for a CSV and a plot")
+    kernels.add_argument("--bound", action="store_true", help="print the roofline, without timing")
     parser.set_defaults(bound=False)
     scaling = commands.add_parser("scaling", help="time and memory against context, width, batch, vocabulary")
-    scaling.add_argument("--quick", action="store_true", help="tiny sizes: tests the code, not the speed")
-    scaling.add_argument("--out", type=Path, metavar="DIR", help="write a CSV and a plot there")
-    train = commands.add_parser("training", help="time to a validation loss, against nanoGPT")
-    train.add_argument("--nanogpt", type=Path, required=True, metavar="DIR", help="a clone of nanoGPT")
+    scaling.add_argument("--quick", action="store_true", help="tiny sizes, to test the code")
+    scaling.add_argument("--out", type=Path, metavar="DIR", help="folder for a CSV and a plot")
+    train = commands.add_parser("training", help="training time to a validation loss, against nanoGPT")
+    train.add_argument("--nanogpt", type=Path, required=True, metavar="DIR", help="folder of a clone of nanoGPT")
     train.add_argument("--text", type=Path, required=True, metavar="FILE", help="tiny Shakespeare, nanoGPT's input.txt")
-    train.add_argument("--setting", choices=["cpu", "gpu"], default="cpu", help="which of nanoGPT's two; default: cpu")
-    train.add_argument("--seeds", type=int, default=3, help="runs of each, in turns; default: 3")
-    train.add_argument("--out", type=Path, metavar="DIR", help="write a CSV and a plot there")
-    train.add_argument("options", nargs="*", help="after --: options for heed's train.py, beside the setting's recipe")
+    train.add_argument("--setting", choices=["cpu", "gpu"], default="cpu", help="of nanoGPT; default: cpu")
+    train.add_argument("--seeds", type=int, default=3, help="runs of each, alternating; default: 3")
+    train.add_argument("--out", type=Path, metavar="DIR", help="folder for a CSV and a plot")
+    train.add_argument("options", nargs="*", help="after --: further options for heed's train.py")
     data = commands.add_parser("data", help="text to tokens to batches")
-    data.add_argument("--megabytes", type=int, default=1000, help="of text; default: 1000")
+    data.add_argument("--megabytes", type=int, default=1000, help="size of the text; default: 1000")
     data.add_argument("--turns", type=int, default=1, help="default: 1")
-    data.add_argument(
-        "--quick", action="store_true", help="little text and a small model: tests the code, not the speed"
-    )
-    tiles = commands.add_parser("tiles", help="search the tiles of a kernel")
-    tiles.add_argument("kernel", nargs="?", help="a row of kernels/triton/tiles.py; all if none")
+    data.add_argument("--quick", action="store_true", help="a short text and a small model, to test the code")
+    tiles = commands.add_parser("tiles", help="search the tile sizes of a kernel")
+    tiles.add_argument("kernel", nargs="?", help="a key of kernels/triton/tiles.py; default: all")
     for command in (kernels, tiles):
-        command.add_argument("--dry-run", action="store_true", help="without a GPU: tiny shapes, no times")
-    sample = commands.add_parser("inference", help="tokens per second against others and the roofline")
+        command.add_argument("--dry-run", action="store_true", help="without a GPU: tiny shapes, no timing")
+    sample = commands.add_parser("inference", help="tokens per second against other engines and the roofline")
     sample.add_argument("--only", nargs="+", default=[], metavar="NAME", help="only these engines; default: all")
     sample.add_argument("--sizes", nargs="+", default=[], metavar="SIZE", help="model sizes; default: all")
     sample.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64], metavar="N", help="default: 1 8 64")
     sample.add_argument("--prompts", nargs="+", type=int, default=[16, 512], metavar="N", help="default: 16 512 tokens")
-    sample.add_argument("--max-new-tokens", type=int, default=32, help="per engine and turn; default: 32")
-    sample.add_argument("--repetitions", type=int, default=5, help="turns; default: 5")
-    sample.add_argument(
-        "--nanogpt", type=Path, metavar="DIR", help="folder of a clone of nanoGPT, to measure it as well"
-    )
-    sample.add_argument("--out", type=Path, metavar="DIR", help="write inference.csv there")
-    sample.add_argument("--quick", action="store_true", help="a tiny model, once: tests the code, not the speed")
+    sample.add_argument("--max-new-tokens", type=int, default=32, help="per engine and repetition; default: 32")
+    sample.add_argument("--repetitions", type=int, default=5, help="default: 5")
+    sample.add_argument("--nanogpt", type=Path, metavar="DIR", help="folder of a clone of nanoGPT, to include it")
+    sample.add_argument("--out", type=Path, metavar="DIR", help="folder for inference.csv")
+    sample.add_argument("--quick", action="store_true", help="a tiny model, once, to test the code")
     return parser.parse_args(words)
 
 
 def check_device() -> None:
-    """Raise ValueError without a GPU to time on."""
+    """Raise ValueError if there is no GPU."""
     import torch
 
     if not torch.cuda.is_available():
         raise ValueError(
-            "no GPU to time on. `python -m benchmarks kernels --bound` computes the roofline, "
+            "no GPU found. `python -m benchmarks kernels --bound` computes the roofline, "
             "--dry-run runs the code without one"
         )
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -78,7 +74,7 @@ def check_device() -> None:
 
 
 def inference_benchmark(a: argparse.Namespace) -> int:
-    """python -m benchmarks inference. Raises ValueError for what cannot be measured."""
+    """Run `python -m benchmarks inference`. Raises ValueError for invalid arguments."""
     import torch
 
     from benchmarks import inference
@@ -88,12 +84,12 @@ def inference_benchmark(a: argparse.Namespace) -> int:
     check_names("--only", a.only, ENGINES)
     check_names("--sizes", a.sizes, SIZES)
     if a.nanogpt and not (a.nanogpt / "model.py").exists():
-        raise ValueError(f"--nanogpt {a.nanogpt}: there is no model.py; name the folder of a clone of nanoGPT")
+        raise ValueError(f"--nanogpt {a.nanogpt}: no model.py; must be the folder of a clone of nanoGPT")
     if (
         min([*a.batches, *a.prompts, a.max_new_tokens - 1, a.repetitions]) < 1
         or max(a.prompts) + a.max_new_tokens > 1024
     ):
-        raise ValueError("batches, prompts, repetitions: at least 1, tokens: 2, and a prompt with them at most 1,024")
+        raise ValueError("batches, prompts, repetitions: at least 1; tokens: at least 2; both: at most 1,024")
     if a.quick:
         a.sizes, a.batches, a.prompts, a.max_new_tokens, a.repetitions = ["tiny"], [1, 3], [5], 4, 1
     threads = torch.get_num_threads()
@@ -154,7 +150,7 @@ if __name__ == "__main__":
         print(f"benchmarks: {error}", file=sys.stderr)
         sys.exit(2)
     except ImportError as error:
-        print(f"benchmarks: {error}: what heed needs is in pyproject.toml, triton for Linux alone", file=sys.stderr)
+        print(f"benchmarks: {error}: see pyproject.toml; triton is available on Linux only", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

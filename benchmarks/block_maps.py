@@ -1,6 +1,6 @@
-"""Draw docs/6-block-maps.png: which blocks of the score matrix are skipped, partly visible, or fully visible.
+"""Draw docs/6-block-maps.png: which blocks of the score matrix are skipped, partly masked, or not masked.
 
-Every square is computed from `kernels.reference.attention_mask`, the definition of which query attends to which key.
+Every square is computed from `kernels.reference.attention_mask`, the definition of the mask.
 python -m benchmarks.block_maps
 """
 
@@ -15,10 +15,10 @@ from kernels.reference import CAUSAL, MaskSpec, attention_mask
 ROOT = Path(__file__).resolve().parent.parent
 
 SKIPPED, PART, WHOLE = 0, 1, 2
-COLOURS = {"skipped": "#eceff1", "seen in part": "#f2a65a", "seen whole": "#3a7ca5"}
+COLOURS = {"skipped": "#eceff1", "partly masked": "#f2a65a", "not masked": "#3a7ca5"}
 
 T, BLOCK_M, BLOCK_N = 512, 32, 32
-LENGTHS = 150, 90, 200, 72  # of four documents in a row
+LENGTHS = 150, 90, 200, 72  # of four packed documents
 DOCUMENTS = torch.repeat_interleave(torch.arange(4), torch.tensor(LENGTHS))[None]  # (1, T)
 MAPS = {
     "causal": (CAUSAL, None),
@@ -28,15 +28,15 @@ MAPS = {
 }
 
 
-def blocks(sees: Tensor, M: int, N: int) -> Tensor:
-    """(T, S) booleans -> (T / M, S / N) numbers: SKIPPED, PART or WHOLE. What lies beyond the edge does not count."""
-    T, S = sees.shape
+def blocks(mask: Tensor, M: int, N: int) -> Tensor:
+    """(T, S) bool mask -> (T / M, S / N) values SKIPPED, PART or WHOLE. Positions beyond the edge are ignored."""
+    T, S = mask.shape
 
-    def cut(beyond: bool) -> Tensor:  # -> (blocks of queries, blocks of keys, M * N)
-        padded = F.pad(sees, (0, -S % N, 0, -T % M), value=beyond)
+    def split(padding: bool) -> Tensor:  # -> (blocks of queries, blocks of keys, M * N)
+        padded = F.pad(mask, (0, -S % N, 0, -T % M), value=padding)
         return padded.unflatten(1, (-1, N)).unflatten(0, (-1, M)).transpose(1, 2).flatten(2)
 
-    return torch.where(cut(False).any(2), torch.where(cut(True).all(2), WHOLE, PART), SKIPPED)
+    return torch.where(split(False).any(2), torch.where(split(True).all(2), WHOLE, PART), SKIPPED)
 
 
 def main(path: Path) -> None:
@@ -50,8 +50,8 @@ def main(path: Path) -> None:
 
     figure, axes = plt.subplots(1, len(MAPS), figsize=(12, 3.9), layout="constrained")
     for (title, (mask_spec, document_ids)), axis in zip(MAPS.items(), axes, strict=True):
-        sees = attention_mask(mask_spec, T, T, torch.device("cpu"), None, document_ids)[0]
-        found = blocks(sees, BLOCK_M, BLOCK_N)
+        mask = attention_mask(mask_spec, T, T, torch.device("cpu"), None, document_ids)[0]
+        found = blocks(mask, BLOCK_M, BLOCK_N)
         axis.imshow(found, aspect="auto", cmap=ListedColormap(list(COLOURS.values())), vmin=0, vmax=2)
         axis.set_xticks(torch.arange(found.shape[1] + 1) - 0.5, labels=[])
         axis.set_yticks(torch.arange(found.shape[0] + 1) - 0.5, labels=[])

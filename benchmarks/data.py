@@ -1,10 +1,10 @@
-"""python -m benchmarks data: how fast text becomes tokens and tokens become batches, beside what others do.
+"""python -m benchmarks data: throughput of tokenization and of batches, compared with other pipelines.
 
-From one JSONL file, with one tokenizer, three ways to shards of token ids on the disk, each in a process of its own:
-heed's `prepare`; batches through `datasets.map`; and nanoGPT's way (its data/openwebtext/prepare.py): a document at a
-time through `datasets.map`, then a thousand parts into one array. Seconds count from the file to the ids, without
-imports, nothing cached. Memory is the peak of the largest process. The text is Shakespeare's plays again and again,
-with one word in twenty put elsewhere, so that no two documents are the same.
+Three pipelines convert one JSONL file with one tokenizer to token ids on disk, each in a separate process: heed's
+`prepare`; `datasets.map` with batches; and nanoGPT's data/openwebtext/prepare.py: `datasets.map` by document, then a
+thousand parts into one array. The time is from the file to the ids, without imports and without caches. Memory is the
+peak of the largest process. The text is Shakespeare's plays repeated, with one word in twenty moved, so that no two
+documents are equal.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ from training.memory import peak_memory
 VOCABULARY = 4096
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 SHAPES = [(8, 256), (64, 256), (32, 1024)]  # sequences, context
-BATCHES = 50  # of each loader in a turn
+BATCHES = 50  # per loader and repetition
 QUICK = [
     "model.n_layer=1",
     "model.context=64",
@@ -45,19 +45,19 @@ QUICK = [
     "train.micro_batch_size=8",
     "train.compile=off",
 ]
-STEPS, SKIPPED = 25, 5  # of training, to see how long it waits; the first ones are not counted
+STEPS, SKIPPED = 25, 5  # training steps for measuring the time waiting for batches; the first ones are excluded
 
 
 def make_text(path: Path, size: int) -> None:
-    """Write documents, {"text": ...} a line, until they are `size` bytes."""
+    """Write documents, one {"text": ...} per line, up to `size` bytes."""
     documents = [piece.text.split(" ") for piece in open_corpus("shakespeare").pieces()]
     ends = np.cumsum([len(words) for words in documents])
     plays = np.array([word for words in documents for word in words], dtype=object)
-    draw = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     with path.open("w") as file:
         while True:
             words = plays.copy()
-            moved = draw.choice(len(words), len(words) // 20, replace=False)
+            moved = rng.choice(len(words), len(words) // 20, replace=False)
             words[moved] = words[np.roll(moved, 1)]
             for start, end in zip([0, *ends], ends, strict=False):
                 file.write(json.dumps({"text": " ".join(words[start:end])}) + "\n")
@@ -65,7 +65,7 @@ def make_text(path: Path, size: int) -> None:
                     return
 
 
-# Three ways: from the text's file to token ids in a folder; each returns how many there are.
+# Three pipelines: each converts the text to token ids in a folder and returns the number of tokens.
 
 
 def heed(text: Path, tokenizer: Tokenizer, folder: Path) -> int:
@@ -75,7 +75,7 @@ def heed(text: Path, tokenizer: Tokenizer, folder: Path) -> int:
 
 
 def datasets_map(text: Path, tokenizer: Tokenizer, folder: Path) -> int:
-    """Whole batches to the tokenizer, which has threads; the ids are appended to a file as they are read back."""
+    """Batches for the multithreaded tokenizer; the ids are then read back and appended to a file."""
 
     def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
         return {"ids": [[*ids, tokenizer.eot] for ids in tokenizer.encode_batch(batch["text"])]}
@@ -91,7 +91,7 @@ def datasets_map(text: Path, tokenizer: Tokenizer, folder: Path) -> int:
 
 
 def nanogpt(text: Path, tokenizer: Tokenizer, folder: Path) -> int:
-    """A document at a time, in as many processes as there are cores; lengths first, then a thousand parts."""
+    """One document at a time, in one process per core; then a thousand parts are copied to one array."""
 
     def encode(row: dict[str, str]) -> dict[str, Any]:
         ids = [*tokenizer.encode(row["text"]), tokenizer.eot]
@@ -113,8 +113,8 @@ def nanogpt(text: Path, tokenizer: Tokenizer, folder: Path) -> int:
     return count
 
 
-WAYS: dict[str, Callable[[Path, Tokenizer, Path], int]] = {
-    "heed": heed, "datasets.map": datasets_map, "nanoGPT's way": nanogpt,
+PIPELINES: dict[str, Callable[[Path, Tokenizer, Path], int]] = {
+    "heed": heed, "datasets.map": datasets_map, "nanoGPT": nanogpt,
 }  # fmt: skip
 
 
@@ -125,13 +125,13 @@ def _load(text: Path, folder: Path) -> Any:
     return datasets.load_dataset("json", data_files=str(text), split="train", cache_dir=str(folder / "cache"))
 
 
-def one(way: str, text: Path, tokenizer: Path, folder: Path) -> dict[str, float]:
-    """One way, in this process, which is its own: seconds, tokens and peak memory in bytes."""
-    importlib.import_module("datasets")  # which is not what is timed
+def one(pipeline: str, text: Path, tokenizer: Path, folder: Path) -> dict[str, float]:
+    """Run one pipeline in this process, a separate one: seconds, tokens and peak memory in bytes."""
+    importlib.import_module("datasets")  # the import is not timed
     made = Tokenizer.load(tokenizer)
     with contextlib.redirect_stdout(sys.stderr):
         start = time.perf_counter()
-        tokens = WAYS[way](text, made, folder)
+        tokens = PIPELINES[pipeline](text, made, folder)
         seconds = time.perf_counter() - start
     return {"seconds": seconds, "tokens": tokens, "bytes": max(peak_memory(), isolated.peak_of_children())}
 
@@ -139,8 +139,8 @@ def one(way: str, text: Path, tokenizer: Path, folder: Path) -> dict[str, float]
 # Batches
 
 
-def random_windows(file: Path, sequences: int, context: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """nanoGPT's way to a batch: windows at random places, with replacement, from a file opened anew."""
+def random_sequences(file: Path, sequences: int, context: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """nanoGPT's batches: sequences at random positions, with replacement, from a file opened for each batch."""
     ids = np.memmap(file, dtype=np.uint16, mode="r")
     starts = torch.randint(len(ids) - context, (sequences,)).tolist()
     x, y = ([torch.from_numpy(ids[s + i : s + i + context].astype(np.int64)) for s in starts] for i in (0, 1))
@@ -148,14 +148,14 @@ def random_windows(file: Path, sequences: int, context: int) -> tuple[torch.Tens
 
 
 def batches(folder: Path, sequences: int, context: int, turns: int) -> list[float]:
-    """Tokens a second of heed's loader and of nanoGPT's, medians over turns; each batch is another one."""
+    """Tokens per second of heed's loader and of nanoGPT's, medians over repetitions; all batches differ."""
     loader, steps = Loader(Shards(folder, "train"), context=context, seed=0), itertools.count()
     calls = (
         lambda: loader.batch(next(steps), sequences),
-        lambda: random_windows(folder / "train-00000.bin", sequences, context),
+        lambda: random_sequences(folder / "train-00000.bin", sequences, context),
     )
     took: list[list[float]] = [[] for _ in calls]
-    for _ in range(1 + turns):  # the first one draws an epoch's order, and is not counted
+    for _ in range(1 + turns):  # the first one shuffles an epoch and is excluded
         for call, own in zip(calls, took, strict=True):
             start = time.perf_counter()
             for _ in range(BATCHES):
@@ -165,7 +165,7 @@ def batches(folder: Path, sequences: int, context: int, turns: int) -> list[floa
 
 
 def waiting(folder: Path, recipe: str, *words: str) -> tuple[float, float]:
-    """Tokens a second of a real run of the recipe, and the share of its time that the loop waits for its loader."""
+    """Tokens per second of a run of the recipe, and the share of its time that the loop waits for batches."""
     import train
     from training.recipes import load
 
@@ -183,13 +183,13 @@ def waiting(folder: Path, recipe: str, *words: str) -> tuple[float, float]:
     with patch.object(Loader, "batch", timed), patch.object(train, "RUNS", folder):
         train.train(config, resume=False, overwrite=True)
     counted = calls[SKIPPED:]
-    whole = counted[-1][0] - counted[0][0]
+    total = counted[-1][0] - counted[0][0]
     waited = sum(end - start for start, end in counted[:-1])
-    return config.train.batch_tokens * (len(counted) - 1) / whole, waited / whole
+    return config.train.batch_tokens * (len(counted) - 1) / total, waited / total
 
 
 def run(megabytes: int, turns: int, quick: bool) -> int:
-    """Measure all and print three tables."""
+    """Run all measurements and print the tables."""
     if min(megabytes, turns) < 1:
         raise ValueError("--megabytes and --turns: at least 1")
     megabytes = 1 if quick else megabytes
@@ -199,21 +199,25 @@ def run(megabytes: int, turns: int, quick: bool) -> int:
         make_text(text, megabytes * 10**6)
         pieces = open_corpus("shakespeare").pieces
         get_tokenizer("bpe", lambda: (piece.text for piece in pieces()), VOCABULARY).save(tokenizer)
-        found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+        found: dict[str, list[dict[str, float]]] = {pipeline: [] for pipeline in PIPELINES}
         for turn in range(turns):
-            for way, own in found.items():
-                shutil.rmtree(folder / way, ignore_errors=True)
-                (folder / way).mkdir()
-                own.append(isolated.measure(way, "benchmarks.data", way, *map(str, (text, tokenizer, folder / way))))
-                print(f"turn {turn + 1}, {way}: {own[-1]['seconds']:.1f} s", file=sys.stderr)
+            for pipeline, own in found.items():
+                shutil.rmtree(folder / pipeline, ignore_errors=True)
+                (folder / pipeline).mkdir()
+                own.append(
+                    isolated.measure(
+                        pipeline, "benchmarks.data", pipeline, *map(str, (text, tokenizer, folder / pipeline))
+                    )
+                )
+                print(f"turn {turn + 1}, {pipeline}: {own[-1]['seconds']:.1f} s", file=sys.stderr)
         size = text.stat().st_size / 1e6
-        ways = []
-        for way, own in found.items():
+        results = []
+        for pipeline, own in found.items():
             ratio = statistics.median(b["seconds"] / a["seconds"] for a, b in zip(found["heed"], own, strict=True))
             seconds, peak = (statistics.median(r[what] for r in own) for what in ("seconds", "bytes"))
-            ways.append([way, size / seconds, seconds, peak / 2**20, f"{own[0]['tokens']:,}", ratio])
-        head = [f"{size:,.0f} MB, {CORES} cores", "MB/s", "seconds", "peak MiB", "tokens", "times heed's"]
-        print(table(head, ways), end="\n\n")
+            results.append([pipeline, size / seconds, seconds, peak / 2**20, f"{own[0]['tokens']:,}", ratio])
+        head = [f"{size:,.0f} MB, {CORES} cores", "MB/s", "seconds", "peak MiB", "tokens", "heed = 1"]
+        print(table(head, results), end="\n\n")
         with contextlib.redirect_stdout(sys.stderr):
             speed, share = waiting(folder, "shakespeare", *(QUICK if quick else []))
         made = next((folder / "heed" / "tokens").iterdir())

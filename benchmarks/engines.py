@@ -1,7 +1,7 @@
 """The engines of `python -m benchmarks inference`: heed, transformers, llama.cpp and nanoGPT, with the same weights.
 
-Each engine runs in a process of its own, with its own memory and threads; the processes take turns. An engine is built
-from the folder that `write` makes. It generates greedily and reports the time of each token.
+Each engine runs in a separate process with its own memory and threads; the processes alternate. An engine loads the
+folder written by `write`, generates greedily, and reports the time of each token.
 """
 
 import ctypes
@@ -26,14 +26,14 @@ from sample import SamplingParams, generate
 from training.memory import peak_memory
 
 Generate = Callable[[list[int], int, int], Iterator[np.ndarray]]
-"""(prompt, batch, tokens) -> an array of the batch's next tokens, `tokens` times."""
+"""(prompt, batch, tokens) -> `tokens` arrays with the next token of each sequence of the batch."""
 
-# name: (precision, what must be installed)
+# name: (precision, required package)
 ENGINES = {
     "heed fp32": ("fp32", ""),
     "heed bf16": ("bf16", ""),
     "heed int8": ("int8", ""),
-    "heed in torch": ("fp32", ""),
+    "heed eager": ("fp32", ""),
     "transformers": ("fp32", "transformers"),
     "transformers compiled": ("fp32", "transformers"),
     "transformers bf16": ("bf16", "transformers"),
@@ -46,17 +46,17 @@ GGUF = {"llama.cpp F32": "f32", "llama.cpp BF16": "bf16", "llama.cpp Q8_0": "q8_
 
 
 def missing(name: str) -> str:
-    """What is not installed that an engine needs, "" if nothing."""
+    """The missing packages of an engine, "" if none."""
     needs = [ENGINES[name][1]] + ["gguf"] * (name in GGUF)
     return ", ".join(need for need in needs if need and not importlib.util.find_spec(need))
 
 
 def write(folder: Path, config: ModelConfig, names: list[str]) -> None:
-    """A model with random weights, in the format of each engine."""
+    """Write a model with random weights in the format of each engine."""
     torch.manual_seed(0)
     model = GPT(config).eval()
     for name, weight in model.named_parameters():
-        if "embed" in name:  # larger than training would begin with: the likeliest token is then no near tie
+        if "embed" in name:  # larger than at initialization, to avoid near ties between the most likely tokens
             weight.data *= 5
     torch.save(model.state_dict(), folder / "model.pt")
     (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
@@ -70,14 +70,14 @@ def write(folder: Path, config: ModelConfig, names: list[str]) -> None:
 
 
 def heed(folder: Path, name: str, nanogpt: Path | None) -> Generate:
-    """sample.generate, with weights in fp32, bf16 or int8; or without the C++ file."""
+    """sample.generate with weights in fp32, bf16 or int8, or without the C++ engine."""
     model = GPT(ModelConfig(**json.loads((folder / "config.json").read_text()))).eval()
     model.load_state_dict(torch.load(folder / "model.pt"))
     if name.split()[1] in ("bf16", "int8"):
         quantize(model, name.split()[1])
     else:
         use_huge_pages(model)
-    if name == "heed in torch":
+    if name == "heed eager":
         os.environ["CXX"] = "false"  # a compiler that fails
 
     def generate_tokens(prompt: list[int], batch: int, tokens: int) -> Iterator[np.ndarray]:
@@ -90,7 +90,7 @@ def heed(folder: Path, name: str, nanogpt: Path | None) -> Generate:
 
 
 def transformers(folder: Path, name: str, nanogpt: Path | None) -> Generate:
-    """Qwen3ForCausalLM.generate; compiled, with its static cache."""
+    """Qwen3ForCausalLM.generate; if compiled, with the static cache."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     c = ModelConfig(**json.loads((folder / "config.json").read_text()))
@@ -105,13 +105,13 @@ def transformers(folder: Path, name: str, nanogpt: Path | None) -> Generate:
     model.tie_weights()
     if name.endswith("bf16"):
         model.to(torch.bfloat16)
-    how = {}
+    options = {}
     if name.endswith("compiled"):
         model.forward = torch.compile(model.forward)
-        how = {"cache_implementation": "static"}
+        options = {"cache_implementation": "static"}
 
-    class Tell:
-        """Called after each token: it keeps what was made."""
+    class Recorder:
+        """A stopping criterion that records each step and never stops."""
 
         def __init__(self) -> None:
             self.steps: list[tuple[float, np.ndarray]] = []
@@ -121,55 +121,55 @@ def transformers(folder: Path, name: str, nanogpt: Path | None) -> Generate:
             return torch.zeros(len(ids), dtype=torch.bool)
 
     def generate_tokens(prompt: list[int], batch: int, tokens: int) -> Iterator[Any]:
-        tell = Tell()
+        recorder = Recorder()
         ids = torch.tensor([prompt] * batch)
-        asked = {"max_new_tokens": tokens, "do_sample": False, "pad_token_id": 0, "stopping_criteria": [tell]}
-        model.generate(ids, attention_mask=torch.ones_like(ids), **asked, **how)
-        yield from tell.steps
+        greedy = {"max_new_tokens": tokens, "do_sample": False, "pad_token_id": 0, "stopping_criteria": [recorder]}
+        model.generate(ids, attention_mask=torch.ones_like(ids), **greedy, **options)
+        yield from recorder.steps
 
     return generate_tokens
 
 
 def llama(folder: Path, name: str, nanogpt: Path | None) -> Generate:
-    """llama.cpp's llama_decode with one batch a step; the cache is fp32 with F32, else 16 bits, its own choice."""
+    """llama.cpp's llama_decode with one batch per step. The KV cache is fp32 with F32, else 16 bits, the default."""
     import llama_cpp as lib
 
     silent = lib.llama_log_callback(lambda *_: None)
-    vars(lib)["silent"] = silent  # kept as long as the library, which calls it
+    vars(lib)["silent"] = silent  # keeps the callback alive as long as the library
     lib.llama_log_set(silent, ctypes.c_void_p(0))
     lib.llama_backend_init()
     path = folder / f"{GGUF[name]}.gguf"
     model = lib.llama_model_load_from_file(str(path).encode(), lib.llama_model_default_params())
     config = json.loads((folder / "config.json").read_text())
-    kept: dict[tuple[int, int], Any] = {}  # batch, positions: a context
+    contexts: dict[tuple[int, int], Any] = {}  # (batch, positions): context
 
     def context(batch: int, size: int) -> Any:
-        if (batch, size) not in kept:
-            for old in kept.values():
+        if (batch, size) not in contexts:
+            for old in contexts.values():
                 lib.llama_free(old)
-            kept.clear()
-            how = lib.llama_context_default_params()
-            how.n_ctx, how.n_seq_max, how.n_batch, how.n_ubatch = batch * size, batch, 512, 512
-            how.n_threads = how.n_threads_batch = torch.get_num_threads()
-            how.kv_unified = False
+            contexts.clear()
+            params = lib.llama_context_default_params()
+            params.n_ctx, params.n_seq_max, params.n_batch, params.n_ubatch = batch * size, batch, 512, 512
+            params.n_threads = params.n_threads_batch = torch.get_num_threads()
+            params.kv_unified = False
             if GGUF[name] == "f32":
-                how.type_k = how.type_v = lib.GGML_TYPE_F32
-            kept[batch, size] = lib.llama_init_from_model(model, how)
-        lib.llama_memory_clear(lib.llama_get_memory(kept[batch, size]), True)
-        return kept[batch, size]
+                params.type_k = params.type_v = lib.GGML_TYPE_F32
+            contexts[batch, size] = lib.llama_init_from_model(model, params)
+        lib.llama_memory_clear(lib.llama_get_memory(contexts[batch, size]), True)
+        return contexts[batch, size]
 
-    def read(ctx: Any, tokens: list[int], places: list[int], sequences: list[int], wanted: int) -> np.ndarray:
-        """One llama_decode; the likeliest tokens after the last `wanted`."""
+    def decode(ctx: Any, tokens: list[int], positions: list[int], sequences: list[int], wanted: int) -> np.ndarray:
+        """One llama_decode; the most likely tokens after the last `wanted` tokens."""
         n = len(tokens)
         batch = lib.llama_batch_init(n, 0, 1)
         batch.n_tokens = n
         for i in range(n):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i] = tokens[i], places[i], 1
+            batch.token[i], batch.pos[i], batch.n_seq_id[i] = tokens[i], positions[i], 1
             batch.seq_id[i][0], batch.logits[i] = sequences[i], i >= n - wanted
         failed = lib.llama_decode(ctx, batch)
         lib.llama_batch_free(batch)
         if failed:
-            raise RuntimeError(f"llama_decode gave {failed}")
+            raise RuntimeError(f"llama_decode returned {failed}")
         V = config["vocab_size"]
         return np.ctypeslib.as_array(lib.llama_get_logits(ctx), (wanted, V)).argmax(1)
 
@@ -177,21 +177,21 @@ def llama(folder: Path, name: str, nanogpt: Path | None) -> Generate:
         size = -(-(len(prompt) + tokens) // 256) * 256
         ctx = context(batch, size)
         for begin in range(0, len(prompt), 512):
-            piece = prompt[begin : begin + 512]
-            step = read(ctx, piece, list(range(begin, begin + len(piece))), [0] * len(piece), 1)
-        for other in range(1, batch):  # as in heed, the prompt is read once for all
+            chunk = prompt[begin : begin + 512]
+            step = decode(ctx, chunk, list(range(begin, begin + len(chunk))), [0] * len(chunk), 1)
+        for other in range(1, batch):  # as in heed, prefill runs once for all samples
             lib.llama_memory_seq_cp(lib.llama_get_memory(ctx), 0, other, -1, -1)
         step = step.repeat(batch)
         yield step
-        for place in range(len(prompt), len(prompt) + tokens - 1):
-            step = read(ctx, step.tolist(), [place] * batch, list(range(batch)), batch)
+        for position in range(len(prompt), len(prompt) + tokens - 1):
+            step = decode(ctx, step.tolist(), [position] * batch, list(range(batch)), batch)
             yield step
 
     return generate_tokens
 
 
 def nano(folder: Path, name: str, nanogpt: Path | None) -> Generate:
-    """nanoGPT's own GPT class of the same width, depth and vocabulary, and its generate; its weights are its own."""
+    """nanoGPT's GPT class with the same width, depth and vocabulary, its generate, and its own random weights."""
     assert nanogpt is not None
     spec = importlib.util.spec_from_file_location("nanogpt_model", nanogpt / "model.py")
     assert spec and spec.loader
@@ -215,8 +215,8 @@ def nano(folder: Path, name: str, nanogpt: Path | None) -> Generate:
 
 
 def serve(connection: Connection, name: str, folder: Path, nanogpt: Path | None, threads: int) -> None:
-    """The process of an engine: answers (prompt, batch, tokens) with the seconds after which each token was there, the
-    tokens (tokens, batch), and the megabytes that the model and generation have added to the process so far."""
+    """The process of an engine. Replies to (prompt, batch, tokens) with the time of each token in seconds, the tokens
+    (tokens, batch), and the peak memory in MB that the model and generation have added to the process."""
     torch.set_num_threads(threads)
     makers = {"heed": heed, "transformers": transformers, "llama.cpp": llama, "nanoGPT": nano}
     if ENGINES[name][1]:
@@ -226,12 +226,12 @@ def serve(connection: Connection, name: str, folder: Path, nanogpt: Path | None,
         with torch.inference_mode():
             generate_tokens = makers[name.split()[0]](folder, name, nanogpt)
             connection.send("ready")
-            while asked := connection.recv():
+            while request := connection.recv():
                 start, times, made = time.perf_counter(), [], []
-                for step in generate_tokens(*asked):
+                for step in generate_tokens(*request):
                     at, tokens = step if isinstance(step, tuple) else (time.perf_counter(), step)
                     times.append(at - start)
                     made.append(tokens)
                 connection.send((times, np.stack(made), (peak_memory() - before) / 1e6))
-    except Exception as error:  # told to the other side; the others go on
+    except Exception as error:  # reported to the main process; the other engines continue
         connection.send(f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}")

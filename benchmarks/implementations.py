@@ -1,6 +1,6 @@
-"""The implementations of a case: heed's kernels and what they are compared with, all on the same tensors.
+"""The implementations of a case: heed's kernels and others, all with the same inputs.
 
-Every implementation is a call that returns a tuple of results in the same order, so one check serves all:
+Every implementation is a call that returns a tuple of results in the same order, for a common check:
 forward, decode: (out,); backward: (dq, dk, dv); cross-entropy: (loss, dx, dW).
 """
 
@@ -22,7 +22,7 @@ Results = tuple[Tensor, ...]
 HEED = "heed"
 
 
-def draw(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+def make_inputs(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
     """The inputs of a case, from a fixed seed. q (B, T, H, D), k and v (B, S, K, D); x (T, D), w (V, D), t (T,)."""
     g = torch.Generator(device).manual_seed(0)
 
@@ -36,54 +36,54 @@ def draw(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, Tens
             "w": (normal(c.V, c.D) * c.D**-0.5).requires_grad_(),
             "t": torch.randint(c.V, (c.T,), generator=g, device=device),
         }
-    drawn = {"q": normal(c.B, c.T, c.H, c.D), "k": normal(c.B, c.S, c.K, c.D), "v": normal(c.B, c.S, c.K, c.D)}
+    inputs = {"q": normal(c.B, c.T, c.H, c.D), "k": normal(c.B, c.S, c.K, c.D), "v": normal(c.B, c.S, c.K, c.D)}
     if c.kernel == "backward":
-        drawn = {name: x.requires_grad_() for name, x in drawn.items()} | {"dout": normal(c.B, c.T, c.H, c.D)}
+        inputs = {name: x.requires_grad_() for name, x in inputs.items()} | {"dout": normal(c.B, c.T, c.H, c.D)}
     if c.unit == "GB/s":
-        drawn["cache_seqlens"] = torch.full((c.B,), c.S, device=device)
+        inputs["cache_seqlens"] = torch.full((c.B,), c.S, device=device)
     if c.kernel == "paged":  # the pool's pages (P, PAGE, K, D) are those of the caches in a random order
         order = torch.randperm(c.B * c.S // PAGE, generator=g, device=device)
-        drawn["block_table"] = order.argsort().int().view(c.B, c.S // PAGE)
-        drawn["pool_k"], drawn["pool_v"] = (drawn[x].view(-1, PAGE, c.K, c.D)[order] for x in "kv")
-    return drawn
+        inputs["block_table"] = order.argsort().int().view(c.B, c.S // PAGE)
+        inputs["pool_k"], inputs["pool_v"] = (inputs[x].view(-1, PAGE, c.K, c.D)[order] for x in "kv")
+    return inputs
 
 
-def exact(case: Case, drawn: dict[str, Tensor]) -> Results:
-    """The results by definition, in fp64."""
+def exact(case: Case, inputs: dict[str, Tensor]) -> Results:
+    """The results of the definition in fp64."""
     if case.kernel == "cross-entropy":
-        x, w = (drawn[name].detach().double().requires_grad_() for name in "xw")
-        return _with_gradients(F.cross_entropy(x @ w.T, drawn["t"], reduction="sum"), (x, w))
-    q, k, v = (drawn[name].detach().double().requires_grad_() for name in "qkv")
+        x, w = (inputs[name].detach().double().requires_grad_() for name in "xw")
+        return _with_gradients(F.cross_entropy(x @ w.T, inputs["t"], reduction="sum"), (x, w))
+    q, k, v = (inputs[name].detach().double().requires_grad_() for name in "qkv")
     out = attention(q, k, v, CAUSAL if case.causal else FULL, backend="reference")
-    return torch.autograd.grad(out, (q, k, v), drawn["dout"].double()) if case.kernel == "backward" else (out,)
+    return torch.autograd.grad(out, (q, k, v), inputs["dout"].double()) if case.kernel == "backward" else (out,)
 
 
-def plain(case: Case, drawn: dict[str, Tensor]) -> Results:
-    """The same by ordinary operations in the dtype itself, every step rounded: how exact one may ask to be."""
+def plain(case: Case, inputs: dict[str, Tensor]) -> Results:
+    """The results of ordinary operations in the dtype, every step rounded: the baseline for the allowed error."""
     if case.kernel == "cross-entropy":
-        x, w = drawn["x"], drawn["w"]
-        return _with_gradients(F.cross_entropy(x @ w.T, drawn["t"], reduction="sum"), (x, w))
-    q, k, v = (drawn[name] for name in "qkv")
+        x, w = inputs["x"], inputs["w"]
+        return _with_gradients(F.cross_entropy(x @ w.T, inputs["t"], reduction="sum"), (x, w))
+    q, k, v = (inputs[name] for name in "qkv")
     G = case.H // case.K
     wide_k, wide_v = (x.repeat_interleave(G, 2) for x in (k, v))  # (B, S, K, D) -> (B, S, H, D)
     scores = torch.einsum("bthd,bshd->bhts", q, wide_k) * case.D**-0.5
-    sees = attention_mask(CAUSAL if case.causal else FULL, case.T, case.S, q.device, None, None)
-    out = torch.einsum("bhts,bshd->bthd", scores.masked_fill(~sees, float("-inf")).softmax(-1), wide_v)
-    return torch.autograd.grad(out, (q, k, v), drawn["dout"]) if case.kernel == "backward" else (out,)
+    mask = attention_mask(CAUSAL if case.causal else FULL, case.T, case.S, q.device, None, None)
+    out = torch.einsum("bhts,bshd->bthd", scores.masked_fill(~mask, float("-inf")).softmax(-1), wide_v)
+    return torch.autograd.grad(out, (q, k, v), inputs["dout"]) if case.kernel == "backward" else (out,)
 
 
 def _with_gradients(loss: Tensor, inputs: Results) -> Results:
     return loss.detach(), *torch.autograd.grad(loss, inputs)
 
 
-def implementations(case: Case, drawn: dict[str, Tensor]) -> dict[str, Callable[[], Callable[[], Results]]]:
-    """name -> a function that prepares (compiles, runs a forward before a backward) and returns the call to time."""
+def implementations(case: Case, inputs: dict[str, Tensor]) -> dict[str, Callable[[], Callable[[], Results]]]:
+    """name -> a function that does the setup (compiles, runs a forward pass) and returns the call to time."""
     if case.kernel == "cross-entropy":
-        return _losses(drawn)
-    q, k, v = (drawn[name] for name in "qkv")
+        return _losses(inputs)
+    q, k, v = (inputs[name] for name in "qkv")
     mask_spec = CAUSAL if case.causal else FULL
     if case.unit == "GB/s":
-        return _decoders(case, drawn)
+        return _decoders(case, inputs)
     forwards: dict[str, Callable[[], Callable[[], Tensor]]] = {
         HEED: lambda: lambda: attention(q, k, v, mask_spec, backend="flash"),
         "sdpa": lambda: lambda: attention(q, k, v, mask_spec, backend="sdpa"),
@@ -95,14 +95,14 @@ def implementations(case: Case, drawn: dict[str, Tensor]) -> dict[str, Callable[
         forwards["flash-attn"] = lambda: lambda: flash_attn_func(q, k, v, causal=case.causal)
     if case.kernel == "forward":
         return {name: partial(_as_tuple, make) for name, make in forwards.items()}
-    return {name: partial(_backward, make, (q, k, v), drawn["dout"]) for name, make in forwards.items()}
+    return {name: partial(_backward, make, (q, k, v), inputs["dout"]) for name, make in forwards.items()}
 
 
-def _decoders(case: Case, drawn: dict[str, Tensor]) -> dict[str, Any]:
-    """One query against full caches: no mask is needed, which is the fastest that the others have."""
-    q, k, v, cache_seqlens = (drawn[name] for name in ("q", "k", "v", "cache_seqlens"))
+def _decoders(case: Case, inputs: dict[str, Tensor]) -> dict[str, Any]:
+    """One query against full caches. No mask is needed: the fastest case of the other implementations."""
+    q, k, v, cache_seqlens = (inputs[name] for name in ("q", "k", "v", "cache_seqlens"))
     if case.kernel == "paged":
-        pool_k, pool_v, block_table = (drawn[name] for name in ("pool_k", "pool_v", "block_table"))
+        pool_k, pool_v, block_table = (inputs[name] for name in ("pool_k", "pool_v", "block_table"))
         made: dict[str, Any] = {
             HEED: lambda: (
                 lambda: attention(
@@ -126,9 +126,9 @@ def _decoders(case: Case, drawn: dict[str, Tensor]) -> dict[str, Any]:
     return {name: partial(_as_tuple, make) for name, make in made.items()}
 
 
-def _losses(drawn: dict[str, Tensor]) -> dict[str, Any]:
-    """Loss and both gradients. The others hold all logits, in x's dtype and in fp32."""
-    x, w, t = drawn["x"], drawn["w"], drawn["t"]
+def _losses(inputs: dict[str, Tensor]) -> dict[str, Any]:
+    """Loss and both gradients. The other implementations store all logits, in x's dtype and in fp32."""
+    x, w, t = inputs["x"], inputs["w"], inputs["t"]
 
     def theirs(x: Tensor, w: Tensor) -> Tensor:
         return F.cross_entropy(F.linear(x, w).float(), t, reduction="sum")
@@ -145,7 +145,7 @@ def _losses(drawn: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def _flex(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
-    """FlexAttention, compiled for this very shape."""
+    """FlexAttention, compiled for this shape."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     mask = None
@@ -158,11 +158,11 @@ def _flex(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
 
 
 def _compile(function: Any, device: torch.device) -> Any:
-    """Compiled from scratch for its one shape: torch would give up after eight. On a CPU (a dry run) not at all."""
+    """Compile for one shape, after a reset, since torch stops recompiling after eight. No-op on a CPU (dry run)."""
     if device.type != "cuda":
         return function
     torch._dynamo.reset()
-    torch._functorch.config.donated_buffer = False  # a graph that is kept for many backward passes does without
+    torch._functorch.config.donated_buffer = False  # not possible for a graph with several backward passes
     return torch.compile(function, dynamic=False)
 
 
@@ -176,6 +176,6 @@ def _as_tuple(make: Callable[[], Callable[[], Tensor]]) -> Callable[[], Results]
 
 
 def _backward(make: Callable[[], Callable[[], Tensor]], inputs: Results, dout: Tensor) -> Callable[[], Results]:
-    """The forward is run once, its gradients are computed again and again."""
+    """Run the forward pass once; the call computes its gradients."""
     out = make()()
     return lambda: torch.autograd.grad(out, inputs, dout, retain_graph=True)

@@ -92,7 +92,7 @@ def bandwidth(threads: int) -> float:
     return much.nbytes / min(seconds)
 
 
-def bytes_a_step(config: ModelConfig, precision: str, batch: int, positions: float) -> float:
+def bytes_per_step(config: ModelConfig, precision: str, batch: int, positions: float) -> float:
     """What one step of `batch` sequences must read: the weights once, and the keys and values of each sequence.
 
     A cache has the weights' precision, at least 16 bits.
@@ -107,7 +107,7 @@ def run(names: list[str], sizes: list[str], batches: list[int], prompts: list[in
     here = []
     for name in names:
         lacks = engines.missing(name) or ("--nanogpt DIR" if name == "nanoGPT" and not nanogpt else "")
-        print(f"{name} is left out: there is no {lacks}" if lacks else "", end="\n" if lacks else "")
+        print(f"{name} skipped: missing {lacks}" if lacks else "", end="\n" if lacks else "")
         here += [] if lacks else [name]
     speed = 0.0  # a machine's changes: the best that was seen
     rows: list[dict[str, Any]] = []
@@ -128,7 +128,7 @@ def run(names: list[str], sizes: list[str], batches: list[int], prompts: list[in
                     found, failed = setting(there, config, batch, length, tokens, repetitions)
                     faults += [f"{size}, batch {batch}, prompt {length}, {fault}" for fault in failed]
                     for row in found:
-                        read = bytes_a_step(config, row["precision"], batch, length + tokens / 2)
+                        read = bytes_per_step(config, row["precision"], batch, length + tokens / 2)
                         # in bytes a second, until the best reading of memory is known
                         bound = {"MBU": row["tokens/s"] and read * row["tokens/s"] / batch}
                         rows.append({"size": size, "batch": batch, "prompt": length} | row | bound)

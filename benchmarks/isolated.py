@@ -1,6 +1,6 @@
-"""A measurement in a process of its own, so that its peak of memory is its own, too.
+"""Measurements in a separate process, for a separate peak of memory.
 
-The other process runs a module as `python -m MODULE WORDS` and prints what it found as one line of JSON.
+The process runs a module as `python -m MODULE WORDS` and prints its results as one line of JSON.
 """
 
 import json
@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def measure(name: str, module: str, *words: str) -> dict[str, float]:
-    """What the module found. Raises ValueError with its last words when it fails; a `name` says what it was to do."""
+    """Run the module and return its results. Raises ValueError with `name` and the last line of stderr if it fails."""
     command = [sys.executable, "-m", module, *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
@@ -21,7 +21,7 @@ def measure(name: str, module: str, *words: str) -> dict[str, float]:
 
 
 def peak_of_children() -> int:
-    """The peak resident memory of the largest child process that has ended, in bytes; 0 if there was none."""
+    """The peak resident memory of the largest finished child process in bytes, 0 if there is none."""
     try:
         import resource
     except ImportError:  # Windows

@@ -1,4 +1,4 @@
-"""How results are shown: a table for the terminal, a CSV, a picture."""
+"""Output of results: a table for the terminal, a CSV, a plot."""
 
 import csv
 import math
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Columns as wide as their widest cell; the first to the left, the others to the right. Floats: three digits."""
+    """Format a table: the first column left-aligned, the others right-aligned, floats with three digits."""
     cells = [list(map(_cell, row)) for row in [header, *rows]]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [
@@ -30,7 +30,7 @@ def _cell(value: Any) -> str:
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """One line a row, the columns in the order of the first row's."""
+    """Write one line per row, with the columns of the first row."""
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
@@ -38,7 +38,8 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def picture(path: Path, rows: list[dict[str, Any]], title: str) -> None:
-    """A panel for every series: the rate of every implementation against the length, the roofline dashed."""
+    """Plot one panel per series: the rate of each implementation against the length, and the roofline as a dashed
+    line."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -52,9 +53,9 @@ def picture(path: Path, rows: list[dict[str, Any]], title: str) -> None:
     )  # fmt: skip
     for panel, axis in zip(panels, axes.flat, strict=False):
         inside = [row for row in rows if row["series"] == panel]
-        for who in dict.fromkeys(row["who"] for row in inside):
-            own = [row for row in inside if row["who"] == who]
-            axis.plot([row["length"] for row in own], [row["rate"] for row in own], "o-", label=who)
+        for name in dict.fromkeys(row["implementation"] for row in inside):
+            own = [row for row in inside if row["implementation"] == name]
+            axis.plot([row["length"] for row in own], [row["rate"] for row in own], "o-", label=name)
         bounds = {row["length"]: row["bound"] for row in inside if row["bound"]}
         axis.plot(bounds.keys(), bounds.values(), "k--", label="bound")
         axis.set_title(panel, fontsize="medium")

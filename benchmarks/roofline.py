@@ -1,7 +1,7 @@
-"""python -m benchmarks kernels --bound: the roofline of each GPU, next to what others measured. Nothing runs.
+"""python -m benchmarks kernels --bound: the roofline of each GPU, next to published measurements. No kernel runs.
 
-Every table names the kind of its figures: `bound` (arithmetic, see benchmarks/kernel_costs.py), `compiled` (from the
-binary, see tests/kernels/compile_kernels.py) or `measured`, with its source.
+Every table states the kind of its figures: `bound` (calculated, see benchmarks/kernel_costs.py), `compiled` (from the
+binary, see tests/kernels/compile_kernels.py) or `measured`, with the source.
 """
 
 import json
@@ -22,7 +22,7 @@ BUDGET = Path(__file__).resolve().parent.parent / "tests" / "kernels" / "compile
 
 
 # Measured on an H100 80GB SXM5 in fp16, 16k tokens (arXiv 2407.08608, figure 5: forward, figure 6: backward).
-# "Triton" is FlashAttention-2 in Triton as that paper measured it; there is none backward.
+# "Triton" is FlashAttention-2 in Triton as measured in that paper, forward only.
 PUBLISHED = {  # (kernel, D, causal) -> TFLOP/s
     ("forward", 64, False): {"FlashAttention-2": 324, "Triton": 403, "cuDNN": 413, "FlashAttention-3": 497},
     ("forward", 64, True): {"FlashAttention-2": 299, "Triton": 363, "cuDNN": 388, "FlashAttention-3": 473},
@@ -32,30 +32,30 @@ PUBLISHED = {  # (kernel, D, causal) -> TFLOP/s
     ("backward", 128, False): {"FlashAttention-2": 322, "cuDNN": 516, "FlashAttention-3": 561},
 }
 NOTES = """\
-backward counts 5 matmuls (2.5 forwards), as the papers do, of the 7 that two kernels without atomics compute; a single
+backward counts 5 matmuls (2.5 forward passes), as in papers, of the 7 computed by two kernels without atomics; a single
 kernel computes 5. dq and dk/dv count the 3 and 4 that they compute. Causal counts half of the scores.
 Published, H100: arXiv 2407.08608, figures 5 and 6, fp16, 16k tokens; Triton is FlashAttention-2 in Triton.
 Published, A100: FlashAttention-2 reaches up to 230 TFLOP/s (arXiv 2307.08691, section 4).
-Triton's tutorial (06-fused-attention) prints for D 64, 16k, fp16: forward 164 causal, 167 full; it names no GPU."""
+Triton's tutorial (06-fused-attention) prints for D 64, 16k, fp16: forward 164 causal, 167 full, on an unnamed GPU."""
 
 
 def report() -> str:
     """All tables."""
     parts = [
-        ("What the makers say, and what follows from it", _gpus()),
+        ("Specifications, and the rates derived from them", _gpus()),
         ("TFLOP/s [bound]: perfect overlap / matmuls and exp2 in series / all in series", _attention()),
         ("Decoding one token, the cross-entropy step [bound]", _memory()),
         (
-            "Published for H100 SXM, TFLOP/s [measured, by the authors of the paper below], beside the bound [bound]",
+            "Published for H100 SXM, TFLOP/s [measured, by the authors of the paper below], next to the bound [bound]",
             _published(),
         ),
         (
-            "Causal waste [bound]: of the computed scores are masked, with the tile of each kernel, at "
+            "Causal waste [bound]: share of the computed scores that are masked, with the tile of each kernel, at "
             + " / ".join(f"T {T:,}" for T in WASTE_LENGTHS),
             _waste(),
         ),
-        ("Split decoding [bound]: what the parts move, against the cache", _splits()),
-        ("Registers a thread, bytes spilled, bytes shared [compiled]", _compiled()),
+        ("Split decoding [bound]: bytes transferred for the splits, relative to the cache", _splits()),
+        ("Registers per thread, bytes spilled, bytes of shared memory [compiled]", _compiled()),
     ]
     return "\n\n".join([*(f"{title}\n{text}" for title, text in parts), NOTES])
 
@@ -113,7 +113,7 @@ def _published() -> str:
 
 
 def _compiled() -> str:
-    """What the compiler made of each kernel without extras, as recorded; `programs` fit on one processor at a time."""
+    """The recorded figures of each compiled kernel without extras; `programs` fit on one processor at a time."""
     if not BUDGET.exists():
         return "not recorded: python -m tests.kernels.compile_kernels --record"
     rows = []
@@ -139,7 +139,7 @@ def _waste() -> str:
 
 
 def splits(B: int, S: int, target: str) -> int:
-    """The parts that kernels/triton/flash_decoding.py makes of a cache for one query a sequence, on a GPU."""
+    """The number of splits in kernels/triton/flash_decoding.py for one query per sequence, on a GPU."""
     _, K, D = HEADS
     tile = TABLE["decode"][target][D]  # H / K rows fit into one block
     return choose_splits(B * K, -(-S // tile.N), GPUS[target].processors)
@@ -154,7 +154,7 @@ def _splits() -> str:
         for target, gpu in GPUS.items():
             n = splits(B, S, target)
             cells.append(
-                f"{n} parts, +{kernel_costs.split_bytes(n, B, 1, H, D) / cache:.1%}; unsplit {B * K}/{gpu.processors}"
+                f"{n} splits, +{kernel_costs.split_bytes(n, B, 1, H, D) / cache:.1%}; unsplit {B * K}/{gpu.processors}"
             )
         rows.append([f"B {B}, S {S:,}: {cache / 1e6:,.1f} MB", *cells])
     return table(["cache (bf16)", *(gpu.name for gpu in GPUS.values())], rows)

@@ -1,9 +1,9 @@
 """python -m benchmarks scaling: time and memory of a training step against context, width, batch and vocabulary.
 
-One of the four is doubled again and again while the others stay; each point is a process of its own, so that its peak
-of memory is its own, too. A step is forward, backward and both optimizers, by the means that train.py would choose.
-Memory is what the process takes beyond torch itself; on a GPU, what torch has allocated there. The exponent is the
-slope of a line through the upper half of the points in logarithms: 1 is proportional, 2 is its square.
+One of the four is doubled repeatedly while the others are constant. Each point runs in a separate process, for a
+separate peak of memory. A step is forward, backward and both optimizers, with the implementation that train.py chooses.
+Memory is what the process needs in addition to torch itself; on a GPU, the memory allocated by torch. The exponent is
+the slope of a line through the upper half of the points on logarithmic axes: 1 is linear, 2 is quadratic.
 """
 
 import json
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # torch's optimizers import it lazily: it is not the memory of a step
+import torch._dynamo  # imported lazily by torch's optimizers; not part of a step's memory
 
 from benchmarks import isolated
 from benchmarks.report import table, write_csv
@@ -25,7 +25,7 @@ from training.fused import optimize_layers
 from training.memory import peak_memory
 from training.optimizers import build_optimizers
 
-HEAD = 64  # size of a head; width / HEAD of them, each with keys and values of its own
+HEAD = 64  # head size; width / HEAD heads (MHA)
 BASE = {"context": 256, "width": 256, "batch": 8, "vocabulary": 4096}
 AXES = {
     "context": [256 << n for n in range(7)],  # to 16,384
@@ -35,11 +35,11 @@ AXES = {
 }
 QUICK = {"context": [64, 128], "width": [64, 128], "batch": [1, 2], "vocabulary": [256, 512]}
 LAYERS, STEPS = 4, 3
-PATIENCE = 20.0  # seconds, after which one step that is counted has to do
+TIME_LIMIT = 20.0  # seconds, after which one measured step is enough
 
 
 def step(context: int, width: int, batch: int, vocabulary: int, checkpointing: bool) -> dict[str, float]:
-    """Median seconds of some steps, after one that is not counted, and the peak of memory in bytes."""
+    """Median seconds of several steps after a warm-up step, and the peak of memory in bytes."""
     machine = device.choose(TrainConfig(steps=1))
     config = ModelConfig(
         vocab_size=vocabulary, context=context, n_layer=LAYERS, n_embd=width, head_dim=HEAD, n_head=width // HEAD,
@@ -51,7 +51,7 @@ def step(context: int, width: int, batch: int, vocabulary: int, checkpointing: b
     optimize_layers(model, machine)
     optimizers = build_optimizers(model, OptimConfig(), machine.dtype)
     took = list[float]()
-    while len(took) < 2 or (len(took) <= STEPS and sum(took) < PATIENCE):
+    while len(took) < 2 or (len(took) <= STEPS and sum(took) < TIME_LIMIT):
         start = time.perf_counter()
         tokens = torch.randint(vocabulary, (batch, context), device=machine.device)
         with machine.autocast():
@@ -68,12 +68,12 @@ def step(context: int, width: int, batch: int, vocabulary: int, checkpointing: b
 
 
 def measure(**size: Any) -> dict[str, float]:
-    """`step` in a process of its own. Raises ValueError when it fails, as when memory is short."""
+    """`step` in a separate process. Raises ValueError if it fails, such as out of memory."""
     return isolated.measure(str(size), "benchmarks.scaling", json.dumps(size))
 
 
 def exponent(sizes: list[int], values: list[float]) -> float:
-    """The power with which values grow, by least squares over the upper half of the sizes."""
+    """The exponent of the growth of values, by least squares over the upper half of the sizes."""
     half = len(sizes) // 2
     x, y = (torch.tensor(v[half:] if len(sizes) > 3 else v, dtype=torch.float64).log() for v in (sizes, values))
     x, y = x - x.mean(), y - y.mean()
@@ -81,17 +81,18 @@ def exponent(sizes: list[int], values: list[float]) -> float:
 
 
 def run(quick: bool, out: Path | None) -> int:
-    """Measure all, print the table and the exponents, write scaling.csv and scaling.png into `out`."""
+    """Run all measurements, print the table and the exponents, write scaling.csv and scaling.png to `out`."""
     rows: list[dict[str, Any]] = []
     for axis, sizes in (QUICK if quick else AXES).items():
         for checkpointing in (False, True) if axis == "context" else (False,):
             for size in sizes:
-                # one sequence alone where the sequence grows
-                whole = {**(dict.fromkeys(BASE, 64) if quick else BASE), axis: size}
-                whole |= {"batch": 1} if axis == "context" else {}
-                found = (step if quick else measure)(**whole, checkpointing=checkpointing)
+                # batch size 1 for the context
+                sizes_of_point = {**(dict.fromkeys(BASE, 64) if quick else BASE), axis: size}
+                sizes_of_point |= {"batch": 1} if axis == "context" else {}
+                found = (step if quick else measure)(**sizes_of_point, checkpointing=checkpointing)
                 series = f"{axis}, activation checkpointing" if checkpointing else axis
-                rows.append({"series": series, "size": size, "tokens": whole["batch"] * whole["context"], **found})
+                tokens = sizes_of_point["batch"] * sizes_of_point["context"]
+                rows.append({"series": series, "size": size, "tokens": tokens, **found})
                 print(f"{series} {size:,}: {found['seconds']:.3f} s", file=sys.stderr)
     powers = []
     for name in dict.fromkeys(row["series"] for row in rows):
@@ -99,9 +100,9 @@ def run(quick: bool, out: Path | None) -> int:
         sizes = [row["size"] for row in own]
         powers.append([name, *(f"{exponent(sizes, [r[what] for r in own]):.2f}" for what in ("seconds", "bytes"))])
     body = [[r["series"], f"{r['size']:,}", r["seconds"] * 1000, r["bytes"] / 2**20] for r in rows]
-    print(table(["", "size", "ms a step", "MiB"], body))
+    print(table(["", "size", "ms/step", "MiB"], body))
     print()
-    print(table(["grows with the power of", "time", "memory"], powers))
+    print(table(["exponent", "time", "memory"], powers))
     if out:
         out.mkdir(parents=True, exist_ok=True)
         write_csv(out / "scaling.csv", rows)
@@ -111,7 +112,7 @@ def run(quick: bool, out: Path | None) -> int:
 
 
 def picture(path: Path, rows: list[dict[str, Any]]) -> None:
-    """A column for each of the four: time above, memory below."""
+    """Plot one column for each of the four: time above, memory below."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -129,7 +130,7 @@ def picture(path: Path, rows: list[dict[str, Any]]) -> None:
             panel.set_yscale("log")
         column[0].legend(fontsize="small")
         column[1].set_xlabel(axis)
-    axes[0, 0].set_ylabel("seconds a step")
+    axes[0, 0].set_ylabel("seconds per step")
     axes[1, 0].set_ylabel("GiB")
     figure.savefig(path, dpi=80)
     plt.close(figure)

@@ -1,7 +1,7 @@
-"""What is measured: the shapes of the FlashAttention papers, decoding over a cache, the head with its loss.
+"""The benchmarked shapes: those of the FlashAttention papers, decoding over a KV cache, the head with the loss.
 
-The papers' attention (arXiv 2307.08691, section 4.1; 2407.08608, section 4.1) has 16,384 tokens in every batch, a width
-of 2,048 in heads of 64 or 128, causal or not. Here also with four query heads to a key/value head.
+The papers (arXiv 2307.08691, section 4.1; 2407.08608, section 4.1) use 16,384 tokens per batch, width 2,048 and head
+sizes 64 and 128, causal or not. Here also with four query heads per key/value head.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from benchmarks import kernel_costs
 from benchmarks.kernel_costs import Work
 
 TOKENS, WIDTH = 16384, 2048
-PAGE = 256  # a multiple of 256 is what flash-attn takes
+PAGE = 256  # flash-attn supports multiples of 256
 KERNELS = ("forward", "backward", "decode", "paged", "cross-entropy")
 
 
@@ -31,12 +31,12 @@ class Case:
 
     @property
     def unit(self) -> str:
-        """Decoding is limited by memory, the others by matmuls."""
+        """Decoding is memory-bound, the others are compute-bound."""
         return "GB/s" if self.kernel in ("decode", "paged") else "TFLOP/s"
 
     @property
     def series(self) -> str:
-        """What the case shares with those that differ in length alone: the heading of its panel in the picture."""
+        """The name shared by cases that differ in length only: the title of their panel in the plot."""
         if self.kernel == "cross-entropy":
             return f"cross-entropy, width {self.D}"
         heads = f"D {self.D}, H {self.H}, K {self.K}"
@@ -46,11 +46,11 @@ class Case:
 
     @property
     def length(self) -> int:
-        """What varies within a series."""
+        """The size that varies within a series."""
         return self.V or self.S
 
     def work(self) -> list[Work]:
-        """What the kernel has to do, see benchmarks/kernel_costs.py."""
+        """The work of the kernel, see benchmarks/kernel_costs.py."""
         if self.kernel == "cross-entropy":
             return kernel_costs.cross_entropy(self.T, self.D, self.V)
         shape = self.B, self.T, self.S, self.H, self.K, self.D
@@ -59,7 +59,7 @@ class Case:
         return (kernel_costs.forward if self.kernel == "forward" else kernel_costs.backward)(*shape, self.causal)
 
     def small(self, length: int) -> "Case":
-        """The same kernel at a size at which the definition can be computed; an odd length crosses blocks unevenly."""
+        """The same kernel at a size for the fp64 definition. An odd length does not align with blocks."""
         if self.kernel == "cross-entropy":
             return replace(self, T=length, D=64, V=3 * length)
         S = PAGE if self.kernel == "paged" else length
@@ -67,7 +67,7 @@ class Case:
 
 
 def cases() -> Iterator[Case]:
-    """What a GPU is asked."""
+    """All cases for a GPU."""
     for kernel in ("forward", "backward"):
         for D in (64, 128):
             for causal in (False, True):
@@ -84,7 +84,7 @@ def cases() -> Iterator[Case]:
 
 
 def dry_cases() -> Iterator[Case]:
-    """The same code in seconds, in Triton's interpreter: one small case of every kernel, two where a line is drawn."""
+    """Small cases for Triton's interpreter: one per kernel, two for lines in the plot."""
     yield Case("forward", 1, 32, 32, 2, 1, 16, causal=False)
     yield Case("forward", 1, 48, 48, 2, 1, 16)
     yield Case("backward", 1, 32, 32, 2, 1, 16)

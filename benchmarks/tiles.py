@@ -1,8 +1,8 @@
 """python -m benchmarks tiles: the fastest tile of a kernel on this GPU, as rows to paste into kernels/triton/tiles.py.
 
-For every head size (or width) that the table has, each candidate is put into the table, checked against the definition,
-and timed at one long case; one that is wrong or does not fit the GPU is out. The finalists, the fastest few and the
-table's own, are timed once more in turns: what a first round found fast by chance does not win.
+For every head size (or width) in the table, each candidate tile is checked against the definition and timed with one
+long case. Candidates that are wrong or do not fit the GPU are dropped. The finalists, the fastest ones and the current
+tile, are timed again alternately, so that a candidate is not selected by chance.
 """
 
 import itertools
@@ -12,8 +12,8 @@ from contextlib import contextmanager
 import torch
 
 from benchmarks import timing
-from benchmarks.implementations import HEED, draw, implementations
-from benchmarks.kernels import MEANINGLESS, SMALL, SMALL_DRY, Judge
+from benchmarks.implementations import HEED, implementations, make_inputs
+from benchmarks.kernels import DRY_RUN, SMALL, SMALL_DRY, Checker
 from benchmarks.shapes import Case
 from benchmarks.timing import Call
 from kernels.triton import tiles
@@ -23,7 +23,7 @@ FINALISTS = 4
 
 
 def case_of(kernel: str, width: int, dry: bool) -> Case:
-    """The case that a kernel's tile is chosen by."""
+    """The case for timing the tiles of a kernel."""
     if kernel == "cross_entropy":
         return Case(
             "cross-entropy", 1, *((32, 32, 1, 1, 32) if dry else (8192, 8192, 1, 1, 1024)), V=min(width, 151936)
@@ -35,14 +35,14 @@ def case_of(kernel: str, width: int, dry: bool) -> Case:
 
 
 def candidates(kernel: str, own: Tile, dry: bool) -> list[Tile]:
-    """What is tried, the table's own first."""
+    """The candidate tiles, starting with the current one."""
     if dry:
         tried = [(16, 32, 4, 1)]
     elif kernel == "cross_entropy":
         tried = [(1, N, warps, 1) for N in (1024, 2048, 4096, 8192, 16384) for warps in (4, 8, 16, 32)]
     elif kernel == "decode_combine":
         tried = [(1, N, warps, 1) for N in (4, 8, 16, 32, 64) for warps in (1, 2, 4)]
-    elif kernel == "decode":  # M is a limit that one query a sequence does not reach
+    elif kernel == "decode":  # M is a maximum, not reached with one query per sequence
         tried = list(itertools.product([own.M], (16, 32, 64, 128), (2, 4, 8), (1, 2, 3, 4, 5)))
     else:
         tried = list(itertools.product((32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3, 4)))
@@ -51,7 +51,7 @@ def candidates(kernel: str, own: Tile, dry: bool) -> list[Tile]:
 
 @contextmanager
 def using(kernel: str, where: str, width: int, tile: Tile) -> Iterator[None]:
-    """The table with one tile changed; in a dry run the interpreter's."""
+    """Replace one tile of the table; in a dry run, that of the interpreter."""
     if where == "interpreter":
         before, tiles.INTERPRETED = tiles.INTERPRETED, tile
     else:
@@ -67,12 +67,12 @@ def using(kernel: str, where: str, width: int, tile: Tile) -> Iterator[None]:
 
 
 def run(kernel: str | None, dry: bool) -> int:
-    """Print a row for every width of a kernel, or of all. Raises ValueError: there is no such kernel."""
+    """Print a row for every width of one kernel or all. Raises ValueError for an unknown kernel."""
     if kernel is not None and kernel not in tiles.TABLE:
-        raise ValueError(f"tiles {kernel}: the kernels are {', '.join(tiles.TABLE)}")
+        raise ValueError(f"tiles {kernel}: must be one of {', '.join(tiles.TABLE)}")
     device = torch.device("cpu" if dry else "cuda")
     where = tiles.target(device)
-    print(MEANINGLESS if dry else f"measured on {torch.cuda.get_device_name()}, torch {torch.__version__}")
+    print(DRY_RUN if dry else f"measured on {torch.cuda.get_device_name()}, torch {torch.__version__}")
     for name in [kernel] if kernel else tiles.TABLE:
         widths = [16] if dry else list(tiles.TABLE[name][where])
         rows = {width: search(name, where, width, device) for width in widths}
@@ -81,21 +81,21 @@ def run(kernel: str | None, dry: bool) -> int:
 
 
 def search(kernel: str, where: str, width: int, device: torch.device) -> Tile:
-    """The fastest tile that is right; the table's own if no other is faster."""
+    """The fastest correct tile; the current one if no other is faster."""
     dry = where == "interpreter"
     dtype = torch.float32 if dry else torch.bfloat16
     own = tiles.INTERPRETED if dry else tiles.TABLE[kernel][where][width]
     case = case_of(kernel, width, dry)
-    drawn = draw(case, device, dtype)
+    inputs = make_inputs(case, device, dtype)
 
     calls: dict[Tile, Call] = {}
     for tile in candidates(kernel, own, dry):
         with using(kernel, where, width, tile):
-            fault = Judge(device, dtype, SMALL_DRY if dry else SMALL).check_correctness(case, [HEED])[HEED]
+            fault = Checker(device, dtype, SMALL_DRY if dry else SMALL).check_correctness(case, [HEED])[HEED]
             if fault:
                 print(f"# {kernel}, {width}, {tile}: {fault}")
                 continue
-            prepared = implementations(case, drawn)[HEED]()
+            prepared = implementations(case, inputs)[HEED]()
 
         def call(tile: Tile = tile, prepared: Call = prepared) -> None:
             with using(kernel, where, width, tile):
@@ -107,5 +107,5 @@ def search(kernel: str, where: str, width: int, device: torch.device) -> Tile:
     finalists = [tile for tile in calls if tile == own or tile in sorted(first, key=first.__getitem__)[:FINALISTS]]
     last = timing.medians({tile: calls[tile] for tile in finalists}, device)
     for tile in finalists if not dry else ():
-        print(f"# {kernel}, {width}, {tile}: {last[tile] * 1e6:.1f} us{', until now' if tile == own else ''}")
+        print(f"# {kernel}, {width}, {tile}: {last[tile] * 1e6:.1f} us{', current' if tile == own else ''}")
     return min(last, key=last.__getitem__, default=own)

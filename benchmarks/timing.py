@@ -1,4 +1,4 @@
-"""How long calls take, side by side: all in one run, in turns, so that what drifts drifts for all of them."""
+"""Timing of several calls, alternating within one run, so that drift affects all of them equally."""
 
 import statistics
 import time
@@ -7,19 +7,19 @@ from typing import Any
 
 import torch
 
-SECONDS = 0.3  # of measuring, for each call
+SECONDS = 0.3  # measuring time per call
 FEWEST, MOST = 10, 200  # repetitions
-CACHE = 512 << 20  # bytes, more than the last cache of any GPU here: writing them throws out what a call left in it
-FILLS = 8  # times: meanwhile the host queues the call, so that launching it is not measured
+CACHE = 512 << 20  # bytes, larger than the last-level cache of any GPU: writing them flushes the cache
+FILLS = 8  # cache flushes; meanwhile the host queues the call, so that launch overhead is not measured
 
 Call = Callable[[], object]
 
 
 def medians(calls: Mapping[Any, Call], device: torch.device) -> dict[Any, float]:
-    """The median seconds of each call, all warmed up first; on a GPU by its own clock, with a cold cache."""
+    """The median seconds of each call after a warm-up; on a GPU measured by events, with a cold cache."""
     if device.type == "cuda" and calls:
         return _on_gpu(calls)
-    return _by_the_wall(calls)
+    return _on_cpu(calls)
 
 
 def _on_gpu(calls: Mapping[Any, Call]) -> dict[Any, float]:
@@ -48,8 +48,8 @@ def _on_gpu(calls: Mapping[Any, Call]) -> dict[Any, float]:
     }
 
 
-def _by_the_wall(calls: Mapping[Any, Call]) -> dict[Any, float]:
-    """For a dry run: one call each. It says nothing about a GPU."""
+def _on_cpu(calls: Mapping[Any, Call]) -> dict[Any, float]:
+    """For a dry run: one call each, not representative of a GPU."""
     took = {}
     for name, call in calls.items():
         start = time.perf_counter()

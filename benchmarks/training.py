@@ -1,11 +1,11 @@
-"""python -m benchmarks training: seconds of training to a validation loss, heed against nanoGPT, on the same bytes.
+"""python -m benchmarks training: training time to a validation loss, heed against nanoGPT, on the same text.
 
-The text is split as nanoGPT splits it, the first 90% to train on and the last 10% to validate on, in characters. Both
-train in processes of their own, in turns. Their losses at the end are of the whole validation text, in windows of the
-context that do not overlap; nanoGPT's while it trains are its own estimate, on random batches. Seconds count from the
-first step to the last, with all that happens between: compiling, evaluating, saving.
+The text is split as in nanoGPT: the first 90% of the characters for training, the last 10% for validation. Both train
+in separate processes, alternating. Final losses are over the whole validation text, in non-overlapping sequences; the
+losses of nanoGPT during training are its estimates on random batches. The time is from the first step to the last,
+including compilation, evaluation and checkpoints.
 
-A setting names what nanoGPT's own README does on a CPU or a GPU, the loss that it states for that, and heed's recipe.
+A setting is the configuration in nanoGPT's README for a CPU or a GPU, the loss stated there, and heed's recipe.
 """
 
 import contextlib
@@ -36,29 +36,29 @@ HEED, NANOGPT = "heed", "nanoGPT"
 
 @dataclass(frozen=True)
 class Setting:
-    """A loss to reach, and how each of the two goes about it. `whole`: nanoGPT's steps if only some are to be run."""
+    """A target loss and the configuration of both. `total_steps`: nanoGPT's steps, if only some are run and timed."""
 
     target: float
     nanogpt: tuple[str, ...]
     heed: tuple[str, ...]
-    whole: int = 0
+    total_steps: int = 0
 
 
 SMALL = "n_layer=4 n_head=4 n_embd=128 block_size=64 batch_size=12 eval_iters=20 max_iters=2000 lr_decay_iters=2000"
 SETTINGS = {
     "cpu": Setting(1.88, (*SMALL.split(), "dropout=0.0", "log_interval=10"), ("shakespeare-quick",)),
-    # two thousand steps would take hours on a CPU: a few are timed
+    # 2,000 steps take hours on a CPU: only a few are timed
     "gpu": Setting(
-        1.4697, ("max_iters=10", "eval_iters=1", "log_interval=1"), ("shakespeare-char-laptop",), whole=2000
+        1.4697, ("max_iters=10", "eval_iters=1", "log_interval=1"), ("shakespeare-char-laptop",), total_steps=2000
     ),
 }
 
 
 @dataclass
 class Run:
-    """One training: its curve of (seconds, validation loss), and how it ended."""
+    """One training run: its time, final loss and curve of (seconds, validation loss)."""
 
-    who: str
+    system: str
     seed: int
     seconds: float
     loss: float | None
@@ -66,17 +66,17 @@ class Run:
     estimated: bool = False
 
     def reached(self, target: float) -> float | None:
-        """Seconds until a loss no higher than the target had been seen."""
+        """Seconds until the target loss is reached, None if it is not."""
         return next((seconds for seconds, loss in self.curve if loss <= target), None)
 
 
 def split(text: str, where: Path) -> None:
-    """Write the two parts, for heed as text and for nanoGPT as its data/shakespeare_char/prepare.py leaves them."""
+    """Write both splits: text for heed, and for nanoGPT the output of its data/shakespeare_char/prepare.py."""
     characters = {character: number for number, character in enumerate(sorted(set(text)))}
     folder = where / "nanogpt" / "data" / "shakespeare_char"
     folder.mkdir(parents=True)
-    cut = int(len(text) * 0.9)
-    for name, part in (("train", text[:cut]), ("val", text[cut:])):
+    boundary = int(len(text) * 0.9)
+    for name, part in (("train", text[:boundary]), ("val", text[boundary:])):
         (where / f"{name}.txt").write_text(part, newline="")
         np.array([characters[character] for character in part], dtype=np.uint16).tofile(folder / f"{name}.bin")
     names = {number: character for character, number in characters.items()}
@@ -84,7 +84,7 @@ def split(text: str, where: Path) -> None:
 
 
 def train_heed(setting: Setting, where: Path, seed: int, extra: list[str]) -> Run:
-    """Raises ValueError when train.py fails."""
+    """Train heed. Raises ValueError if train.py fails."""
     words = [*setting.heed, "--name", "bench", "--overwrite", f"--train.seed={seed}", *extra]
     words += [f"--data.source={where / 'train.txt'}", f"--data.val_source={where / 'val.txt'}"]
     environment = {"HEED_RUNS": str(where / "runs"), "HEED_CACHE": str(where / "cache")}
@@ -96,33 +96,33 @@ def train_heed(setting: Setting, where: Path, seed: int, extra: list[str]) -> Ru
 
 
 def train_nanogpt(setting: Setting, where: Path, seed: int, device: str) -> Run:
-    """nanoGPT's own train.py with its own configuration; it has one seed alone. Raises ValueError when it fails."""
+    """Train nanoGPT with its train.py and configuration, which has one fixed seed. Raises ValueError if it fails."""
     folder = where / "nanogpt"
     flags = [f"--{word}" for word in (*setting.nanogpt, f"device={device}", f"compile={device != 'cpu'}")]
     start, now, curve = 0.0, 0.0, []
     paces = []
     for line in _lines(["-u", "train.py", "config/train_shakespeare_char.py", *flags], folder, {}):
         now = time.perf_counter()
-        if line.startswith("step 0:"):  # its first evaluation is before its first step
+        if line.startswith("step 0:"):  # the evaluation before the first step
             start = now
         elif line.startswith("step "):
             curve.append((now - start, float(line.split("val loss ")[1])))
         elif line.startswith("iter ") and not line.startswith("iter 0:"):
             paces.append(float(line.split("time ")[1].split("ms")[0]) / 1000)
-    if setting.whole:
-        return Run(NANOGPT, seed, statistics.median(paces) * setting.whole, None, [], estimated=True)
-    loss = whole_loss(folder, device)
+    if setting.total_steps:
+        return Run(NANOGPT, seed, statistics.median(paces) * setting.total_steps, None, [], estimated=True)
+    loss = validation_loss(folder, device)
     return Run(NANOGPT, seed, now - start, loss, [*curve, (now - start, loss)])
 
 
-def whole_loss(folder: Path, device: str) -> float:
-    """The mean loss of nanoGPT's last checkpoint over all validation characters but the first, in nats."""
+def validation_loss(folder: Path, device: str) -> float:
+    """The mean loss of nanoGPT's last checkpoint over all validation characters except the first, in nats."""
     spec = importlib.util.spec_from_file_location("nanogpt_model", folder / "model.py")
     assert spec and spec.loader
-    sys.modules["nanogpt_model"] = theirs = importlib.util.module_from_spec(spec)  # dataclasses look it up there
+    sys.modules["nanogpt_model"] = theirs = importlib.util.module_from_spec(spec)  # needed by dataclasses
     spec.loader.exec_module(theirs)
     kept = torch.load(folder / "out-shakespeare-char" / "ckpt.pt", map_location=device, weights_only=True)
-    with contextlib.redirect_stdout(io.StringIO()):  # it tells its number of parameters
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its number of parameters
         model = theirs.GPT(theirs.GPTConfig(**kept["model_args"])).to(device).eval()
     model.load_state_dict({name.removeprefix("_orig_mod."): x for name, x in kept["model"].items()})
     data = np.fromfile(folder / "data" / "shakespeare_char" / "val.bin", dtype=np.uint16)
@@ -136,7 +136,7 @@ def whole_loss(folder: Path, device: str) -> float:
 
 
 def _lines(words: list[str], where: Path, environment: dict[str, str]) -> Any:
-    """What a Python script prints, line by line as it comes. Raises ValueError with its last words when it fails."""
+    """Run a Python script and yield its output by line. Raises ValueError with the last line if it fails."""
     process = subprocess.Popen(
         [sys.executable, *words], cwd=where, env=os.environ | environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -151,14 +151,14 @@ def _lines(words: list[str], where: Path, environment: dict[str, str]) -> Any:
 
 
 def run(nanogpt: Path, text: Path, name: str, seeds: int, out: Path | None, extra: list[str]) -> int:
-    """Train both `seeds` times in turns, print the table, write training.csv and training.png into `out`."""
+    """Train both `seeds` times, alternating. Prints the table and writes training.csv and training.png to `out`."""
     setting, device = SETTINGS[name], "cuda" if torch.cuda.is_available() else "cpu"
     if not (nanogpt / "train.py").is_file():
-        raise ValueError(f"--nanogpt {nanogpt}: there is no train.py; a clone of nanoGPT is wanted")
+        raise ValueError(f"--nanogpt {nanogpt}: no train.py; must be the folder of a clone of nanoGPT")
     if seeds < 1:
         raise ValueError(f"--seeds {seeds}: at least 1")
     if not text.is_file():
-        raise ValueError(f"--text {text}: no such file; nanoGPT's input.txt, tiny Shakespeare, is wanted")
+        raise ValueError(f"--text {text}: no such file; must be nanoGPT's input.txt, tiny Shakespeare")
     runs: list[Run] = []
     with tempfile.TemporaryDirectory() as folder:
         where = Path(folder)
@@ -170,7 +170,7 @@ def run(nanogpt: Path, text: Path, name: str, seeds: int, out: Path | None, extr
             for made in (train_nanogpt(setting, where, seed, device), train_heed(setting, where, seed, extra)):
                 runs.append(made)
                 loss = f"loss {made.loss:.4f}" if made.loss else "estimated from its first steps"
-                print(f"seed {seed}, {made.who}: {made.seconds:,.1f} s, {loss}", file=sys.stderr)
+                print(f"seed {seed}, {made.system}: {made.seconds:,.1f} s, {loss}", file=sys.stderr)
     print(report(setting, runs))
     if out:
         out.mkdir(parents=True, exist_ok=True)
@@ -180,24 +180,24 @@ def run(nanogpt: Path, text: Path, name: str, seeds: int, out: Path | None, extr
 
 
 def report(setting: Setting, runs: list[Run]) -> str:
-    """A line for each of the two: medians over the seeds, and how many times faster heed got to the target."""
+    """Format one row for each system, medians over the seeds, and the ratio of training times."""
     rows, took = [], {}
-    for who in (NANOGPT, HEED):
-        own = [r for r in runs if r.who == who]
+    for system in (NANOGPT, HEED):
+        own = [r for r in runs if r.system == system]
         losses = [r.loss for r in own if r.loss is not None]
         times = [r.reached(setting.target) or float("inf") for r in own]
-        took[who] = statistics.median(r.seconds for r in own)
+        took[system] = statistics.median(r.seconds for r in own)
         spread = f"{min(losses):.4f} to {max(losses):.4f}" if losses else None
         middle = f"{statistics.median(losses):.4f}" if losses else None
-        there = statistics.median(times)
-        rows.append([who, took[who], middle, spread, there if there < float("inf") else None])
+        reached = statistics.median(times)
+        rows.append([system, took[system], middle, spread, reached if reached < float("inf") else None])
     what = "seconds (estimated)" if any(r.estimated for r in runs) else "seconds"
-    head = table(["", what, "loss", "losses", f"seconds to {setting.target}"], rows)
-    return f"{head}\nnanoGPT trains {took[NANOGPT] / took[HEED]:.1f} times as long as heed"
+    head = table(["", what, "loss", "range", f"seconds to {setting.target}"], rows)
+    return f"{head}\ntraining time of nanoGPT / heed: {took[NANOGPT] / took[HEED]:.1f}"
 
 
 def write(out: Path, setting: Setting, runs: list[Run]) -> None:
-    """Every point of every curve, and a picture of them."""
+    """Write all points of all curves, and a plot."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -205,15 +205,15 @@ def write(out: Path, setting: Setting, runs: list[Run]) -> None:
 
     with (out / "training.csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["who", "seed", "seconds", "loss"])
-        writer.writerows([r.who, r.seed, f"{s:.2f}", f"{loss:.4f}"] for r in runs for s, loss in r.curve)
+        writer.writerow(["system", "seed", "seconds", "loss"])
+        writer.writerows([r.system, r.seed, f"{s:.2f}", f"{loss:.4f}"] for r in runs for s, loss in r.curve)
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     for r in runs:
-        colour = "tab:red" if r.who == HEED else "tab:grey"
+        colour = "tab:red" if r.system == HEED else "tab:grey"
         if r.curve:
-            axis.plot(*zip(*r.curve, strict=True), "o-", color=colour, markersize=3, label=None if r.seed else r.who)
-        if r.estimated:  # the loss that nanoGPT states, at the time that its steps would take
-            axis.plot(r.seconds, setting.target, "x", color=colour, label=None if r.seed else f"{r.who} (estimated)")
+            axis.plot(*zip(*r.curve, strict=True), "o-", color=colour, markersize=3, label=None if r.seed else r.system)
+        if r.estimated:  # the loss stated by nanoGPT at the estimated time
+            axis.plot(r.seconds, setting.target, "x", color=colour, label=None if r.seed else f"{r.system} (estimated)")
     axis.axhline(setting.target, color="black", linestyle=":", label=f"{setting.target}")
     axis.set_xscale("log")
     axis.set_xlabel("seconds since the first step")

@@ -1,4 +1,4 @@
-"""python -m benchmarks data: all of its code once, on little text."""
+"""python -m benchmarks data, with a short text."""
 
 import itertools
 import json
@@ -14,7 +14,7 @@ from tests.conftest import SMALL
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """A text, a tokenizer of it, and how many tokens it has, an end of text after every document."""
+    """A text, a tokenizer trained on it, and its number of tokens including end-of-text tokens."""
     folder = tmp_path_factory.mktemp("text")
     documents = [
         f"Day {n}: the sea was {n % 7} feet high, the wind came from the {n % 4}th side.\n" for n in range(3000)
@@ -26,41 +26,41 @@ def prepared(tmp_path_factory):
     return text, tokenizer, sum(map(len, ids)) + len(documents)
 
 
-@pytest.mark.parametrize("way", data.WAYS)
-def test_every_way_makes_all_tokens(way, prepared, tmp_path):
+@pytest.mark.parametrize("pipeline", data.PIPELINES)
+def test_every_pipeline_returns_all_tokens(pipeline, prepared, tmp_path):
     text, tokenizer, tokens = prepared
-    found = data.one(way, text, tokenizer, tmp_path)
+    found = data.one(pipeline, text, tokenizer, tmp_path)
     assert found["tokens"] == tokens
     assert found["seconds"] > 0 and found["bytes"] > text.stat().st_size
 
 
-def test_the_text_is_as_long_as_asked_and_says_nothing_twice(tmp_path):
+def test_text_has_the_requested_size_and_no_duplicates(tmp_path):
     path = tmp_path / "text.jsonl"
-    data.make_text(path, 7_000_000)  # more than the plays have, which are 5 MB
+    data.make_text(path, 7_000_000)  # more than the plays, which have 5 MB
     lines = path.read_text().splitlines()
     assert 7_000_000 <= path.stat().st_size < 7_200_000
     assert len(set(lines)) == len(lines)
     assert len(json.loads(lines[-1])["text"].split()) > 10
 
 
-def test_the_share_of_time_that_training_waits(text, tmp_path, monkeypatch):
-    """By a clock that makes every batch take one second and every step four."""
+def test_share_of_time_waiting_for_batches(text, tmp_path, monkeypatch):
+    """With a simulated clock: each batch takes one second, each step four."""
     ticks = (4.0 * step + end for step in itertools.count() for end in (0, 1))
     monkeypatch.setattr(data, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
     words = [word.removeprefix("--") for word in (*SMALL, f"--data.source={text}")]
     assert data.waiting(tmp_path, "shakespeare", *words) == (256 / 4, 1 / 4)
 
 
-def test_the_command(capsys, monkeypatch):
+def test_command(capsys, monkeypatch):
     monkeypatch.setattr(data, "SHAPES", [(2, 32)])
-    monkeypatch.delitem(data.WAYS, "nanoGPT's way")  # the slowest, and tried above
+    monkeypatch.delitem(data.PIPELINES, "nanoGPT")  # the slowest, tested above
     assert bench.main(bench.arguments(["data", "--quick"])) == 0
     printed = capsys.readouterr().out
-    assert all(f"\n{way} " in printed for way in data.WAYS)
+    assert all(f"\n{pipeline} " in printed for pipeline in data.PIPELINES)
     assert "\n2 x 32 " in printed and "of the time waiting for batches" in printed
 
 
-def test_mistakes_are_one_line(tmp_path):
+def test_errors_are_one_line(tmp_path):
     with pytest.raises(ValueError, match="--megabytes and --turns: at least 1"):
         bench.main(bench.arguments(["data", "--megabytes", "0"]))
     with pytest.raises(ValueError, match=r"heed: .*no such file"):

@@ -1,4 +1,4 @@
-"""python -m benchmarks inference: its bound by hand, and all of its code once, on a tiny model."""
+"""python -m benchmarks inference: the memory bound, and a run with a tiny model."""
 
 import csv
 
@@ -7,44 +7,44 @@ import torch
 
 from benchmarks import __main__ as bench
 from benchmarks import engines, inference
-from benchmarks.inference import SIZES, bytes_a_step
+from benchmarks.inference import SIZES, bytes_per_step
 from model import GPT, ModelConfig
 from tests.conftest import TINY, command
 
 
-def test_a_step_reads_the_weights_once_and_each_sequences_cache():
+def test_bytes_per_step():
     weights = sum(p.numel() for p in GPT(TINY).parameters())
     row = 2 * 2 * 2 * 16  # keys and values, layers, key heads, head size
-    assert bytes_a_step(TINY, "fp32", 3, 10.0) == 4 * weights + 3 * 10 * row * 4
-    assert bytes_a_step(TINY, "bf16", 1, 10.0) == 2 * weights + 10 * row * 2
-    assert bytes_a_step(TINY, "int8", 1, 10.0) == 1 * weights + 10 * row * 2
+    assert bytes_per_step(TINY, "fp32", 3, 10.0) == 4 * weights + 3 * 10 * row * 4
+    assert bytes_per_step(TINY, "bf16", 1, 10.0) == 2 * weights + 10 * row * 2
+    assert bytes_per_step(TINY, "int8", 1, 10.0) == 1 * weights + 10 * row * 2
 
 
-def test_the_sizes_are_what_they_are_called():
+def test_names_of_sizes_are_their_parameters():
     with torch.device("meta"):
         counts = {name: sum(p.numel() for p in GPT(config).parameters()) for name, config in SIZES.items()}
     assert {name: round(count / 1e6) for name, count in counts.items()} == {"10M": 11, "50M": 55, "124M": 124}
 
 
-def test_all_engines_generate_the_same(tmp_path):
+def test_all_engines_generate_the_same_tokens(tmp_path):
     others = [name for name in ("transformers", "llama.cpp F32") if not engines.missing(name)]
     done = command(
         "benchmarks", "inference", "--quick", f"--out={tmp_path}", "--only", "heed fp32", "heed int8", "nanoGPT",
         *others, where=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "nanoGPT is left out: there is no --nanogpt DIR" in done.stdout
+    assert "nanoGPT skipped: missing --nanogpt DIR" in done.stdout
     rows = list(csv.DictReader((tmp_path / "inference.csv").open()))
-    assert [(row["batch"], row["who"]) for row in rows] == [
-        (batch, who) for batch in ("1", "3") for who in ("heed fp32", "heed int8", *others)
+    assert [(row["batch"], row["engine"]) for row in rows] == [
+        (batch, name) for batch in ("1", "3") for name in ("heed fp32", "heed int8", *others)
     ]
     for row in rows:
         assert float(row["tokens/s"]) > 0 and float(row["TTFT ms"]) > 0 and 0 < float(row["MBU"]) < 10
-        assert row["same"] == "100%" or row["who"] == "heed int8"
-        assert row["who"].startswith("heed") == (float(row["heed/it"]) == 1.0)
+        assert row["same"] == "100%" or row["engine"] == "heed int8"
+        assert row["engine"].startswith("heed") == (float(row["heed/engine"]) == 1.0)
 
 
-def test_mistakes_are_one_line(tmp_path):
+def test_errors_are_one_line(tmp_path):
     for words, message in (
         (["--nanogpt", str(tmp_path)], "no model.py"),
         (["--max-new-tokens", "1"], "at least 1"),
@@ -56,7 +56,7 @@ def test_mistakes_are_one_line(tmp_path):
             bench.main(bench.arguments(["inference", *words]))
 
 
-def test_an_engine_that_fails_is_named_and_the_others_go_on(tmp_path):
+def test_failing_engine_is_reported_and_the_others_continue(tmp_path):
     config = ModelConfig(**{**vars(inference.TINY), "vocab_size": 280})
     engines.write(tmp_path, config, [])
     here = inference.EngineProcess("heed fp32", tmp_path, None, 1)

@@ -1,4 +1,4 @@
-"""The benchmark without a GPU: its arithmetic against other arithmetic, its code path on tiny shapes, its refusals."""
+"""The kernel benchmark without a GPU: roofline arithmetic, a dry run on tiny shapes, errors."""
 
 import csv
 import json
@@ -35,14 +35,14 @@ def run(*words: str) -> int:
 
 @pytest.mark.parametrize(
     ("kernel", "D", "expected"),
-    [  # worked out by hand for an H100: 132 processors at 1.83 GHz, 16 exp2 and 128 fp32 instructions a clock
+    [  # calculated for an H100: 132 processors at 1.83 GHz, 16 exp2 and 128 fp32 instructions per clock
         ("forward", 64, (660, 495, 396)),
         ("forward", 128, (989, 659, 565)),
         ("backward", 64, (706, 450, 380)),
         ("backward", 128, (706, 549, 495)),
     ],
 )
-def test_the_bound_is_what_comes_out_by_hand(kernel, D, expected):
+def test_bound(kernel, D, expected):
     work, seconds = roofline.attention(kernel, D, False, "sm_90")
     assert tuple(round(rate(work, s, "TFLOP/s")) for s in seconds) == expected
     causal, half = roofline.attention(kernel, D, True, "sm_90")
@@ -50,8 +50,8 @@ def test_the_bound_is_what_comes_out_by_hand(kernel, D, expected):
     assert rate(causal, half.overlap, "TFLOP/s") == pytest.approx(rate(work, seconds.overlap, "TFLOP/s"))
 
 
-def test_a_score_costs_what_its_units_need():
-    """One forward at D 64 on an H100, in femtoseconds a score."""
+def test_bound_per_score():
+    """One forward pass at D 64 on an H100, in femtoseconds per score."""
     matmuls = 4 * 64 / 989e12 * 1e15
     exp2, fp32 = (n / (132 * 1.83e9) * 1e15 for n in (1 / 16, 4 / 128))
     work = kernel_costs.forward(1, 16384, 16384, 32, 32, 64, False)
@@ -60,27 +60,27 @@ def test_a_score_costs_what_its_units_need():
     assert a_score == pytest.approx([388, 518, 647], abs=0.5)
 
 
-def test_decoding_is_bound_by_the_cache():
+def test_decoding_is_memory_bound():
     work = kernel_costs.decode(1, 1, 8192, 8, 8, 128)
     assert bound(work, GPUS["sm_90"]).overlap == pytest.approx(10.0e-6, rel=0.01)
     assert work[0].bytes == pytest.approx(4 * 8192 * 8 * 128, rel=0.001)
     assert rate(work, 1e-5, "GB/s") == pytest.approx(3355, rel=0.001)
 
 
-def test_bounds_come_in_their_order():
+def test_order_of_bounds():
     for case in [*cases(), *dry_cases()]:
         for gpu in GPUS.values():
             seconds = bound(case.work(), gpu)
-            assert 0 < seconds.overlap <= seconds.two <= seconds.series, case
+            assert 0 < seconds.overlap <= seconds.matmul_exp2_series <= seconds.series, case
 
 
-def test_a_gpu_is_known_by_its_name_or_not_at_all():
+def test_gpu_is_identified_by_device_name():
     names = ("NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3", "NVIDIA B200", "AMD Instinct MI300X")
     assert [kernel_costs.gpu_of(name) for name in names] == list(GPUS.values())
     assert kernel_costs.gpu_of("NVIDIA H100 PCIe") is None and kernel_costs.gpu_of("NVIDIA GB200") is None
 
 
-def test_the_bounds_are_printed_and_say_what_they_are(capsys, monkeypatch, tmp_path):
+def test_printed_bounds_state_their_kind(capsys, monkeypatch, tmp_path):
     figures = {"tile": {"M": 128, "N": 64, "warps": 8, "stages": 2}, "registers": 192, "spilled": 0, "shared": 98304}
     figures |= {"programs": 1, "matrix unit": "HGMMA", "loads": "LDGSTS", "serialized": False}
     kernels = {"flash_forward D 128 on sm_90": figures, "flash_forward D 128 everything on sm_90": figures}
@@ -91,7 +91,7 @@ def test_the_bounds_are_printed_and_say_what_they_are(capsys, monkeypatch, tmp_p
     assert all(re.search(r"\[(bound|measured.*|compiled)\]", s.splitlines()[0]) for s in sections[1:-1])
     out = re.sub(" +", " ", "\n".join(sections))
     for part in (
-        "forward D 64 full 324 403 413 497 660 / 495 / 396", "10.0 us, 3,350 GB/s", "x 64: 19.8%", "32 parts, +3.1%",
+        "forward D 64 full 324 403 413 497 660 / 495 / 396", "10.0 us, 3,350 GB/s", "x 64: 19.8%", "32 splits, +3.1%",
         *(gpu.name for gpu in GPUS.values()), "arXiv 2407.08608", "arXiv 2307.08691",
         "flash_forward D 128 on sm_90 128 x 64, 8 warps, 2 stages 192 0 98304 1 HGMMA LDGSTS",
     ):  # fmt: skip
@@ -99,24 +99,24 @@ def test_the_bounds_are_printed_and_say_what_they_are(capsys, monkeypatch, tmp_p
     assert "everything" not in out
 
 
-# What is computed in vain
+# Causal waste
 
 
 @pytest.mark.parametrize("T", [1, 31, 64, 200])
 @pytest.mark.parametrize(("M", "N"), [(16, 16), (32, 16), (16, 64)])
-def test_causal_waste_is_what_one_counts(T, M, N):
-    sees = attention_mask(CAUSAL, T, T, CPU, None, None)[0]
-    computed = sum(  # (T, T) cut up in plain Python
-        M * N for t in range(0, T, M) for s in range(0, T, N) if any(sees[i, s] for i in range(t, min(t + M, T)))
+def test_causal_waste_equals_the_count(T, M, N):
+    mask = attention_mask(CAUSAL, T, T, CPU, None, None)[0]
+    computed = sum(  # (T, T) blocks counted in plain Python
+        M * N for t in range(0, T, M) for s in range(0, T, N) if any(mask[i, s] for i in range(t, min(t + M, T)))
     )
-    assert kernel_costs.causal_waste(T, M, N) == pytest.approx(1 - sees.sum().item() / computed)
-    assert (blocks(sees, M, N) != SKIPPED).sum() * M * N == computed
+    assert kernel_costs.causal_waste(T, M, N) == pytest.approx(1 - mask.sum().item() / computed)
+    assert (blocks(mask, M, N) != SKIPPED).sum() * M * N == computed
 
 
-def test_a_block_map_tells_part_from_whole():
-    sees = torch.zeros(5, 6, dtype=torch.bool)
-    sees[:2, :2] = sees[4, 4:] = sees[2, 3] = True  # a whole block, one whole at the edge, and a single score
-    assert blocks(sees, 2, 2).tolist() == [
+def test_block_map():
+    mask = torch.zeros(5, 6, dtype=torch.bool)
+    mask[:2, :2] = mask[4, 4:] = mask[2, 3] = True  # a full block, a full block at the edge, a single score
+    assert blocks(mask, 2, 2).tolist() == [
         [WHOLE, SKIPPED, SKIPPED],
         [SKIPPED, PART, SKIPPED],
         [SKIPPED, SKIPPED, WHOLE],
@@ -125,7 +125,7 @@ def test_a_block_map_tells_part_from_whole():
 
 @triton.jit
 def ranges(out, first, last, T, S, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
-    """The ranges of the i-th block of queries, and of keys, as in flash_attention.py: out (2, blocks, 2)."""
+    """The ranges of each block of queries and of keys as in flash_attention.py: out (2, blocks, 2)."""
     i, n = tl.program_id(0), tl.num_programs(0)
     low, high = _key_range(i * M, 0, first, last, T, S, CAUSAL, WINDOW, M, N)
     tl.store(out + i * 2, low)
@@ -136,8 +136,8 @@ def ranges(out, first, last, T, S, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, M
 
 
 @pytest.mark.parametrize("name", block_maps.MAPS)
-def test_the_kernels_compute_the_blocks_of_the_map(name):
-    """For the drawn maps: from the first block that is not skipped to the last, of keys and of queries."""
+def test_kernels_compute_the_blocks_of_the_map(name):
+    """For the plotted maps: the ranges are from the first to the last block of keys and queries not skipped."""
     mask_spec, document_ids = block_maps.MAPS[name]
     T, M, N = block_maps.T, block_maps.BLOCK_M, block_maps.BLOCK_N
     first, last = (None, None) if document_ids is None else document_bounds(document_ids)
@@ -149,7 +149,7 @@ def test_the_kernels_compute_the_blocks_of_the_map(name):
             assert row.nonzero().flatten().tolist() == list(range(low // size, math.ceil(high / size)))
 
 
-def test_the_bytes_of_split_decoding_are_those_that_are_allocated(monkeypatch):
+def test_split_bytes_equal_the_allocated_bytes(monkeypatch):
     made, empty = [], torch.empty
     monkeypatch.setattr(torch, "empty", lambda *shape, **how: made.append(empty(*shape, **how)) or made[-1])
     q, k = torch.randn(2, 1, 4, 16), torch.randn(2, 64, 2, 16)
@@ -159,8 +159,8 @@ def test_the_bytes_of_split_decoding_are_those_that_are_allocated(monkeypatch):
     assert kernel_costs.split_bytes(1, 2, 1, 4, 16) == 0
 
 
-def test_the_tables_splits_are_the_kernels(monkeypatch):
-    """What --bound says of an H100 is what kernels/triton/flash_decoding.py chooses there."""
+def test_splits_equal_those_of_the_kernel(monkeypatch):
+    """The splits that --bound prints for an H100 are those that kernels/triton/flash_decoding.py chooses there."""
     H, K, D = roofline.HEADS
     tile = tiles.TABLE["decode"]["sm_90"][D]
     assert H // K <= 16 <= tile.M
@@ -170,22 +170,22 @@ def test_the_tables_splits_are_the_kernels(monkeypatch):
 # The benchmark
 
 
-def test_a_dry_run_goes_all_the_way(tmp_path, capsys):
+def test_dry_run(tmp_path, capsys):
     assert run("kernels", "--dry-run", "--out", str(tmp_path / "new")) == 0
     out = capsys.readouterr().out
     assert out.startswith("DRY RUN") and "WRONG" not in out
     with (tmp_path / "new/kernels.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {row["kind"] for row in rows} == {"dry run"}
-    heed = [(row["series"], int(row["length"])) for row in rows if row["who"] == "heed"]
+    heed = [(row["series"], int(row["length"])) for row in rows if row["implementation"] == "heed"]
     assert heed == [(case.series, case.length) for case in dry_cases()]
-    assert {row["who"] for row in rows} == {"heed", "sdpa", "flex", "torch", "compiled"}
+    assert {row["implementation"] for row in rows} == {"heed", "sdpa", "flex", "torch", "compiled"}
     for row in rows:
         assert float(row["rate"]) / float(row["bound"]) == pytest.approx(float(row["share"]))
     assert (tmp_path / "new/kernels.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_is_wrong_is_not_timed(monkeypatch, capsys):
+def test_wrong_implementation_is_not_timed(monkeypatch, capsys):
     def worse(q, k, v, *rest, backend, **named):
         return attention(q, k, v, *rest, backend=backend, **named) * (1.001 if backend == "decode" else 1)
 
@@ -196,13 +196,13 @@ def test_what_is_wrong_is_not_timed(monkeypatch, capsys):
     assert len(re.findall("GB/s +- ", out)) == 2  # heed's column comes after the unit
 
 
-def test_a_result_that_is_not_a_number_is_wrong():
+def test_nan_result_is_wrong():
     x = torch.ones(3)
-    assert kernels.wrong([x], [x.double()], [x]) == ""
-    assert "off by nan" in kernels.wrong([x * math.nan], [x.double()], [x])
+    assert kernels.compare([x], [x.double()], [x]) == ""
+    assert "off by nan" in kernels.compare([x * math.nan], [x.double()], [x])
 
 
-def test_who_cannot_is_named_and_the_others_go_on(monkeypatch, capsys):
+def test_failing_implementation_is_reported_and_the_others_continue(monkeypatch, capsys):
     def fails(case, q, k, v):
         raise RuntimeError("no such luck\nand a long story")
 
@@ -212,8 +212,8 @@ def test_who_cannot_is_named_and_the_others_go_on(monkeypatch, capsys):
     assert "forward, flex: RuntimeError: no such luck\n" in out and "long story" not in out
 
 
-def test_the_gpus_clock_takes_turns_and_the_median(monkeypatch):
-    """The code that times on a GPU, with a clock that the calls turn on by hand."""
+def test_gpu_timing_alternates_and_takes_the_median(monkeypatch):
+    """The code for timing on a GPU, with a simulated clock."""
     now, order = [0.0], []
 
     class Event:
@@ -228,7 +228,7 @@ def test_the_gpus_clock_takes_turns_and_the_median(monkeypatch):
 
     def call(name, milliseconds):
         order.append(name)
-        now[0] += milliseconds + (100 if len(order) == 9 else 0)  # somebody else once uses the GPU
+        now[0] += milliseconds + (100 if len(order) == 9 else 0)  # one outlier
 
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *shape, **how: empty(1))
@@ -239,7 +239,7 @@ def test_the_gpus_clock_takes_turns_and_the_median(monkeypatch):
     assert order == ["a"] * 3 + ["b"] * 3 + ["a", "b"] * 10
 
 
-def test_cases_are_those_of_the_papers():
+def test_cases_equal_those_of_the_papers():
     every = list(cases())
     assert len({(case.series, case.length) for case in every}) == len(every)
     for case in every:
@@ -254,7 +254,7 @@ def test_cases_are_those_of_the_papers():
 # Tiles
 
 
-def test_tiles_are_searched_and_the_table_stays(capsys):
+def test_tile_search_does_not_change_the_table(capsys):
     before = {kernel: {where: dict(rows) for where, rows in targets.items()} for kernel, targets in tiles.TABLE.items()}
     assert run("tiles", "--dry-run") == 0
     out = capsys.readouterr().out
@@ -264,28 +264,28 @@ def test_tiles_are_searched_and_the_table_stays(capsys):
     assert before == tiles.TABLE
 
 
-# Refusals
+# Errors
 
 
-def test_without_a_gpu_one_line_says_what_to_do(tmp_path):
+def test_missing_gpu_prints_one_line(tmp_path):
     done = command("benchmarks", "kernels", where=tmp_path, CUDA_VISIBLE_DEVICES="")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("benchmarks: no GPU to time on.") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("benchmarks: no GPU found.") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["kernels", "--dry-run", "--only", "sideways"], "--only sideways: must be one of forward, backward, decode"),
-        (["tiles", "sideways", "--dry-run"], "tiles sideways: the kernels are "),
+        (["tiles", "sideways", "--dry-run"], "tiles sideways: must be one of "),
     ],
 )
-def test_unknown_kernels_are_named(words, message):
+def test_unknown_kernel_raises(words, message):
     with pytest.raises(ValueError, match=message):
         run(*words)
 
 
-def test_a_gpu_with_the_interpreter_on_is_refused(monkeypatch):
+def test_interpreter_with_a_gpu_raises(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(ValueError, match="TRITON_INTERPRET=1 is set"):
         run("kernels")

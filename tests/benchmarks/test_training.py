@@ -1,4 +1,4 @@
-"""python -m benchmarks training against a stand-in for nanoGPT that prints and saves the same, with a known loss."""
+"""python -m benchmarks training with a mock of nanoGPT that has the same output and a known loss."""
 
 import csv
 import math
@@ -68,7 +68,7 @@ def peer(tmp_path: Path) -> Path:
     return folder
 
 
-def test_both_get_the_same_text(tmp_path):
+def test_both_have_the_same_text(tmp_path):
     training.split("cabbage" * 10, tmp_path)
     characters = "abceg"
     for name, expected in (("train", ("cabbage" * 10)[:63]), ("val", "cabbage")):
@@ -76,7 +76,7 @@ def test_both_get_the_same_text(tmp_path):
         assert "".join(characters[n] for n in numbers) == (tmp_path / f"{name}.txt").read_text() == expected
 
 
-def test_the_whole_benchmark(peer, tmp_path, capsys):
+def test_benchmark(peer, tmp_path, capsys):
     words = [*SMALL, "--train.steps=6", "--train.num_evals=2", "--data.tokenizer=char"]
     out = tmp_path / "out"
     asked = [
@@ -95,14 +95,14 @@ def test_the_whole_benchmark(peer, tmp_path, capsys):
     uniform = f"{math.log(len(set(TEXT))):.4f}"
     assert next(line.split()[2] for line in printed.splitlines() if line.startswith(NANOGPT)) == uniform
     rows = list(csv.DictReader((out / "training.csv").open()))
-    assert [row["loss"] for row in rows if row["who"] == NANOGPT] == ["3.2500", uniform]
-    assert len([row for row in rows if row["who"] == HEED]) == 2
+    assert [row["loss"] for row in rows if row["system"] == NANOGPT] == ["3.2500", uniform]
+    assert len([row for row in rows if row["system"] == HEED]) == 2
     assert (out / "training.png").stat().st_size > 1000
-    assert {path.name for path in peer.iterdir()} == {"model.py", "train.py", "configurator.py", "config"}  # untouched
+    assert {path.name for path in peer.iterdir()} == {"model.py", "train.py", "configurator.py", "config"}  # unchanged
 
 
-def test_the_loss_is_that_of_every_character(peer, tmp_path):
-    """A table of logits against the sum by hand, across windows and in the last, shorter one."""
+def test_validation_loss_covers_every_character(peer, tmp_path):
+    """Compared with a direct computation, over full sequences and the last, shorter one."""
     training.split("abcab" * 50, tmp_path)
     work = tmp_path / "nanogpt"
     (work / "model.py").write_text(MODEL)
@@ -110,17 +110,17 @@ def test_the_loss_is_that_of_every_character(peer, tmp_path):
     table = torch.randn(3, 3, generator=torch.Generator().manual_seed(0))
     kept = {"model": {"table.weight": table}, "model_args": {"block_size": 8, "vocab_size": 3}}
     torch.save(kept, work / "out-shakespeare-char" / "ckpt.pt")
-    val = ["abc".index(letter) for letter in "abcab" * 5]
+    val = ["abc".index(character) for character in "abcab" * 5]
     logs = table.double().log_softmax(1)
-    by_hand = -sum(logs[a, b].item() for a, b in pairwise(val)) / 24
-    assert training.whole_loss(work, "cpu") == pytest.approx(by_hand, rel=1e-6)
+    expected = -sum(logs[a, b].item() for a, b in pairwise(val)) / 24
+    assert training.validation_loss(work, "cpu") == pytest.approx(expected, rel=1e-6)
 
 
-def test_what_cannot_be_run_whole_is_estimated(peer, tmp_path):
+def test_time_is_estimated_from_the_first_steps(peer, tmp_path):
     training.split(TEXT, tmp_path)
     for name in ("model.py", "train.py", "configurator.py"):
         (tmp_path / "nanogpt" / name).write_text((peer / name).read_text())
-    made = training.train_nanogpt(Setting(1.0, (), (), whole=2000), tmp_path, 0, "cpu")
+    made = training.train_nanogpt(Setting(1.0, (), (), total_steps=2000), tmp_path, 0, "cpu")
     assert made.estimated and made.loss is None
     assert made.seconds == pytest.approx(2000 * 0.020)
 
@@ -131,22 +131,22 @@ def test_report():
     first, second, last = training.report(Setting(1.88, (), ()), runs).splitlines()[1:]
     assert first.split() == [NANOGPT, "101", "2.0000", "1.9000", "to", "2.1000", "-"]
     assert second.split() == [HEED, "10", "1.8500", "1.8500", "to", "1.8500", "9"]
-    assert last == "nanoGPT trains 10.1 times as long as heed"
+    assert last == "training time of nanoGPT / heed: 10.1"
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
-        (["--nanogpt", "nowhere", "--text", "README.md"], "--nanogpt nowhere: there is no train.py"),
+        (["--nanogpt", "nowhere", "--text", "README.md"], "--nanogpt nowhere: no train.py"),
         (["--nanogpt", "{peer}", "--text", "nothing.txt"], "--text nothing.txt: no such file"),
     ],
 )
-def test_mistakes_are_named(peer, words, said):
-    with pytest.raises(ValueError, match=said):
+def test_invalid_arguments(peer, words, message):
+    with pytest.raises(ValueError, match=message):
         bench.main(bench.arguments(["training", *(word.format(peer=peer) for word in words)]))
 
 
-def test_a_mistake_in_what_train_py_gets_is_one_line(peer, tmp_path):
+def test_invalid_option_of_train_py_is_one_line(peer, tmp_path):
     words = ["--nanogpt", str(peer), "--text", "README.md", "--", "--model.n_layre=2"]
     done = command("benchmarks", "training", *words, where=tmp_path, measured=False)
     assert done.returncode == 2
