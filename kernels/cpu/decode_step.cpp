@@ -125,14 +125,14 @@ extern "C" int heed_decode(const Model& m, int64_t B, int64_t T, const int64_t* 
     int64_t D = m.D, Q = m.H * D * (m.gated ? 2 : 1), KV = m.K * D, all = B * T;
     Buffer<float> x(all * m.C), y(all * m.C), q(all * Q), k(all * KV), v(all * KV), a(all * m.H * D), f(all * m.F),
         g(all * m.F);
-    Columns<W> columns(all < MANY ? 0 : all, std::max({m.C, m.H * D, m.F}));
+    Columns<W> columns(IN_TILES<W> && all >= MANY ? all : 0, std::max({m.C, m.H * D, m.F}));
     int64_t drawn_rows = (T < MANY ? all : B) * threads;
     Buffer<float> largest(drawn_rows * m.H), total(drawn_rows * m.H), values(drawn_rows * m.H * D);
 #pragma omp parallel num_threads(threads)
     {
         Tiles tiles;
         int64_t R = all, skipped = 0;  // rows; and tokens of each sequence that are not among them
-        // Before the matmuls of some rows, and these: in tiles if there are many rows. A unit is what one thread has of a matrix.
+        // A matmul of many rows is done in tiles, for which `pack` prepares them. A thread has whole units of a matrix's rows.
         auto in_tiles = [&] { return IN_TILES<W> && R >= MANY; };
         auto unit = [&] { return in_tiles() ? 32 : 3; };
         auto pack = [&](const float* from, int64_t width) {

@@ -40,7 +40,7 @@ def library(weights: torch.dtype, cache: torch.dtype) -> ctypes.CDLL:
 
 
 def decode(found: ctypes.CDLL, model: Model, tokens: Tensor, lengths: Tensor, logits: Tensor | None) -> None:
-    """tokens (B, T) int64 after those in the cache, lengths (B,) -> logits (B, V) fp32 of the next token, unless None.
+    """tokens (B, T) int64 after those that the cache holds, lengths (B,) -> the next one's logits (B, V) fp32, or None.
 
     Writes keys and values into the cache that `model` points to. Raises IndexError as torch would: a token that is not
     in the vocabulary, or a position beyond the context.

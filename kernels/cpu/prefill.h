@@ -13,19 +13,18 @@ constexpr int64_t GAP = 32;   // rows a power of two apart would share a few lin
 
 // 1. Matmuls ---------------------------------------------------------------------------------------------------------
 
-// int8 weights are exact in bf16, and x is the sum of two bf16 numbers, as exact as the 16 bits of matmul.h. That takes
-// two multiplications, which only AMX makes worth it.
+// In tiles where bf16 is multiplied: bf16 weights, and int8 weights with AMX. These are exact in bf16, and x is then the
+// sum of two bf16 numbers, as exact as the 16 bits of matmul.h: twice the work, which AMX alone makes worth it.
 #ifdef __AMX_BF16__
-template <class W> using Factor = std::conditional_t<std::is_same_v<W, int8_t>, Bf16, Multiplied<W>>;
+template <class W> constexpr bool IN_TILES = !std::is_same_v<W, float>;
 #else
-template <class W> using Factor = Multiplied<W>;
+template <class W> constexpr bool IN_TILES = std::is_same_v<Multiplied<W>, Bf16>;
 #endif
-template <class W> constexpr bool IN_TILES = !std::is_same_v<W, int8_t> || std::is_same_v<Factor<W>, Bf16>;
 template <class W> constexpr int TERMS = std::is_same_v<W, int8_t> ? 2 : 1;
 
 // x (R, columns) as right operand x^T, both rounded up to 32 with zeros; for each of TERMS one after the other.
 template <class W> struct Columns {
-    using X = Factor<W>;
+    using X = Bf16;
     int64_t rows, most;
     Buffer<X> data;
     Columns(int64_t R, int64_t columns) : rows(round_up(R, 32)), most(round_up(columns, 32)), data(TERMS<W> * rows * most) {}
@@ -56,14 +55,14 @@ template <class W> struct Columns {
 
 // This thread's share of a matrix, 32 rows at a time, for all rows of x.
 template <class W> static void product(const Matrix& m, const Product& p, const Columns<W>& x) {
-    using X = Factor<W>;
+    using X = Bf16;
     int64_t width = round_up(p.columns, 32), pitch = width + GAP;
     Buffer<X> w(32 * pitch);
     Buffer<float> sums(32 * 32), turned(32 * 32);
     Part mine(p.rows, 32);
     for (int64_t n = mine.from; n < mine.to; n += 32) {
         int64_t count = std::min<int64_t>(32, p.rows - n);
-        if (count < 32 || p.columns < width) std::memset((void*)w.data, 0, 32 * pitch * sizeof(X));
+        if (p.columns < width) std::memset((void*)w.data, 0, 32 * pitch * sizeof(X));
         for (int64_t i = 0; i < count; i++) {
             const W* row = (const W*)m.weight + (n + i) * p.columns;
             if constexpr (std::is_same_v<W, X>) std::copy_n(row, p.columns, w + i * pitch);

@@ -1,6 +1,7 @@
 """Engines: the C++ engine compared with the model in fp64 without a cache, for every flag; no compiler; int8."""
 
 import dataclasses
+import platform
 import re
 
 import pytest
@@ -56,6 +57,68 @@ def test_logits_equal_the_models_for_every_flag(flags, kind):
             ours.append((run(chunk, cache) - expected[:, end - 1]).abs().max())
             torchs.append((EagerEngine(model)(chunk, theirs) - expected[:, end - 1]).abs().max())
     assert max(ours) <= (max(torchs) if kind == "bf16" else {"fp32": 2e-6, "int8": 4e-4}[kind] * expected.abs().max())
+
+
+# Long prompts: many tokens at once, in the tiles of prefill.h. Without AMX, bf16 products or AVX-512 other lines run.
+LONG = {
+    "plain": {},
+    "one key head": {"n_kv_head": 1},
+    "windows": {"window": 40, "layer_pattern": "SL", "n_layer": 3},
+    "a window of one": {"window": 1, "layer_pattern": "LS"},
+    "gate": {"gate": True, "n_kv_head": 1},
+    "odd sizes": {"n_embd": 37, "n_ffn": 51, "head_dim": 6, "vocab_size": 101, "tie_embeddings": False},
+    "wide": {"n_embd": 192, "n_ffn": 320, "head_dim": 80, "window": 100, "layer_pattern": "LS", "gate": True},
+}
+X86 = platform.machine() in ("x86_64", "AMD64")
+WITHOUT = {
+    "nothing": (),
+    "AMX": ("-mno-amx-bf16",),
+    "bf16": ("-mno-amx-bf16", "-mno-avx512bf16"),
+    "AVX-512": ("-mno-amx-bf16", "-mno-avx512f"),
+}
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "int8", "int8, cache bf16"])
+@pytest.mark.parametrize("without", WITHOUT if X86 else ["nothing"])
+@torch.inference_mode()
+def test_long_prompts_with_and_without_each_instruction_set(kind, without, monkeypatch, compilers):
+    compilers()
+    monkeypatch.setattr(build, "FLAGS", [*build.FLAGS, *WITHOUT[without]])
+    for flags in LONG.values():
+        model = randomized(dataclasses.replace(TINY, context=420, **flags))
+        if kind != "fp32":
+            quantize(model, kind[:4])
+        ours, torchs = [], []
+        # pieces of 256 and 85 tokens, and of 6 that are many together
+        for batch, pieces in ((1, (300, 1, 33, 86)), (3, (100, 40)), (40, (12,))):
+            read, tokens = CppEngine(model), torch.randint(0, 97, (batch, sum(pieces)))
+            dtype = torch.bfloat16 if "bf16" in kind else torch.float32
+            cache, theirs = (KVCache(model.config, batch, dtype=dtype) for _ in range(2))
+            expected, end = exact(model, tokens), 0
+            for T in pieces:
+                piece, end = tokens[:, end : end + T], end + T
+                ours.append((read(piece, cache) - expected[:, end - 1]).abs().max())
+                if kind == "bf16":
+                    torchs.append((EagerEngine(model)(piece, theirs) - expected[:, end - 1]).abs().max())
+        share = {"fp32": 4e-6, "int8": 4e-4, "int8, cache bf16": 0.03}
+        # In bf16 both round keys and values alike, and that is most of the error.
+        bound = 1.25 * max(torchs) if kind == "bf16" else share[kind] * expected.abs().max()
+        assert max(ours) <= bound, flags
+
+
+@torch.inference_mode()
+def test_a_piece_that_wants_no_logits_fills_the_cache_all_the_same():
+    model = randomized(dataclasses.replace(TINY, context=600))
+    tokens, seen, real = torch.randint(0, 97, (1, 520)), [], decode_step.decode
+    one, other = KVCache(model.config, 1), KVCache(model.config, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decode_step, "decode", lambda *a: (seen.append((a[2].shape[1], a[4] is None)), real(*a))[1])
+        CppEngine(model)(tokens, one)
+    assert seen == [(256, True), (256, True), (8, False)]
+    for piece in tokens.split(20, dim=1):
+        CppEngine(model)(piece, other)
+    for mine, yours in zip(one.layers, other.layers, strict=True):
+        torch.testing.assert_close(mine, yours, atol=2e-5, rtol=2e-5)
 
 
 @torch.inference_mode()
