@@ -132,7 +132,7 @@ def run(names: list[str], sizes: list[str], batches: list[int], prompts: list[in
                         # in bytes a second, until the best reading of memory is known
                         bound = {"MBU": row["tokens/s"] and read * row["tokens/s"] / batch}
                         rows.append({"size": size, "batch": batch, "prompt": length} | row | bound)
-                    told = ", ".join(f"{row['who']} {row['fault'] or round(row['tokens/s'])}" for row in found)
+                    told = ", ".join(f"{row['engine']} {row['fault'] or round(row['tokens/s'])}" for row in found)
                     print(f"{size}, batch {batch}, prompt {length}, tokens/s: {told}", file=sys.stderr)
             for engine in there:
                 engine.close()
@@ -142,7 +142,7 @@ def run(names: list[str], sizes: list[str], batches: list[int], prompts: list[in
     print(f"torch {torch.__version__}, {threads} threads, memory was read at up to {speed / 1e9:.1f} GB/s")
     print(table(list(rows[0]), [list(row.values()) for row in rows]))
     print("TTFT: time to first token. MBU: share of the peak memory bandwidth.")
-    print("heed/it: rate of heed at that precision divided by its rate, median of pairs.")
+    print("heed/engine: rate of heed at that precision divided by its rate, median of pairs.")
     print(f"same: tokens equal to those of heed in fp32, of the first {SAME}.")
     print("MB: memory that the model and generation added to the process, at most so far.")
     for line in faults:
@@ -182,9 +182,9 @@ def setting(
     ours = {engine.name: engine for engine in rate}
     rows = []
     for engine in there:
-        row: dict[str, Any] = {"who": engine.name, "precision": engine.precision}
+        row: dict[str, Any] = {"engine": engine.name, "precision": engine.precision}
         if engine in faults:
-            figures = dict.fromkeys(("tokens/s", "TTFT ms", "MB", "heed/it", "same"))
+            figures = dict.fromkeys(("tokens/s", "TTFT ms", "MB", "heed/engine", "same"))
             rows.append(row | figures | {"fault": faults[engine].removeprefix(f"{engine.name}: ")})
             continue
         rates = rate[engine]
@@ -197,7 +197,9 @@ def setting(
                 "tokens/s": statistics.median(rates),
                 "TTFT ms": statistics.median(first[engine]) * 1000,
                 "MB": size[engine],
-                "heed/it": statistics.median(a / b for a, b in zip(rate[heed], rates, strict=False)) if heed else None,
+                "heed/engine": statistics.median(a / b for a, b in zip(rate[heed], rates, strict=False))
+                if heed
+                else None,
                 "same": f"{(made[exact][:SAME] == made[engine][:SAME]).mean():.0%}" if exact and compared else None,
                 "fault": None,
             }

@@ -198,7 +198,7 @@ def report(setting: Setting, runs: list[Run]) -> str:
 
 def write(out: Path, setting: Setting, runs: list[Run]) -> None:
     """Write all points of all curves, and a plot."""
-    import matplotlib
+    import matplotlib.ticker
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -211,12 +211,17 @@ def write(out: Path, setting: Setting, runs: list[Run]) -> None:
     for r in runs:
         colour = "tab:red" if r.system == HEED else "tab:grey"
         if r.curve:
-            axis.plot(*zip(*r.curve, strict=True), "o-", color=colour, markersize=3, label=None if r.seed else r.system)
+            axis.plot(*zip(*r.curve, strict=True), "o-", color=colour, markersize=4, label=None if r.seed else r.system)
         if r.estimated:  # the loss stated by nanoGPT at the estimated time
             axis.plot(r.seconds, setting.target, "x", color=colour, label=None if r.seed else f"{r.system} (estimated)")
     axis.axhline(setting.target, color="black", linestyle=":", label=f"{setting.target}")
     axis.set_xscale("log")
-    axis.set_xlabel("seconds since the first step")
+    seconds = [s for r in runs for s, _ in r.curve] + [r.seconds for r in runs]
+    ticks = [n * 10**power for power in range(6) for n in (1, 2, 5)]
+    axis.set_xticks([t for t in ticks if min(seconds) / 2 <= t <= max(seconds) * 2])
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+    axis.set_xlabel("seconds of training, log scale")
     axis.set_ylabel("validation loss, nats/character")
     axis.legend()
     figure.savefig(out / "training.png", dpi=80)

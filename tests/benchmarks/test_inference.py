@@ -73,9 +73,9 @@ def test_an_engine_whose_process_dies_has_a_row_that_says_so(tmp_path):
     other.process.kill()
     for length in (3, 5):
         (good, bad), faults = inference.setting([here, other], inference.TINY, 1, length, 2, 1)
-        assert good["who"] == "heed fp32" and good["tokens/s"] > 0 and good["fault"] is None
+        assert good["engine"] == "heed fp32" and good["tokens/s"] > 0 and good["fault"] is None
         assert bad == dict.fromkeys(good) | {
-            "who": "heed bf16", "precision": "bf16", "fault": "its process died, SIGKILL"
+            "engine": "heed bf16", "precision": "bf16", "fault": "its process died, SIGKILL"
         }  # fmt: skip
         assert faults == ["heed bf16: its process died, SIGKILL"]
     here.close()

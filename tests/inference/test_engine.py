@@ -81,8 +81,8 @@ WITHOUT = {
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "int8", "int8, cache bf16"])
 @pytest.mark.parametrize("without", WITHOUT if X86 else ["nothing"])
 @torch.inference_mode()
-def test_long_prompts_with_and_without_each_instruction_set(kind, without, monkeypatch, compilers):
-    compilers()
+def test_long_prompts_with_and_without_each_instruction_set(kind, without, monkeypatch, clear_compiled):
+    clear_compiled()
     monkeypatch.setattr(build, "FLAGS", [*build.FLAGS, *WITHOUT[without]])
     for flags in LONG.values():
         model = randomized(dataclasses.replace(TINY, context=420, **flags))
