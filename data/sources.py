@@ -16,6 +16,7 @@ import codecs
 import difflib
 import hashlib
 import os
+import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -105,7 +106,9 @@ def local(source: str, text_column: str, where: str) -> Corpus:
     prints, size, blank, alone = [], 0, True, len(files) == 1
     for file in files:
         size += file.stat().st_size
-        if file.suffix.lower() in TABLES:
+        if kind := TABLES.get(file.suffix.lower()):
+            if kind == "json":
+                check_rows(file, where)
             prints.append(digest(sha256(file), text_column))
             blank = False
         else:
@@ -219,6 +222,16 @@ def read(file: Path) -> Iterator[str]:
     with file.open(encoding="utf-8-sig") as stream:
         while chunk := stream.read(CHUNK):
             yield chunk
+
+
+def check_rows(file: Path, where: str) -> None:
+    """Raise CorpusError if a row is null: the library that reads JSON ends the whole process there."""
+    tail = b"\n"
+    with file.open("rb") as stream:
+        while block := stream.read(CHUNK):
+            if re.search(rb"\n[ \t\r\n]*null\b", tail + block):
+                raise CorpusError(f"{where}: {file.name} has a row that is null; each row must be a JSON object")
+            tail = block[-64:]
 
 
 def table(kind: str, file: Path) -> Any:

@@ -81,9 +81,9 @@ def test_a_kill_at_every_stage_of_a_save(server, text, tmp_path):
     status, said = server.run(*words, runs=tmp_path / "whole", kill=[0, 0])
     assert status == 0, said
     calls = int(re.findall(r"calls: (\d+)", said)[-1])
-    for number in range(1, 13):
+    for number in range(1, 7):
         runs = tmp_path / f"killed-{number}"
-        status, said = server.run(*words, runs=runs, kill=[signal.SIGKILL, calls * number // 13])
+        status, said = server.run(*words, runs=runs, kill=[signal.SIGKILL, calls * number // 7])
         assert status == -signal.SIGKILL, said
         resume = ["--resume"] if (runs / "run").exists() else []
         status, said = server.run(*words, *resume, runs=runs)
