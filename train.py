@@ -30,22 +30,22 @@ from data.prepare import prepare
 from data.shards import ShardError, Shards
 from data.sources import CorpusError
 from data.tokenizer import Tokenizer, TokenizerError
-from kernels.reference import IGNORE_INDEX
+from kernels.reference_attention import IGNORE_INDEX
 from model import GPT
 from sample import RUNS, stream_generate
 from training import checkpoint, device, distributed, init_from, metrics, run_folder
-from training.budget import SaveTimer, StepBudget, evaluation_due, resumed
+from training.apply_fused_layers import optimize_layers
 from training.checkpoint import CheckpointError
 from training.config import SECTIONS, Config, ConfigError
+from training.config_files import documentation, dump, fields, load, recipes
 from training.deprecated_names import RENAMED
+from training.device_memory import check_fits, peak_memory
 from training.distributed import DistributedError
-from training.evaluation import validate
 from training.flops import count_parameters, flops_per_token, peak_flops
-from training.fused import optimize_layers
-from training.memory import check_fits, peak_memory
+from training.graceful_exit import GracefulExit
 from training.optimizers import build_optimizers, lr_factor, set_learning_rate
-from training.recipes import documentation, dump, fields, load, recipes
-from training.stop import GracefulExit
+from training.time_budget import SaveTimer, StepBudget, evaluation_due, resumed
+from training.validation_loss import validate
 
 
 def train(config: Config, resume: bool, overwrite: bool) -> None:
@@ -142,6 +142,25 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
         save_timer.restart()
         world.barrier()  # saving may take longer than a step may
 
+    def evaluate() -> bool:
+        """Record the validation loss and a sample of the checkpoint just saved. False: stopped by a signal."""
+        with machine.uncompiled():
+            val_loss = validate(model, eval_text, config, world, machine, tokenizer.eot, graceful_exit)
+            sample = sample_text(model, tokenizer, config) if world.main and val_loss is not None else ""
+        if val_loss is None:
+            return False
+        check_finite(step, val_loss)
+        val_losses[step] = val_loss
+        if record:
+            if val_loss == min(val_losses.values()):  # before the record: a resumed run repeats what has none
+                checkpoint.point(run, "best", run / f"step-{step:06d}")
+            val_bpb = bits_per_byte(val_loss, eval_text)
+            record.log(step, val_loss=val_loss, val_bpb=val_bpb, seconds=budget.elapsed)
+            log(f"step {step} | val_loss {val_loss:.4f} | val_bpb {val_bpb:.4f}\n{sample}")
+            metrics.plot(run, f"{config.name}: {val_bpb:.3f} bits per byte on held-out text")
+        world.barrier()
+        return True
+
     def bits_per_byte(loss: float, text: Shards) -> float:
         return loss * text.num_targets / text.bytes / math.log(2)
 
@@ -153,25 +172,9 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
     save_timer = SaveTimer(config.train.save_minutes)
     model.train()
     while True:
-        # Evaluate: save first, then the validation loss and a sample.
         if not leaving and evaluation_due(step, budget.num_steps, config.train.num_evals, val_losses):
             save()
-            with machine.uncompiled():
-                val_loss = validate(model, eval_text, config, world, machine, tokenizer.eot, graceful_exit)
-                sample = sample_text(model, tokenizer, config) if world.main and val_loss is not None else ""
-            if val_loss is None:  # stopped by a signal
-                leaving = True
-                break
-            check_finite(step, val_loss)
-            val_losses[step] = val_loss
-            if record:
-                if val_loss == min(val_losses.values()):  # before the record: a resumed run repeats what has none
-                    checkpoint.point(run, "best", run / f"step-{step:06d}")
-                val_bpb = bits_per_byte(val_loss, eval_text)
-                record.log(step, val_loss=val_loss, val_bpb=val_bpb, seconds=budget.elapsed)
-                log(f"step {step} | val_loss {val_loss:.4f} | val_bpb {val_bpb:.4f}\n{sample}")
-                metrics.plot(run, f"{config.name}: {val_bpb:.3f} bits per byte on held-out text")
-            world.barrier()
+            leaving = not evaluate()
         if leaving or step == budget.num_steps > 0:
             break
 

@@ -78,8 +78,8 @@ def inference_benchmark(a: argparse.Namespace) -> int:
     import torch
 
     from benchmarks import inference
-    from benchmarks.engines import ENGINES
     from benchmarks.inference import SIZES
+    from benchmarks.inference_engines import ENGINES
 
     check_names("--only", a.only, ENGINES)
     check_names("--sizes", a.sizes, SIZES)

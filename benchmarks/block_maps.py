@@ -1,6 +1,6 @@
 """Draw docs/6-block-maps.png: which blocks of the score matrix are skipped, partly masked, or not masked.
 
-Every square is computed from `kernels.reference.attention_mask`, the definition of the mask.
+Every square is computed from `kernels.reference_attention.attention_mask`, the definition of the mask.
 python -m benchmarks.block_maps
 """
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.reference import CAUSAL, MaskSpec, attention_mask
+from kernels.reference_attention import CAUSAL, MaskSpec, attention_mask
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -25,14 +25,14 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from benchmarks import isolated
+from benchmarks import subprocess_runner
 from benchmarks.report import table
 from data.loader import Loader
 from data.prepare import prepare
 from data.shards import Shards
 from data.sources import open_corpus
 from data.tokenizer import Tokenizer, get_tokenizer
-from training.memory import peak_memory
+from training.device_memory import peak_memory
 
 VOCABULARY = 4096
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -133,7 +133,7 @@ def one(pipeline: str, text: Path, tokenizer: Path, folder: Path) -> dict[str, f
         start = time.perf_counter()
         tokens = PIPELINES[pipeline](text, made, folder)
         seconds = time.perf_counter() - start
-    return {"seconds": seconds, "tokens": tokens, "bytes": max(peak_memory(), isolated.peak_of_children())}
+    return {"seconds": seconds, "tokens": tokens, "bytes": max(peak_memory(), subprocess_runner.peak_of_children())}
 
 
 # Batches
@@ -167,7 +167,7 @@ def batches(folder: Path, sequences: int, context: int, turns: int) -> list[floa
 def waiting(folder: Path, recipe: str, *words: str) -> tuple[float, float]:
     """Tokens per second of a run of the recipe, and the share of its time that the loop waits for batches."""
     import train
-    from training.recipes import load
+    from training.config_files import load
 
     calls: list[tuple[float, float]] = []
     batch = Loader.batch
@@ -205,7 +205,7 @@ def run(megabytes: int, turns: int, quick: bool) -> int:
                 shutil.rmtree(folder / pipeline, ignore_errors=True)
                 (folder / pipeline).mkdir()
                 own.append(
-                    isolated.measure(
+                    subprocess_runner.measure(
                         pipeline, "benchmarks.data", pipeline, *map(str, (text, tokenizer, folder / pipeline))
                     )
                 )

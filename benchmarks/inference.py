@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import engines
-from benchmarks.engines import ENGINES
+from benchmarks import inference_engines
+from benchmarks.inference_engines import ENGINES
 from benchmarks.report import table, write_csv
 from inference.huge_pages import allocate_huge_pages
 from model import ModelConfig
@@ -45,7 +45,7 @@ class EngineProcess:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         args = (theirs, name, folder, nanogpt, threads)
-        self.process = context.Process(target=engines.serve, args=args, daemon=True)
+        self.process = context.Process(target=inference_engines.serve, args=args, daemon=True)
         self.process.start()
         theirs.close()
         self.recv()
@@ -62,7 +62,7 @@ class EngineProcess:
         return said
 
     def generate(self, prompt: list[int], batch: int, tokens: int) -> tuple[list[float], np.ndarray, float]:
-        """See engines.serve."""
+        """See inference_engines.serve."""
         with contextlib.suppress(OSError):  # of a process that has died: recv says so
             self.pipe.send((prompt, batch, tokens))
         return self.recv()
@@ -106,7 +106,7 @@ def run(names: list[str], sizes: list[str], batches: list[int], prompts: list[in
     """Print a table, a row for each engine in each setting; write inference.csv into `out`. Returns the exit status."""
     here = []
     for name in names:
-        lacks = engines.missing(name) or ("--nanogpt DIR" if name == "nanoGPT" and not nanogpt else "")
+        lacks = inference_engines.missing(name) or ("--nanogpt DIR" if name == "nanoGPT" and not nanogpt else "")
         print(f"{name} skipped: missing {lacks}" if lacks else "", end="\n" if lacks else "")
         here += [] if lacks else [name]
     speed = 0.0  # a machine's changes: the best that was seen
@@ -115,7 +115,7 @@ def run(names: list[str], sizes: list[str], batches: list[int], prompts: list[in
     for size in sizes:
         config = SIZES.get(size, TINY)
         with tempfile.TemporaryDirectory() as folder:
-            engines.write(Path(folder), config, here)
+            inference_engines.write(Path(folder), config, here)
             there = []
             for name in here:
                 try:

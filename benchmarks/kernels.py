@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks import kernel_costs, timing
-from benchmarks.implementations import HEED, exact, implementations, make_inputs, plain
+from benchmarks.attention_implementations import HEED, exact, implementations, make_inputs, plain
 from benchmarks.report import picture, table, write_csv
 from benchmarks.shapes import KERNELS, Case, cases, dry_cases
 

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 import torch._dynamo  # imported lazily by torch's optimizers; not part of a step's memory
 
-from benchmarks import isolated
+from benchmarks import subprocess_runner
 from benchmarks.report import table, write_csv
 from model import GPT, ModelConfig
 from training import device
+from training.apply_fused_layers import optimize_layers
 from training.config import OptimConfig, TrainConfig
-from training.fused import optimize_layers
-from training.memory import peak_memory
+from training.device_memory import peak_memory
 from training.optimizers import build_optimizers
 
 HEAD = 64  # head size; width / HEAD heads (MHA)
@@ -69,7 +69,7 @@ def step(context: int, width: int, batch: int, vocabulary: int, checkpointing: b
 
 def measure(**size: Any) -> dict[str, float]:
     """`step` in a separate process. Raises ValueError if it fails, such as out of memory."""
-    return isolated.measure(str(size), "benchmarks.scaling", json.dumps(size))
+    return subprocess_runner.measure(str(size), "benchmarks.scaling", json.dumps(size))
 
 
 def exponent(sizes: list[int], values: list[float]) -> float:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 
 from benchmarks import timing
-from benchmarks.implementations import HEED, implementations, make_inputs
+from benchmarks.attention_implementations import HEED, implementations, make_inputs
 from benchmarks.kernels import DRY_RUN, SMALL, SMALL_DRY, Checker
 from benchmarks.shapes import Case
 from benchmarks.timing import Call

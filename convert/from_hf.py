@@ -16,8 +16,8 @@ from data.tokenizer import Tokenizer
 from model import GPT
 from training import checkpoint
 from training.config import Config, DataConfig, OptimConfig, TrainConfig
+from training.config_files import dump
 from training.flops import count_parameters
-from training.recipes import dump
 
 
 def import_checkpoint(source: str, run: Path, context: int | None = None) -> str:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from data.shards import TARGET, ShardError, Shards
-from kernels.reference import IGNORE_INDEX
+from kernels.reference_attention import IGNORE_INDEX
 
 
 class Loader:

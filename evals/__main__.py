@@ -20,7 +20,7 @@ from evals.perplexity import measure, own_validation, tokens_of
 from sample import load
 from training import device
 from training.config import TrainConfig
-from training.recipes import load as load_recipe
+from training.config_files import load as load_recipe
 
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:

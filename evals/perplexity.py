@@ -16,7 +16,7 @@ from training import device
 from training.checkpoint import CheckpointError, find, read_state
 from training.config import Config
 from training.distributed import World
-from training.evaluation import validate
+from training.validation_loss import validate
 
 
 class AllValidation(Splitter):

@@ -1,9 +1,9 @@
 """The attention dispatcher: every layer of every model calls `attention`, which chooses the backend.
 
 Backends:
-    reference   kernels/reference.py: the definition, in plain torch
+    reference   kernels/reference_attention.py: the definition, in plain torch
     sdpa        torch's scaled_dot_product_attention
-    cpp         kernels/cpu/train_ops.py: training on a CPU, in C++
+    cpp         kernels/cpu/bindings.py: training on a CPU, in C++
     blocks      kernels/cpu/blockwise_attention.py: training on a CPU without a C++ compiler
     flash       kernels/triton/flash_attention.py: whole sequences on a GPU, with gradients
     decode      kernels/triton/flash_decoding.py: over a KV cache on a GPU
@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import cpu
-from kernels.cpu import train_ops
+from kernels.cpu import bindings
 from kernels.cpu.blockwise_attention import blocks_attention
-from kernels.reference import CAUSAL, FULL, MaskSpec, attention_mask, reference_attention, relative_positions
+from kernels.reference_attention import CAUSAL, FULL, MaskSpec, attention_mask, reference_attention, relative_positions
 
 __all__ = ["CAUSAL", "FULL", "MaskSpec", "attention", "preferred"]
 
@@ -89,7 +89,7 @@ def attention(
         if not whole:
             raise ValueError("backend = 'cpp' supports causal masks and windows only, with as many queries as keys")
         cpu.require(q)
-        return train_ops.Attend.apply(q, k, v, softmax_scale, mask_spec.window or 0)
+        return bindings.Attend.apply(q, k, v, softmax_scale, mask_spec.window or 0)
     if backend == "blocks":
         if not plain or q.shape[1] > k.shape[1]:
             raise ValueError(

@@ -12,8 +12,8 @@ The step, with s a row's scores (logits, softcapped or not), t its target and z 
 
     lse = log sum_j exp(s_j)     loss = lse - s_t + z lse^2     dloss/ds_j = (1 + 2 z lse) exp(s_j - lse) - [j = t]
 
-On a GPU the step is a Triton kernel (kernels/triton/cross_entropy.py), on a CPU a function of train_ops.cpp, elsewhere
-plain torch. The matmuls are the vendor's library's.
+On a GPU the step is a Triton kernel (kernels/triton/cross_entropy.py), on a CPU C++ (kernels/cpu/cross_entropy.cpp),
+elsewhere plain torch. The matmuls are the vendor's library's.
 
 Shapes: N tokens, C width, V vocabulary; a chunk has `rows` tokens.
 """
@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from kernels import cpu, preferred
-from kernels.cpu import train_ops
-from kernels.reference import IGNORE_INDEX
+from kernels.cpu import bindings
+from kernels.reference_attention import IGNORE_INDEX
 
 BACKENDS = ("torch", "cpp", "triton") if importlib.util.find_spec("triton") else ("torch", "cpp")
 
@@ -112,7 +112,7 @@ def loss_and_gradients(
     dweight = weight.new_zeros(weight.shape, dtype=torch.float32) if dweight_wanted else x.new_empty(0)
     if backend == "cpp":
         gradients = dx if dx_wanted else None, dweight if dweight_wanted else None
-        train_ops.linear_cross_entropy(x, weight, targets, losses, *gradients, z_loss, softcap)
+        bindings.linear_cross_entropy(x, weight, targets, losses, *gradients, z_loss, softcap)
         return losses.sum(), dx, dweight
     step = _step_in_torch
     if backend == "triton":  # imported here: not every system has Triton

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import train
-from training.recipes import load
+from training.config_files import load
 
 
 def test_no_arguments_list_the_recipes(capsys):

@@ -1,6 +1,6 @@
 """Configuration of a run: one frozen dataclass per section; each validates its own fields.
 
-The docstring under a field documents it, here and in `--help`. training/recipes.py makes a Config from a TOML file.
+The docstring under a field documents it, here and in `--help`. training/config_files.py reads TOML files.
 """
 
 import re

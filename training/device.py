@@ -20,7 +20,8 @@ from training.distributed import World
 class Machine:
     """Where and how a run computes. `reasons` has one log line for each choice.
 
-    `layer_impl`: "eager" (model.py as written), "compiled" (torch.compile) or "fused" (C++, training/fused.py).
+    `layer_impl`: "eager" (model.py as written), "compiled" (torch.compile) or "fused" (C++,
+    training/apply_fused_layers.py).
     """
 
     device: torch.device

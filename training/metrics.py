@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from training.budget import StepBudget
 from training.checkpoint import replace_file
+from training.time_budget import StepBudget
 
 NAME, DAMAGED = "metrics.jsonl", "metrics.damaged.jsonl"
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels import cpu
-from kernels.cpu.train_ops import muon_step
+from kernels.cpu.bindings import muon_step
 from training.config import OptimConfig
 
 

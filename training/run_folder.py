@@ -13,7 +13,7 @@ from data.tokenizer import Tokenizer
 from training import checkpoint
 from training.checkpoint import CheckpointError
 from training.config import Config
-from training.recipes import dump
+from training.config_files import dump
 
 OWN = re.compile(
     r"config\.toml|tokenizer\.json|tokenizer_config\.json|metrics\.jsonl|metrics\.damaged\.jsonl|loss\.png|latest|best"

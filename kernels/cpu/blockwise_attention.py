@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kernels.reference import MaskSpec
+from kernels.reference_attention import MaskSpec
 
 BLOCK = 64  # queries: with fewer, matmuls are too small to be efficient; with more, more masked scores are computed
 BLOCKS = 8  # maximum number, since torch.compile unrolls the loop

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from kernels.cpu import build
-from kernels.cpu.train_ops import Heads, attention, attention_backward, autocast_dtype, pack
+from kernels.cpu.bindings import Heads, attention, attention_backward, autocast_dtype, pack
 
 
 class PackedWeight:

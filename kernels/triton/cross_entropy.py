@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.reference import IGNORE_INDEX
+from kernels.reference_attention import IGNORE_INDEX
 from kernels.triton.flash_attention import accurate_tanh
 from kernels.triton.tiles import tile
 

@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.reference import MaskSpec
+from kernels.reference_attention import MaskSpec
 from kernels.triton.tiles import FLASH_FP32, INTERPRETED, tile
 
 LOG2E = tl.constexpr(math.log2(math.e))

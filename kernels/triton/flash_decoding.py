@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.reference import MaskSpec
+from kernels.reference_attention import MaskSpec
 from kernels.triton.flash_attention import accurate_tanh
 from kernels.triton.tiles import tile
 

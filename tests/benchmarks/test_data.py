@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks import __main__ as bench
-from benchmarks import data, isolated
+from benchmarks import data, subprocess_runner
 from data.tokenizer import Tokenizer, get_tokenizer
 from tests.conftest import SMALL
 
@@ -65,4 +65,4 @@ def test_errors_are_one_line(tmp_path):
         bench.main(bench.arguments(["data", "--megabytes", "0"]))
     with pytest.raises(ValueError, match=r"heed: .*no such file"):
         none = str(tmp_path / "none.json")
-        isolated.measure("heed", "benchmarks.data", "heed", none, none, str(tmp_path))
+        subprocess_runner.measure("heed", "benchmarks.data", "heed", none, none, str(tmp_path))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as bench
-from benchmarks import engines, inference
+from benchmarks import inference, inference_engines
 from benchmarks.inference import SIZES, bytes_per_step
 from model import GPT, ModelConfig
 from tests.conftest import TINY, command
@@ -27,7 +27,7 @@ def test_names_of_sizes_are_their_parameters():
 
 
 def test_all_engines_generate_the_same_tokens(tmp_path):
-    others = [name for name in ("transformers", "llama.cpp F32") if not engines.missing(name)]
+    others = [name for name in ("transformers", "llama.cpp F32") if not inference_engines.missing(name)]
     done = command(
         "benchmarks", "inference", "--quick", f"--out={tmp_path}", "--only", "heed fp32", "heed int8", "nanoGPT",
         *others, where=tmp_path,
@@ -58,7 +58,7 @@ def test_errors_are_one_line(tmp_path):
 
 def test_failing_engine_is_reported_and_the_others_continue(tmp_path):
     config = ModelConfig(**{**vars(inference.TINY), "vocab_size": 280})
-    engines.write(tmp_path, config, [])
+    inference_engines.write(tmp_path, config, [])
     here = inference.EngineProcess("heed fp32", tmp_path, None, 1)
     with pytest.raises(ValueError, match="heed fp32: IndexError"):
         here.generate([280], 1, 2)
@@ -67,7 +67,7 @@ def test_failing_engine_is_reported_and_the_others_continue(tmp_path):
 
 def test_an_engine_whose_process_dies_has_a_row_that_says_so(tmp_path):
     """Killed between two settings, as by a signal in a library: both the next setting and the one after go on."""
-    engines.write(tmp_path, inference.TINY, [])
+    inference_engines.write(tmp_path, inference.TINY, [])
     here, other = (inference.EngineProcess(name, tmp_path, None, 1) for name in ("heed fp32", "heed bf16"))
     inference.setting([here, other], inference.TINY, 1, 3, 2, 1)
     other.process.kill()

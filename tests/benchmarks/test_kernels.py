@@ -13,12 +13,12 @@ import triton
 import triton.language as tl
 
 from benchmarks import __main__ as bench
-from benchmarks import block_maps, implementations, kernel_costs, kernels, roofline, timing
+from benchmarks import attention_implementations, block_maps, kernel_costs, kernels, roofline, timing
 from benchmarks.block_maps import PART, SKIPPED, WHOLE, blocks
 from benchmarks.kernel_costs import GPUS, bound, rate
 from benchmarks.shapes import Case, cases, dry_cases
 from kernels import CAUSAL, attention
-from kernels.reference import attention_mask
+from kernels.reference_attention import attention_mask
 from kernels.triton import flash_decoding, tiles
 from kernels.triton.flash_attention import _key_range, _query_range, document_bounds
 from tests.conftest import command
@@ -189,7 +189,7 @@ def test_wrong_implementation_is_not_timed(monkeypatch, capsys):
     def worse(q, k, v, *rest, backend, **named):
         return attention(q, k, v, *rest, backend=backend, **named) * (1.001 if backend == "decode" else 1)
 
-    monkeypatch.setattr(implementations, "attention", worse)
+    monkeypatch.setattr(attention_implementations, "attention", worse)
     assert run("kernels", "--dry-run", "--only", "decode") == 1
     out = capsys.readouterr().out
     assert "decode, heed: WRONG: result 0 is off by" in out
@@ -206,7 +206,7 @@ def test_failing_implementation_is_reported_and_the_others_continue(monkeypatch,
     def fails(case, q, k, v):
         raise RuntimeError("no such luck\nand a long story")
 
-    monkeypatch.setattr(implementations, "_flex", fails)
+    monkeypatch.setattr(attention_implementations, "_flex", fails)
     assert run("kernels", "--dry-run", "--only", "forward") == 0
     out = capsys.readouterr().out
     assert "forward, flex: RuntimeError: no such luck\n" in out and "long story" not in out

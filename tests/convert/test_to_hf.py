@@ -20,7 +20,7 @@ from sample import load as load_run
 from tests.conftest import ROOT, TINY, command, randomized
 from training import checkpoint
 from training.config import Config, TrainConfig
-from training.recipes import dump, load
+from training.config_files import dump, load
 
 TEXTS = ["the cat sat on the mat, the other cat sat on the hat. " * 20, "It's 1,234 days — café, 日本語, 👩‍👩‍👧!\n\n"]
 HARD = [

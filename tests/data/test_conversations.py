@@ -15,7 +15,7 @@ from data.loader import Conversations, validation
 from data.prepare import prepare
 from data.shards import ShardError, Shards
 from data.tokenizer import Tokenizer
-from kernels.reference import IGNORE_INDEX
+from kernels.reference_attention import IGNORE_INDEX
 from model import GPT
 from tests.conftest import ROOT, SMALL, TINY, UNTRACED_ENV, losses, randomized
 from tests.data.test_chat_format import line

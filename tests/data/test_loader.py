@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data.loader import Loader, ShardError, Shards, validation
-from kernels.reference import IGNORE_INDEX
+from kernels.reference_attention import IGNORE_INDEX
 from tests.data.test_shards import store
 
 

@@ -288,7 +288,7 @@ def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
             file.write(block + "\n" if share < 0.5 else block.replace("\n\n", "\n" if share < 0.875 else " "))
     code = (
         "import pathlib; from data.prepare import prepare; from data.tokenizer import Tokenizer;"
-        "from training.memory import peak_memory;"
+        "from training.device_memory import peak_memory;"
         "Tokenizer.encode_batch = lambda self, texts: [[1] * (len(text) // 3) for text in texts];"  # not tested here
         f"prepare({str(source)!r}, tokenizer='byte', cache=pathlib.Path({str(tmp_path)!r}));"
         "print(peak_memory())"

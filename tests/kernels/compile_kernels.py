@@ -38,7 +38,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from kernels import cross_entropy
-from kernels.reference import CAUSAL, MaskSpec
+from kernels.reference_attention import CAUSAL, MaskSpec
 from kernels.triton import flash_attention, flash_decoding, tiles
 
 BUDGET = ROOT / "tests" / "kernels" / "compiled_limits.json"

@@ -12,7 +12,7 @@ from tests.conftest import TINY, randomized
 from tests.inference.test_engine import exact as logits
 from tests.kernels.test_cross_entropy import compare, draw
 from tests.kernels.test_muon_step import compare_steps
-from tests.training.test_fused import fused, relative_errors, results
+from tests.training.test_apply_fused_layers import fused, relative_errors, results
 
 # File: (name, text in the file, replacement)
 MUTANTS: dict[str, list[tuple[str, str, str]]] = {}

@@ -5,7 +5,7 @@ from unittest.mock import patch
 
 import torch
 
-from kernels.reference import CAUSAL, FULL, MaskSpec, reference_attention
+from kernels.reference_attention import CAUSAL, FULL, MaskSpec, reference_attention
 
 # name, text in the source, what it becomes, how often it occurs if not once
 MUTANTS: list[tuple[str, str, str] | tuple[str, str, str, int]] = [

@@ -4,7 +4,7 @@ from unittest.mock import patch
 
 import torch
 
-from kernels.reference import CAUSAL, MaskSpec, reference_attention, relative_positions
+from kernels.reference_attention import CAUSAL, MaskSpec, reference_attention, relative_positions
 
 VALUES_UNMASKED = "v_h)[:, None] + column[None, :], mask=read | (column < D)[None, :]"
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import CAUSAL, FULL, MaskSpec, attention
-from kernels.reference import attention_mask, reference_attention, relative_positions
+from kernels.reference_attention import attention_mask, reference_attention, relative_positions
 from kernels.triton.flash_attention import document_bounds, flash_attention
 
 SCALE = 0.3

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import CAUSAL, FULL, MaskSpec
-from kernels.reference import attention_mask, reference_attention, relative_positions
+from kernels.reference_attention import attention_mask, reference_attention, relative_positions
 from kernels.triton.flash_decoding import decode_attention
 
 NAN = float("nan")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernels import CAUSAL, MaskSpec, attention
-from kernels.reference import relative_positions
+from kernels.reference_attention import relative_positions
 from kernels.triton import flash_decoding
 from kernels.triton.flash_decoding import choose_splits, decode_attention
 from tests.kernels.test_flash_decoding import NAN, check, draw, extras

@@ -12,7 +12,7 @@ from kernels.cpu import build
 from tests.conftest import TINY, randomized
 from tests.kernels.test_cross_entropy import compare, draw
 from tests.kernels.test_muon_step import compare_steps
-from tests.training.test_fused import fused, relative_errors, results
+from tests.training.test_apply_fused_layers import fused, relative_errors, results
 
 # g++'s name for each, and what /proc/cpuinfo must list: fp32 vectors of 8, of 16, pairs of bf16
 SETS = {"x86-64-v3": {"avx2", "fma"}, "x86-64-v4": {"avx512vl", "avx512dq"}, "cooperlake": {"avx512_bf16"}}

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from training.config import SECTIONS
-from training.recipes import fields
+from training.config_files import fields
 
 SMALLEST = [
     "--model.n_layer=1", "--model.n_embd=16", "--model.n_head=1", "--model.n_kv_head=1", "--model.head_dim=16",

@@ -8,9 +8,9 @@ import pytest
 
 from model import ModelConfig
 from training.config import SECTIONS, Config, ConfigError, TrainConfig
+from training.config_files import RECIPES, documentation, dump, fields, load, recipes
 from training.deprecated_names import RENAMED
 from training.flops import count_parameters, flops_per_token
-from training.recipes import RECIPES, documentation, dump, fields, load, recipes
 
 
 @pytest.fixture

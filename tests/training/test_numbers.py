@@ -6,7 +6,7 @@ import pytest
 
 from model import ModelConfig
 from training.config import SECTIONS, ConfigError, DataConfig, OptimConfig, TrainConfig
-from training.recipes import fields, load
+from training.config_files import fields, load
 
 FLOATS = [f"{section}.{name}" for section in SECTIONS for name, kind in fields(section).items() if kind is float]
 INTS = [f"{section}.{name}" for section in SECTIONS for name, kind in fields(section).items() if kind is int]

@@ -8,11 +8,11 @@ import torch
 
 from model import GPT
 from tests.conftest import TINY, losses, train_here, weights
-from training import budget, checkpoint, metrics
-from training.budget import SaveTimer, StepBudget, resumed
+from training import checkpoint, metrics, time_budget
 from training.checkpoint import CheckpointError
 from training.config import Config, OptimConfig, TrainConfig
 from training.optimizers import build_optimizers
+from training.time_budget import SaveTimer, StepBudget, resumed
 
 
 def test_the_settings_of_the_optimizers_are_those_of_the_configuration(tmp_path):
@@ -67,11 +67,11 @@ def budgeted(minutes: float) -> Config:
 
 def test_a_resumed_budget_has_the_minutes_that_are_left(monkeypatch):
     clock = [1000.0]
-    monkeypatch.setattr(budget.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(time_budget.time, "perf_counter", lambda: clock[0])
     left = StepBudget(budgeted(10), 700, val_tokens=0, seconds=480)
     clock[0] += 20
     assert left.elapsed == 500
-    left.durations = [1.0] * budget.TIMED_STEPS
+    left.durations = [1.0] * time_budget.TIMED_STEPS
     assert left.is_due(612)
     assert left.steps_in_time(612, 1) == 612 + int(0.98 * 600 - 500 - 2)
 
@@ -94,7 +94,7 @@ def test_the_length_of_a_resumed_run(config, state, expected):
 def test_minutes_on_resume_are_honoured(run_training, monkeypatch):
     """A budget that is used up ends the run; a larger one goes on with the seconds counted together."""
     monkeypatch.setattr(StepBudget, "steps_in_time", lambda self, step, evals_left: step + 3)
-    monkeypatch.setattr(budget, "TIMED_STEPS", 4)
+    monkeypatch.setattr(time_budget, "TIMED_STEPS", 4)
     run = run_training("timed", "--train.minutes=10", "--train.num_evals=1")
     assert max(losses(run)) == 7
     state = checkpoint.read_state(checkpoint.find(run, "latest"))

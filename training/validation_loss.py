@@ -8,7 +8,7 @@ from model import GPT
 from training.config import Config
 from training.device import Machine
 from training.distributed import World
-from training.stop import GracefulExit
+from training.graceful_exit import GracefulExit
 
 CHECK_EVERY = 8  # batches of a process between two checks for a signal, with several processes
 

@@ -23,7 +23,7 @@ from inference.huge_pages import use_huge_pages
 from inference.quantize import quantize
 from model import GPT, ModelConfig
 from sample import SamplingParams, generate
-from training.memory import peak_memory
+from training.device_memory import peak_memory
 
 Generate = Callable[[list[int], int, int], Iterator[np.ndarray]]
 """(prompt, batch, tokens) -> `tokens` arrays with the next token of each sequence of the batch."""

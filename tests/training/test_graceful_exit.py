@@ -8,8 +8,8 @@ import pytest
 
 import train
 from tests.conftest import losses, weights
-from training import checkpoint, stop
-from training.stop import GracefulExit
+from training import checkpoint, graceful_exit
+from training.graceful_exit import GracefulExit
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,7 @@ def handlers():
 @pytest.fixture
 def killed(monkeypatch):
     sent = []
-    monkeypatch.setattr(stop.os, "kill", lambda pid, number: sent.append((pid, number)))
+    monkeypatch.setattr(graceful_exit.os, "kill", lambda pid, number: sent.append((pid, number)))
     return sent
 
 

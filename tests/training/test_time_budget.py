@@ -5,9 +5,9 @@ import re
 import pytest
 
 from tests.conftest import losses
-from training import budget, metrics
-from training.budget import StepBudget, evaluation_due
-from training.recipes import load
+from training import metrics, time_budget
+from training.config_files import load
+from training.time_budget import StepBudget, evaluation_due
 
 
 def test_number_of_steps_fits_the_budget(run_training, capsys):
@@ -16,7 +16,7 @@ def test_number_of_steps_fits_the_budget(run_training, capsys):
     out = capsys.readouterr().out
     assert "budget 0.15 min = " in out
     steps = int(re.findall(r"step (\d+) \| val_loss", out)[-1])
-    assert steps > budget.TIMED_STEPS
+    assert steps > time_budget.TIMED_STEPS
     assert max(losses(run)) == steps
     assert max(losses(run, "val_loss")) == steps
     assert f"num_steps: {steps}\n" in out
@@ -32,7 +32,7 @@ def test_number_of_steps_is_adjusted_to_the_speed(run_training, monkeypatch):
         return 60 if step < 20 else 40  # steps became slower
 
     monkeypatch.setattr(StepBudget, "steps_in_time", fit)
-    monkeypatch.setattr(budget, "ADJUST_EVERY", 5)
+    monkeypatch.setattr(time_budget, "ADJUST_EVERY", 5)
     run = run_training("drifting", "--train.minutes=1", "--train.num_evals=2")
     assert asked == [(12, 2), (15, 2), (20, 2), (25, 1), (30, 1)]  # after the first steps, then every five
     assert list(losses(run, "val_loss")) == [20, 40]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from inference.engine import SUPPORTED, check_supported
 from kernels import cpu
-from kernels.cpu import fused_layers, train_ops
+from kernels.cpu import bindings, fused_layers
 from kernels.cpu.fused_layers import PackedWeight
 from model import GPT, Attention, Block, Decoder, FeedForward, KVCache
 from training.device import Machine
@@ -61,7 +61,7 @@ def optimize_layers(model: GPT, machine: Machine) -> str:
 
 def fused_rms_norm(norm: nn.RMSNorm, x: Tensor) -> Tensor:
     """nn.RMSNorm.forward: (..., C) -> (..., C)."""
-    return train_ops.RMSNorm.apply(x, norm.weight, norm.eps)
+    return bindings.RMSNorm.apply(x, norm.weight, norm.eps)
 
 
 class FusedBlock:
@@ -86,7 +86,7 @@ class FusedBlock:
         gains = [n.weight if isinstance(n, nn.RMSNorm) else None for n in (q_norm, k_norm)]
         eps = q_norm.eps or 0.0 if isinstance(q_norm, nn.RMSNorm) else 0.0
         H, K = attention.o_proj.in_features // D, attention.k_proj.out_features // D
-        heads = train_ops.Heads(H, K, D, attention.mask_spec.window or 0, D**-0.5, eps)
+        heads = bindings.Heads(H, K, D, attention.mask_spec.window or 0, D**-0.5, eps)
         norm = block.input_layernorm
         x = fused_layers.Attention.apply(
             x, norm.weight, norm.eps, dropout, self.qkv, self.o, *gains, cos[0, :, 0], sin[0, :, 0], heads,

@@ -9,11 +9,11 @@ import torch
 
 from inference import engine
 from inference.quantize import quantize
-from kernels.cpu import fused_layers, train_ops
+from kernels.cpu import bindings, fused_layers
 from model import GPT, Block, KVCache, ModelConfig
 from tests.conftest import TINY, losses, randomized, weights
+from training.apply_fused_layers import FusedLayersError, apply_fused_layers, optimize_layers
 from training.device import Machine
-from training.fused import FusedLayersError, apply_fused_layers, optimize_layers
 
 FLAGS = {
     "plain": {},
@@ -67,7 +67,7 @@ def test_output_and_gradients_for_every_flag(flags, dtype):
 def test_every_operation_is_fused(monkeypatch):
     """The test above would also pass if no layer was replaced."""
     called = []
-    for module, name in ((train_ops, "RMSNorm"), (fused_layers, "Attention"), (fused_layers, "FeedForward")):
+    for module, name in ((bindings, "RMSNorm"), (fused_layers, "Attention"), (fused_layers, "FeedForward")):
         part = getattr(module, name)
         real = part.forward
         monkeypatch.setattr(part, "forward", staticmethod(lambda *a, n=name, f=real: (called.append(n), f(*a))[1]))

@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks.shapes import PAGE, Case
 from kernels import CAUSAL, FULL, attention
 from kernels.cross_entropy import linear_cross_entropy
-from kernels.reference import attention_mask
+from kernels.reference_attention import attention_mask
 
 Results = tuple[Tensor, ...]
 HEED = "heed"
