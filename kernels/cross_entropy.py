@@ -109,11 +109,12 @@ def loss_and_gradients(
         backend = "triton" if preferred(x.device)[0] == "flash" else in_cpp
     losses = torch.empty(N, dtype=torch.float32, device=x.device)
     dx = x.new_empty(x.shape) if dx_wanted else x.new_empty(0)
-    dweight = weight.new_zeros(weight.shape, dtype=torch.float32) if dweight_wanted else x.new_empty(0)
+    dweight = weight.new_empty(weight.shape, dtype=torch.float32) if dweight_wanted else x.new_empty(0)
     if backend == "cpp":
         gradients = dx if dx_wanted else None, dweight if dweight_wanted else None
         bindings.linear_cross_entropy(x, weight, targets, losses, *gradients, z_loss, softcap)
         return losses.sum(), dx, dweight
+    dweight.zero_()
     step = _step_in_torch
     if backend == "triton":  # imported here: not every system has Triton
         from kernels.triton.cross_entropy import cross_entropy_step as step
@@ -176,6 +177,7 @@ def _(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.save_for_backward(*output[1:])
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # no zeros of the size of dx and dW as gradients of these
     ctx.dtype = inputs[1].dtype
 
 

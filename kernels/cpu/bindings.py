@@ -39,14 +39,29 @@ def norm_backward(dy: Tensor, x: Tensor, gain: Tensor, inverse: Tensor) -> tuple
     return dx, dgain
 
 
-def pack(w: Tensor) -> tuple[Tensor, Tensor]:
-    """w (N, K) in the layout of the tile matmul: for x W^T, and for dy W."""
-    library = build.library("linear", ELEMENT=w.dtype)
-    dtype = torch.bfloat16 if library.heed_multiplied_size() == 2 else torch.float32
-    both = torch.empty(2, math.prod(math.ceil(n / 32) * 32 for n in w.shape), dtype=dtype)
-    for transposed in (1, 0):
-        build.call(library.heed_pack, w.contiguous(), both[1 - transposed], *w.shape, transposed)
-    return both[0], both[1]
+class Segment(Structure):
+    """As in linear.cpp."""
+
+    _fields_ = (("data", c_void_p), ("rows", c_int64))
+
+
+def pack(segments: list[Tensor], dtype: torch.dtype, unit: int = 1) -> tuple[Tensor, Tensor]:
+    """The segments (rows, K), stacked to W (N, K), in the layout of the tile matmul: for x W^T, and for dy W.
+
+    Args:
+        segments: all fp32 or all of `dtype`; each starts at a multiple of `unit` rows.
+        dtype: of the activations.
+    """
+    library = build.library("linear", ELEMENT=dtype)
+    multiplied = torch.bfloat16 if library.heed_multiplied_size() == 2 else torch.float32
+    segments = [w.contiguous() for w in segments]
+    N, K = sum(math.ceil(len(w) / unit) * unit for w in segments), segments[0].shape[1]
+    both = torch.empty(2, math.ceil(N / 32) * 32 * math.ceil(K / 32) * 32, dtype=multiplied)
+    product, gradient = both.unbind()
+    array = (Segment * len(segments))(*((w.data_ptr(), len(w)) for w in segments))
+    fp32 = segments[0].dtype == torch.float32
+    build.call(library.heed_pack, array, len(segments), unit, fp32, K, product, gradient)
+    return product, gradient
 
 
 class RMSNorm(torch.autograd.Function):
@@ -175,7 +190,7 @@ def linear_cross_entropy(
     dtypes."""
     build.require(x)
     x, weight, targets = x.contiguous(), weight.to(x.dtype).contiguous(), targets.contiguous()
-    head, head_t = pack(weight)
+    head, head_t = pack([weight], x.dtype)
     pointers = (None if a is None else a.data_ptr() for a in (x, weight, head, head_t, targets, losses, dx, dw))
     loss = Loss(*x.shape, len(weight), z_loss, softcap or 0.0, *pointers)
     build.call(build.library("cross_entropy", ELEMENT=x.dtype).heed_linear_cross_entropy, loss)

@@ -43,15 +43,12 @@ class PackedWeight:
         weights = self.weights
         key: Any = (dtype, *((w.data_ptr(), w._version) for w in weights))
         if key != self.key:
-            self.key, self.packed = key, pack(self.join([w.detach() for w in weights]).to(dtype))
+            parts = [w.detach() for w in weights]
+            if self.gated:  # (H * 2D, C) -> (H, 2, D, C) -> (H * D, C) twice
+                q, gate = parts[0].view(-1, 2, self.gated, parts[0].shape[1]).unbind(1)
+                parts = [q.flatten(0, 1), *parts[1:], gate.flatten(0, 1)]
+            self.key, self.packed = key, pack(parts, dtype, self.unit)
         return self.packed
-
-    def join(self, parts: list[Tensor]) -> Tensor:
-        """The weights stacked to one matrix."""
-        if self.gated:  # (H * 2D, C) -> (H, 2, D, C) -> (H * D, C) twice
-            q, gate = parts[0].view(-1, 2, self.gated, parts[0].shape[1]).unbind(1)
-            parts = [q.flatten(0, 1), *parts[1:], gate.flatten(0, 1)]
-        return torch.cat([nn.functional.pad(w, (0, 0, 0, -len(w) % self.unit)) for w in parts])
 
     def split(self, gradient: Tensor) -> list[Tensor]:
         """The gradient of the stacked matrix as gradients of the weights."""

@@ -26,24 +26,49 @@ extern "C" void heed_norm_backward(const E* dy, const float* x, const float* gai
     add_up(parts, C, dgain);
 }
 
-// w (N, K) as right operand of x W^T if `transposed`, else of dy W, which sums over N. `to` has room for N x K, both
-// rounded up to 32.
-extern "C" void heed_pack(const E* w, X* to, int64_t N, int64_t K, int64_t transposed, int64_t threads) {
+// Some rows of a matrix to pack: `rows` of K numbers each, one after another.
+struct Segment {
+    const void* data;
+    int64_t rows;
+};
+
+template <class T> static void pack_matrix(const std::vector<const T*>& w, int64_t K, X* product, X* gradient, int64_t threads) {
 #pragma omp parallel num_threads(threads)
     {
         Rows rows(32, K);
-        int64_t width = rows.width, height = round_up(N, 32);
+        int64_t N = w.size(), width = rows.width, height = round_up(N, 32);
         Part mine(N, 32);
         for (int64_t n = mine.from; n < mine.to; n += 32) {
-            rows.load(w + n * K, std::min<int64_t>(32, N - n), K);
+            rows.clear_edges(std::min<int64_t>(32, N - n), K);
+            for (int64_t i = 0; i < std::min<int64_t>(32, N - n); i++)
+                lanes(K, [&](int64_t k, auto v) { store(rows.row(i) + k, w[n + i] ? load<decltype(v)>(w[n + i] + k) : decltype(v){}); });
             for (int64_t k = 0; k < width; k += 16) {
-                if (!transposed) pack(rows.row(0) + k, rows.pitch, to + k * height + n * 16);
-                else if (k % 32 == 0)
+                pack(rows.row(0) + k, rows.pitch, gradient + k * height + n * 16);
+                if (k % 32 == 0)
                     for (int64_t c = 0; c < 32; c += 16)
-                        pack_transposed(rows.row(c) + k, rows.pitch, to + (n + c) * width + k * 16);
+                        pack_transposed(rows.row(c) + k, rows.pitch, product + (n + c) * width + k * 16);
             }
         }
     }
+}
+
+template <class T>
+static void pack_segments(const Segment* segments, int64_t count, int64_t unit, int64_t K, X* product, X* gradient, int64_t threads) {
+    std::vector<const T*> rows;
+    for (int64_t s = 0; s < count; s++) {
+        for (int64_t i = 0; i < segments[s].rows; i++) rows.push_back((const T*)segments[s].data + i * K);
+        rows.resize(round_up(rows.size(), unit), nullptr);
+    }
+    pack_matrix<T>(rows, K, product, gradient, threads);
+}
+
+// The matrix W (N, K) of stacked segments, each of which starts at a multiple of `unit` rows, as right operand of x W^T
+// (`product`) and of dy W (`gradient`). Both have room for N x K numbers, N and K rounded up to 32. The segments are fp32
+// if `fp32`, else E.
+extern "C" void heed_pack(const Segment* segments, int64_t count, int64_t unit, int64_t fp32, int64_t K, X* product,
+                          X* gradient, int64_t threads) {
+    if (fp32) pack_segments<float>(segments, count, unit, K, product, gradient, threads);
+    else pack_segments<E>(segments, count, unit, K, product, gradient, threads);
 }
 
 // f(r, n, c, sums) for blocks of 32 x 32 of `rows` times a packed matrix (rows.width, N): row r, column n.
