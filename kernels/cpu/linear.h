@@ -9,7 +9,6 @@ using E = ELEMENT;
 using X = Multiplied<E>;
 
 constexpr int64_t SOME = 256;  // tokens at once: their activations fit into the cache of a core
-constexpr int64_t GAP = 32;    // rows a power of two apart would compete for a few lines of the cache
 
 // The columns from n on of a packed matrix that sums over k, both rounded up to 32.
 static inline Packed<X> right(const X* packed, int64_t k, int64_t n) { return {packed + n * k, TILE, k * 16}; }

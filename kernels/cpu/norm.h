@@ -1,4 +1,4 @@
-// RMSNorm of one row, forward and backward, for train.cpp and attention.cpp.
+// RMSNorm of one row, forward and backward, for linear.cpp, feed_forward.cpp and attention.cpp.
 #pragma once
 #include "tile_matmul.h"
 

@@ -9,7 +9,6 @@
 #include "tile_matmul.h"
 
 constexpr int64_t MANY = 32;  // rows: with fewer a tile would be partly empty
-constexpr int64_t GAP = 32;   // rows a power of two apart would share a few lines of the cache
 
 // 1. Matmuls ---------------------------------------------------------------------------------------------------------
 

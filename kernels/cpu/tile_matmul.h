@@ -21,6 +21,7 @@ constexpr bool BF16_PAIRS = false;
 template <class E> using Multiplied = std::conditional_t<std::is_same_v<E, Bf16> && BF16_PAIRS, Bf16, float>;
 template <class X> constexpr int PAIR = 4 / sizeof(X);
 constexpr int64_t TILE = 32 * 16;  // numbers in a tile of the right operand
+constexpr int64_t GAP = 32;        // rows a power of two apart would compete for a few lines of the cache
 
 static inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 

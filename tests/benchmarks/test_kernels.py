@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 
 from benchmarks import __main__ as bench
-from benchmarks import attention_implementations, block_maps, kernel_costs, kernels, roofline, timing
-from benchmarks.block_maps import PART, SKIPPED, WHOLE, blocks
+from benchmarks import attention_block_maps, attention_implementations, kernel_costs, kernels, roofline, timing
+from benchmarks.attention_block_maps import PART, SKIPPED, WHOLE, blocks
 from benchmarks.kernel_costs import GPUS, bound, rate
 from benchmarks.shapes import Case, cases, dry_cases
 from kernels import CAUSAL, attention
@@ -135,11 +135,11 @@ def ranges(out, first, last, T, S, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, M
     tl.store(out + (n + i) * 2 + 1, high)
 
 
-@pytest.mark.parametrize("name", block_maps.MAPS)
+@pytest.mark.parametrize("name", attention_block_maps.MAPS)
 def test_kernels_compute_the_blocks_of_the_map(name):
     """For the plotted maps: the ranges are from the first to the last block of keys and queries not skipped."""
-    mask_spec, document_ids = block_maps.MAPS[name]
-    T, M, N = block_maps.T, block_maps.BLOCK_M, block_maps.BLOCK_N
+    mask_spec, document_ids = attention_block_maps.MAPS[name]
+    T, M, N = attention_block_maps.T, attention_block_maps.BLOCK_M, attention_block_maps.BLOCK_N
     first, last = (None, None) if document_ids is None else document_bounds(document_ids)
     out = torch.empty(2, T // M, 2, dtype=torch.int32)
     ranges[(T // M,)](out, first, last, T, T, CAUSAL=mask_spec.causal, WINDOW=mask_spec.window, M=M, N=N)

@@ -1,7 +1,7 @@
 """Draw docs/6-block-maps.png: which blocks of the score matrix are skipped, partly masked, or not masked.
 
 Every square is computed from `kernels.reference_attention.attention_mask`, the definition of the mask.
-python -m benchmarks.block_maps
+python -m benchmarks.attention_block_maps
 """
 
 from pathlib import Path
