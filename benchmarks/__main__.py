@@ -8,6 +8,7 @@ python -m benchmarks kernels --bound         no GPU needed: compute the roofline
 python -m benchmarks kernels --dry-run       no GPU needed: the same code on tiny shapes, interpreted, not timed
 python -m benchmarks tiles [KERNEL]          GPU: search tile sizes, print rows for kernels/triton/tiles.py
 python -m benchmarks data [--megabytes N]    CPU: text to tokens to batches, against datasets.map and nanoGPT
+python -m benchmarks step RECIPE             CPU or GPU: tokens per second and MFU of a training step
 python -m benchmarks scaling [--out DIR]     CPU or GPU: time and memory of a training step against model sizes
 """
 
@@ -32,6 +33,10 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     scaling = commands.add_parser("scaling", help="time and memory against context, width, batch, vocabulary")
     scaling.add_argument("--quick", action="store_true", help="tiny sizes, to test the code")
     scaling.add_argument("--out", type=Path, metavar="DIR", help="folder for a CSV and a plot")
+    step = commands.add_parser("step", help="tokens per second and MFU of a training step")
+    step.add_argument("recipe", help="a name in configs/, or a TOML file")
+    step.add_argument("settings", nargs="*", metavar="SECTION.FIELD=VALUE", help="changes to it: model.n_embd=256")
+    step.add_argument("--pairs", type=int, default=20, help="steps to time; default: 20")
     train = commands.add_parser("training", help="training time to a validation loss, against nanoGPT")
     train.add_argument("--nanogpt", type=Path, required=True, metavar="DIR", help="folder of a clone of nanoGPT")
     train.add_argument("--text", type=Path, required=True, metavar="FILE", help="tiny Shakespeare, nanoGPT's input.txt")
@@ -112,6 +117,10 @@ def main(a: argparse.Namespace) -> int:
         from benchmarks import scaling
 
         return scaling.run(a.quick, a.out)
+    if a.command == "step":
+        from benchmarks import training_step
+
+        return training_step.run(a.recipe, a.settings, a.pairs)
     if a.command == "training":
         from benchmarks import training
 

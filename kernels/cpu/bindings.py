@@ -58,7 +58,7 @@ def pack(segments: list[Tensor], dtype: torch.dtype, unit: int = 1) -> tuple[Ten
     N, K = sum(math.ceil(len(w) / unit) * unit for w in segments), segments[0].shape[1]
     both = torch.empty(2, math.ceil(N / 32) * 32 * math.ceil(K / 32) * 32, dtype=multiplied)
     product, gradient = both.unbind()
-    array = (Segment * len(segments))(*((w.data_ptr(), len(w)) for w in segments))
+    array = (Segment * len(segments))(*(Segment(w.data_ptr(), len(w)) for w in segments))
     fp32 = segments[0].dtype == torch.float32
     build.call(library.heed_pack, array, len(segments), unit, fp32, K, product, gradient)
     return product, gradient
