@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from kernels import CAUSAL, MaskSpec, attention
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.kv_cache import KVCache
+from zoo import MIXERS
 
 # 1. Configuration ---------------------------------------------------------------------------------------------------
 
@@ -61,7 +62,8 @@ class ModelConfig:
     window: int = 0
     """keys that a sliding-window layer attends to, the query's own included; needed if layer_pattern has an S"""
     layer_pattern: str = "L"
-    """repeated over the layers: L attends to the whole context, S to a sliding window ("SSSL": three S, one L)"""
+    """repeated over the layers: L attends to the whole context, S to a sliding window ("SSSL": three S, one L); other
+    letters replace attention: D is Gated DeltaNet (zoo/)"""
     qk_norm: bool = True
     """normalize queries and keys (QK-norm); false is Llama's attention"""
     gate: bool = False
@@ -88,11 +90,9 @@ class ModelConfig:
         must(self.n_head % self.n_kv_head == 0, "n_kv_head", f"must divide model.n_head = {self.n_head}")
         must(self.head_dim % 2 == 0, "head_dim", "must be even: RoPE rotates pairs of dimensions")
         must(0.0 <= self.dropout < 1.0, "dropout", "must be at least 0 and below 1")
-        must(
-            bool(self.layer_pattern) and set(self.layer_pattern) <= set("LS"),
-            "layer_pattern",
-            "must consist of L and S",
-        )
+        letters = ["L", "S", *MIXERS]
+        known = bool(self.layer_pattern) and set(self.layer_pattern) <= set(letters)
+        must(known, "layer_pattern", f"must consist of {', '.join(letters[:-1])} and {letters[-1]}")
         must(self.window >= 1 or "S" not in self.layer_pattern, "window", "must be at least 1: layer_pattern has an S")
         must(self.window == 0 or "S" in self.layer_pattern, "window", "has no effect: layer_pattern has no S")
         must(self.rope_theta > 1.0, "rope_theta", "must be above 1")
@@ -101,10 +101,17 @@ class ModelConfig:
         stretched = self.yarn_factor > 1.0
         must(stretched == (self.yarn_original_context > 0), "yarn_original_context", "goes with yarn_factor above 1")
 
+    def letter(self, layer: int) -> str:
+        """The letter of layer number `layer`."""
+        return self.layer_pattern[layer % len(self.layer_pattern)]
+
+    def mixer(self, layer: int) -> type[Any]:
+        """The class that mixes the tokens of a layer: Attention, or one of zoo/."""
+        return MIXERS.get(self.letter(layer), Attention)
+
     def mask_spec(self, layer: int) -> MaskSpec:
-        """The attention mask of layer number `layer`."""
-        letter = self.layer_pattern[layer % len(self.layer_pattern)]
-        return MaskSpec(causal=True, window=self.window) if letter == "S" else CAUSAL
+        """The attention mask of a layer."""
+        return MaskSpec(causal=True, window=self.window) if self.letter(layer) == "S" else CAUSAL
 
 
 # 2. Positions: rotary embeddings ------------------------------------------------------------------------------------
@@ -168,6 +175,13 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(D, eps=config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(D, eps=config.norm_eps) if config.qk_norm else nn.Identity()
 
+    @staticmethod
+    def state_shapes(config: ModelConfig, layer: int, batch: int, context: int) -> list[tuple[int, ...]]:
+        """Shapes of the keys and values in a KVCache with room for `context` tokens."""
+        window = config.mask_spec(layer).window
+        size = context if window is None else min(context, window + KVCache.CHUNK - 1)
+        return [(batch, size, config.n_kv_head, config.head_dim)] * 2  # (B, S, K, D)
+
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim * (2 if self.gate else 1))  # (B, T, H*D) -> (B, T, H, D or 2D)
@@ -205,7 +219,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
-        self.self_attn = Attention(config, layer)
+        self.self_attn = config.mixer(layer)(config, layer)
         self.post_attention_layernorm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
         self.mlp = FeedForward(config)
         self.dropout = config.dropout
@@ -281,8 +295,11 @@ class GPT(nn.Module):
             elif name.endswith(("embed_tokens.weight", "lm_head.weight")):
                 nn.init.normal_(p, std=0.02)
             else:
-                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-                nn.init.normal_(p, std=(p.shape[1] * (2 * self.config.n_layer if residual else 1)) ** -0.5)
+                residual = name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight"))
+                nn.init.normal_(p, std=(p[0].numel() * (2 * self.config.n_layer if residual else 1)) ** -0.5)
+        for module in self.modules():
+            if callable(initialize := getattr(module, "init_own_weights", None)):  # of zoo/
+                initialize()
 
     @property
     def head_weight(self) -> Tensor:

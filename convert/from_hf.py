@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from convert.hf_config import from_hf
+from convert.hf_config import from_hf, from_hf_weight
 from convert.to_hf import new_folder
 from data.tokenizer import Tokenizer
 from model import GPT
@@ -97,12 +97,12 @@ def read_weights(folder: Path, model: GPT) -> dict[str, Tensor]:
             shard = load_file(path)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path}: cannot be read: {error}") from None
-        for name in [name for name in shard if not name.endswith(ignored)]:
-            if name not in wanted or shard[name].shape != wanted[name]:
+        for stored in [stored for stored in shard if not stored.endswith(ignored)]:
+            name, weight = from_hf_weight(model.config, stored, shard.pop(stored))
+            if name not in wanted or weight.shape != wanted[name]:
                 right = f"config.json gives {tuple(wanted[name])}" if name in wanted else "heed has no such weight"
-                raise ValueError(f"{path}: {name} has shape {tuple(shard[name].shape)}: {right}")
-            offset = 1.0 if model.config.gate and shard[name].ndim == 1 else 0.0  # Qwen3-Next stores gain - 1
-            weights[name] = shard.pop(name).float() + offset
+                raise ValueError(f"{path}: {stored} has shape {tuple(weight.shape)}: {right}")
+            weights[name] = weight
     if missing := sorted(wanted.keys() - weights.keys()):
         raise ValueError(f"{folder}: {missing[0]} is missing from the weight files")
     return weights

@@ -3,14 +3,18 @@
 Four classes of transformers implement heed's model, depending on its flags:
 
     qwen3        QK-norm, sliding windows per layer
-    qwen3_next   QK-norm and the gate: every layer full attention, every feed-forward dense, gains stored minus one
+    qwen3_next   QK-norm and the gate: layers of full attention or Gated DeltaNet (D), every feed-forward dense
     llama        neither QK-norm nor gate
     ministral    the same with windows, or with a width that is not a multiple of n_head, which llama does not allow
 """
 
+import re
 from typing import Any
 
+from torch import Tensor
+
 from model import ModelConfig
+from zoo import gated_deltanet
 
 CLASSES = {
     "qwen3": "Qwen3ForCausalLM",
@@ -30,13 +34,29 @@ SAME = {  # heed's name of a field: name in config.json
     "tie_embeddings": "tie_word_embeddings",
     "norm_eps": "rms_norm_eps",
 }
-LAYER_TYPES = {"L": "full_attention", "S": "sliding_attention"}
+LAYER_TYPES = {"L": "full_attention", "S": "sliding_attention", "D": "linear_attention"}
 NEEDED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "quantization_config": None}
 YARN = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "attention_factor": None, "partial_rotary_factor": 1}
 
 
+DELTANET: dict[str, Any] = {  # fields of config.json that describe Gated DeltaNet: heed's field, or its value
+    "linear_num_key_heads": "n_head",
+    "linear_num_value_heads": "n_head",
+    "linear_key_head_dim": "head_dim",
+    "linear_value_head_dim": "head_dim",
+    "linear_conv_kernel_dim": gated_deltanet.CONV,
+}
+
+
 def model_type(config: ModelConfig) -> str:
     """The key in CLASSES of the equivalent class. Raises ValueError if there is none."""
+    if others := set(config.layer_pattern) - LAYER_TYPES.keys():
+        raise ValueError(f"model.layer_pattern = {config.layer_pattern!r}: heed does not export {min(others)}")
+    if "D" in config.layer_pattern and not config.gate:
+        why = "transformers has Gated DeltaNet (D) only beside gated attention, model.gate = True"
+        raise ValueError(f"model.layer_pattern = {config.layer_pattern!r}: {why}")
+    if "L" not in config.layer_pattern and "D" in config.layer_pattern:
+        raise ValueError(f"model.layer_pattern = {config.layer_pattern!r}: transformers generates only with a layer L")
     if config.gate and config.window:
         raise ValueError(f"model.gate with model.window = {config.window}: no class of transformers has both")
     if config.gate and not config.qk_norm:
@@ -69,6 +89,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     if kind == "qwen3_next":
         hf["mlp_only_layers"] = list(range(config.n_layer))
         hf["partial_rotary_factor"] = rope["partial_rotary_factor"] = 1.0  # the default is 0.25
+        hf |= _deltanet(config)
     return hf
 
 
@@ -95,12 +116,39 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
         fields[ours] = value
     try:
         flags = {"qk_norm": kind.startswith("qwen3"), "gate": kind == "qwen3_next"}
-        return ModelConfig(**fields, **flags, **_windows(hf), **_rope(hf))
+        config = ModelConfig(**fields, **flags, **_layers(hf), **_rope(hf))
+        if "D" in config.layer_pattern:
+            _check("", hf, _deltanet(config))
+        return config
     except ValueError as error:
         raise ValueError(f"config.json: {str(error).removeprefix('config.json: ')}") from None
 
 
-def _windows(hf: dict[str, Any]) -> dict[str, Any]:
+def _deltanet(config: ModelConfig) -> dict[str, int]:
+    """The fields of config.json that describe Gated DeltaNet."""
+    return {key: getattr(config, ours) if isinstance(ours, str) else ours for key, ours in DELTANET.items()}
+
+
+def to_hf_weight(config: ModelConfig, name: str, weight: Tensor) -> tuple[str, Tensor]:
+    """Name and values of a weight in a checkpoint of `model_type(config)`."""
+    layer = re.match(r"model\.layers\.(\d+)\.", name)
+    if layer and config.letter(int(layer[1])) == "D":
+        name = name.replace(".self_attn.", ".linear_attn.")
+    return name, weight - 1 if _is_centered(config, name) else weight
+
+
+def from_hf_weight(config: ModelConfig, name: str, weight: Tensor) -> tuple[str, Tensor]:
+    """The inverse of `to_hf_weight`, in fp32."""
+    weight = weight.float()
+    return name.replace(".linear_attn.", ".self_attn."), weight + 1 if _is_centered(config, name) else weight
+
+
+def _is_centered(config: ModelConfig, name: str) -> bool:
+    """Whether the file has a gain minus 1: Qwen3-Next's do, except those in Gated DeltaNet."""
+    return config.gate and name.endswith("norm.weight") and ".linear_attn." not in name
+
+
+def _layers(hf: dict[str, Any]) -> dict[str, Any]:
     """window and the shortest layer_pattern that repeats to layer_types."""
     count, window = hf["num_hidden_layers"], hf.get("sliding_window")
     slides = hf["model_type"] == "ministral" or (hf["model_type"] == "qwen3" and hf.get("use_sliding_window"))
@@ -108,10 +156,10 @@ def _windows(hf: dict[str, Any]) -> dict[str, Any]:
     kinds = hf.get("layer_types")
     if not kinds:
         kinds = [LAYER_TYPES["S" if window and slides and i >= first else "L"] for i in range(count)]
-    short = {kind: key for key, kind in LAYER_TYPES.items()}
-    pattern = "".join(short.get(kind, "?") for kind in kinds)
+    known = {LAYER_TYPES[letter]: letter for letter in ("LD" if hf["model_type"] == "qwen3_next" else "LS")}
+    pattern = "".join(known.get(kind, "?") for kind in kinds)
     if "?" in pattern or len(pattern) != count:
-        raise ValueError(f"layer_types: must have {count} entries of {', '.join(LAYER_TYPES.values())}")
+        raise ValueError(f"layer_types: must have {count} entries of {', '.join(known)}")
     period = next(n for n in range(1, count + 1) if (pattern[:n] * count)[:count] == pattern)
     return {"layer_pattern": pattern[:period], "window": window or 0 if "S" in pattern else 0}
 

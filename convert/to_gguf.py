@@ -108,6 +108,8 @@ def splitting(content: dict[str, Any]) -> str:
 
 def check(config: ModelConfig) -> None:
     """Raise ValueError for a flag that llama.cpp's qwen3 does not support."""
+    if others := set(config.layer_pattern) - set("LS"):
+        raise ValueError(f"model.layer_pattern = {config.layer_pattern!r}: llama.cpp's qwen3 has no {min(others)}")
     if "S" in config.layer_pattern:
         raise ValueError(f"model.layer_pattern = {config.layer_pattern!r}: llama.cpp's qwen3 has no sliding window")
     if not config.qk_norm:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from convert.hf_config import to_hf
+from convert.hf_config import to_hf, to_hf_weight
 from data.chat_format import SPECIAL_TOKENS, chat_template
 from data.download import PUBLIC_TEXTS
 from data.tokenizer import Tokenizer
@@ -33,9 +33,8 @@ def export(run: Path, folder: Path, checkpoint: str = "best", dtype: str = "floa
     token_ids = {"bos_token_id": begin, "eos_token_id": tokenizer.eot}
     new_folder(folder)
 
-    offset = 1.0 if config.gate else 0.0  # Qwen3-Next stores gain - 1
-    weights = load_file(source / "model.safetensors")
-    stored = {name: (w - offset if w.ndim == 1 else w).to(getattr(torch, dtype)) for name, w in weights.items()}
+    weights = [to_hf_weight(config, name, w) for name, w in load_file(source / "model.safetensors").items()]
+    stored = {name: w.to(getattr(torch, dtype)) for name, w in weights}
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save(folder / "tokenizer.json")
     shutil.copymode(folder / "tokenizer.json", folder / "model.safetensors")  # safetensors ignores the umask

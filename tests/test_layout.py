@@ -13,6 +13,7 @@ from tests.conftest import ROOT
 # A module may import from its own level and from lower ones. docs: architecture, "Imports run one way".
 LEVELS = (
     ("kernels",),
+    ("zoo",),
     ("model",),
     ("training", "inference", "data"),
     ("train", "sample", "benchmarks", "evals", "convert"),

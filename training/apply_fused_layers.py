@@ -1,13 +1,15 @@
 """Fused layers for training on a CPU: model.py's layers with the C++ operations of kernels/cpu/.
 
 `apply_fused_layers(model)` replaces the `forward` of every layer and of the last norm from outside. Results
-and gradients are those of model.py: tests/training/test_fused.py compares them in fp64 for every supported flag.
+and gradients are those of model.py: tests/training/test_apply_fused_layers.py compares them in fp64 for every supported
+flag. A layer of zoo/ keeps its mixer as it is; its norms and its feed-forward half are fused.
 """
 
 import functools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inference.engine import SUPPORTED, check_supported
@@ -16,6 +18,7 @@ from kernels.cpu import bindings, fused_layers
 from kernels.cpu.fused_layers import PackedWeight
 from model import GPT, Attention, Block, Decoder, FeedForward, KVCache
 from training.device import Machine
+from zoo import MIXERS
 
 
 class FusedLayersError(RuntimeError):
@@ -68,11 +71,11 @@ class FusedBlock:
     """Block.forward as two nodes of autograd: x + attention(norm(x)) and x + feed_forward(norm(x))."""
 
     def __init__(self, block: Block) -> None:
-        attention, mlp = block.self_attn, block.mlp
-        gated = attention.head_dim if attention.gate else 0
+        mixer, mlp = block.self_attn, block.mlp
         self.block = block
-        self.qkv = PackedWeight(attention, "q_proj", "k_proj", "v_proj", gated=gated)
-        self.o = PackedWeight(attention, "o_proj")
+        if isinstance(mixer, Attention):
+            self.qkv = PackedWeight(mixer, "q_proj", "k_proj", "v_proj", gated=mixer.head_dim if mixer.gate else 0)
+            self.o = PackedWeight(mixer, "o_proj")
         self.gate_up = PackedWeight(mlp, "gate_proj", "up_proj", unit=32)
         self.down = PackedWeight(mlp, "down_proj")
 
@@ -81,20 +84,28 @@ class FusedBlock:
         block = self.block
         if cache is not None:
             return Block.forward(block, x, cos, sin, cache)
-        attention, dropout = block.self_attn, block.dropout if block.training else 0.0
+        dropout = block.dropout if block.training else 0.0
+        if isinstance(block.self_attn, Attention):
+            x = self.attend(block.self_attn, x, cos, sin, dropout)
+        else:
+            mixed = block.self_attn(fused_rms_norm(block.input_layernorm, x), cos, sin, None)
+            x = x + F.dropout(mixed, dropout)
+        norm = block.post_attention_layernorm
+        weights = (*self.gate_up.weights, *self.down.weights)
+        return fused_layers.FeedForward.apply(x, norm.weight, norm.eps, dropout, self.gate_up, self.down, *weights)
+
+    def attend(self, attention: Attention, x: Tensor, cos: Tensor, sin: Tensor, dropout: float) -> Tensor:
+        """x + attention(norm(x)), (B, T, C) -> (B, T, C)."""
         D, q_norm, k_norm = attention.head_dim, attention.q_norm, attention.k_norm
         gains = [n.weight if isinstance(n, nn.RMSNorm) else None for n in (q_norm, k_norm)]
         eps = q_norm.eps or 0.0 if isinstance(q_norm, nn.RMSNorm) else 0.0
         H, K = attention.o_proj.in_features // D, attention.k_proj.out_features // D
         heads = bindings.Heads(H, K, D, attention.mask_spec.window or 0, D**-0.5, eps)
-        norm = block.input_layernorm
-        x = fused_layers.Attention.apply(
+        norm = self.block.input_layernorm
+        return fused_layers.Attention.apply(
             x, norm.weight, norm.eps, dropout, self.qkv, self.o, *gains, cos[0, :, 0], sin[0, :, 0], heads,
             *self.qkv.weights, *self.o.weights,
         )  # fmt: skip
-        norm = block.post_attention_layernorm
-        weights = (*self.gate_up.weights, *self.down.weights)
-        return fused_layers.FeedForward.apply(x, norm.weight, norm.eps, dropout, self.gate_up, self.down, *weights)
 
 
 def _check_layers(decoder: Decoder) -> None:
@@ -107,10 +118,10 @@ def _check_layers(decoder: Decoder) -> None:
         if type(block) is not Block:
             break  # its parts may have other names
         expected.append((f"{name}.input_layernorm", block.input_layernorm, (nn.RMSNorm,)))
-        expected.append((f"{name}.self_attn", block.self_attn, (Attention,)))
+        expected.append((f"{name}.self_attn", block.self_attn, (Attention, *MIXERS.values())))
         expected.append((f"{name}.post_attention_layernorm", block.post_attention_layernorm, (nn.RMSNorm,)))
         expected.append((f"{name}.mlp", block.mlp, (FeedForward,)))
-        for part, module in block.self_attn.named_children():
+        for part, module in block.self_attn.named_children() if isinstance(block.self_attn, Attention) else ():
             kinds: tuple[type, ...] = (nn.RMSNorm, nn.Identity) if part in ("q_norm", "k_norm") else (nn.Linear,)
             expected.append((f"{name}.self_attn.{part}", module, kinds))
         expected += [(f"{name}.mlp.{part}", module, (nn.Linear,)) for part, module in block.mlp.named_children()]

@@ -5,6 +5,7 @@ import re
 import torch
 
 from model import GPT, ModelConfig
+from zoo import MIXERS
 
 # Dense bf16 peaks of the vendors' data sheets, by a regular expression for torch.cuda.get_device_name.
 PEAK_FLOPS = {
@@ -26,12 +27,17 @@ def flops_per_token(config: ModelConfig) -> float:
     """FLOPs to train on one token at full context: the forward pass, and twice that for the backward pass.
 
     Counts matmuls alone, 2 FLOPs per multiply-add (Kaplan et al. 2020, section 2.1): the weights', the output head's
-    and attention's own two, over the keys that each query attends to. The embedding is a look-up and costs nothing.
+    and attention's own two, over the keys that each query attends to. The embedding is a look-up and costs nothing. Of
+    a mixer of zoo/, the products of its definition count, not those that its implementation adds.
     """
-    C, H, K, D, T = config.n_embd, config.n_head, config.n_kv_head, config.head_dim, config.context
-    weights = C * D * (H * (3 if config.gate else 2) + 2 * K) + 3 * C * config.n_ffn
-    multiply_adds = float(config.n_layer * weights + C * config.vocab_size)
+    H, D, T = config.n_head, config.head_dim, config.context
+    with torch.device("meta"):
+        weights = sum(p.numel() for p in GPT(config).model.layers.parameters() if p.ndim > 1)
+    multiply_adds = float(weights + config.n_embd * config.vocab_size)
     for layer in range(config.n_layer):
+        if (letter := config.letter(layer)) in MIXERS:
+            multiply_adds += MIXERS[letter].multiply_adds(config)
+            continue
         W = min(config.mask_spec(layer).window or T, T)
         keys = (W * (W + 1) / 2 + (T - W) * W) / T  # mean over the context of min(position, W)
         multiply_adds += 2 * H * D * keys

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from convert.hf_config import from_hf, to_hf
+from convert.hf_config import DELTANET, from_hf, to_hf
 from model import ModelConfig
 from tests.conftest import TINY
 from tests.convert.test_to_hf import YARN
@@ -33,6 +33,16 @@ def test_config_of_transformers_4():
 
 
 CONFIG = to_hf(dataclasses.replace(TINY, **YARN)) | {"rope_scaling": None}
+
+
+HYBRID = dataclasses.replace(TINY, layer_pattern="DL", gate=True)
+
+
+@pytest.mark.parametrize("key", DELTANET)
+def test_gated_deltanet_of_another_shape_raises(key):
+    assert from_hf(to_hf(HYBRID)) == HYBRID
+    with pytest.raises(ValueError, match=rf"^config\.json: {key} = 3: heed's model has {to_hf(HYBRID)[key]}$"):
+        from_hf(to_hf(HYBRID) | {key: 3})
 
 
 @pytest.mark.parametrize(

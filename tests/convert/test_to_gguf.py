@@ -143,6 +143,7 @@ def test_metadata(tmp_path):
     ("changes", "message"),
     [
         ({"window": 8, "layer_pattern": "SL"}, "model.layer_pattern = 'SL': llama.cpp's qwen3 has no sliding window"),
+        ({"layer_pattern": "DL"}, "model.layer_pattern = 'DL': llama.cpp's qwen3 has no D"),
         ({"qk_norm": False}, "model.qk_norm = False: llama.cpp's qwen3 normalizes"),
         ({"gate": True}, "model.gate = True: llama.cpp's qwen3 has no gate"),
     ],

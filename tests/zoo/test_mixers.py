@@ -1,0 +1,156 @@
+"""What every mixer of zoo/ must hold: the cache, causality, training, fused layers around it, and short files."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+
+from inference import engine
+from inference.quantize import quantize
+from kernels import cpu
+from model import GPT, KVCache
+from tests.conftest import ROOT, TINY, randomized
+from tests.training.test_apply_fused_layers import relative_errors, results
+from training.apply_fused_layers import apply_fused_layers
+from training.config import OptimConfig
+from training.flops import count_parameters, flops_per_token
+from training.optimizers import build_optimizers
+from zoo import MIXERS
+
+LETTERS = pytest.mark.parametrize("letter", MIXERS)
+PARTS = ((70,), (1,) * 70, (1, 16, 3, 40, 10), (69, 1))
+
+
+def change(letter: str, **fields):
+    return dataclasses.replace(TINY, context=80, layer_pattern=letter, **fields)
+
+
+@LETTERS
+@torch.no_grad()
+def test_cached_equals_uncached_however_the_calls_are_split(letter):
+    config = change(letter + "L")
+    model, tokens = randomized(config).double(), torch.randint(0, 97, (2, 70))
+    expected = model(tokens)
+    for parts in PARTS:
+        cache, got = KVCache(config, 2, dtype=torch.float64), []
+        for part in tokens.split(parts, 1):
+            got.append(model(part, cache))
+            cache.advance(part.shape[1])
+        torch.testing.assert_close(torch.cat(got, 1), expected, atol=1e-10, rtol=0)
+
+
+@LETTERS
+@torch.no_grad()
+def test_causality_bit_for_bit(letter):
+    model, tokens = randomized(change(letter)), torch.randint(0, 97, (1, 70))
+    before = model(tokens)
+    for t in (1, 30, 69):
+        changed = tokens.clone()
+        changed[0, t] = (tokens[0, t] + 1) % 97
+        after = model(changed)
+        assert torch.equal(after[:, :t], before[:, :t])
+        assert not torch.equal(after[:, t], before[:, t])
+
+
+@LETTERS
+@torch.no_grad()
+def test_repeat_and_reset(letter):
+    config = change(letter)
+    model, tokens = randomized(config), torch.randint(0, 97, (2, 12))
+    cache = KVCache(config, 2)
+    states = [state.data_ptr() for states in cache.layers for state in states]
+    first = model(tokens, cache)
+    cache.advance(12)
+    copies, following = cache.repeat(3), torch.tensor([[5], [6], [5], [5], [6], [5]])  # three of each sequence
+    logits = model(following, copies)
+    whole = model(torch.cat((tokens.repeat_interleave(3, 0), following), 1))[:, -1:]
+    torch.testing.assert_close(logits, whole, atol=1e-4, rtol=1e-4)
+    assert torch.equal(logits[0], logits[2]) and torch.equal(logits[3], logits[5])
+    torch.testing.assert_close(
+        model(following[:2], cache), whole[[0, 4]], atol=1e-4, rtol=1e-4
+    )  # not changed by copies
+    cache.reset()
+    assert torch.equal(model(tokens, cache), first)
+    assert states == [state.data_ptr() for states in cache.layers for state in states]
+
+
+@LETTERS
+def test_states_have_fp32_beside_bf16_keys_and_values(letter):
+    config = change(letter + "L")
+    model, tokens = quantize(randomized(config), "bf16"), torch.randint(0, 97, (1, 20))
+    cache = KVCache(config, 1, dtype=torch.bfloat16)
+    assert [{state.dtype for state in states} for states in cache.layers] == [{torch.float32}, {torch.bfloat16}]
+    with torch.no_grad():
+        expected = randomized(config)(tokens)
+        got = []
+        for part in tokens.split(5, 1):
+            got.append(model(part, cache))
+            cache.advance(5)
+    assert (torch.cat(got, 1) - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+@LETTERS
+def test_thirty_steps_lower_the_loss(letter):
+    torch.manual_seed(0)
+    model = GPT(change(letter))
+    for p in model.model.layers[1:].parameters():
+        p.requires_grad_(False)  # it is the first layer that has to learn
+    tokens = torch.randint(0, 97, (4, 8)).repeat(1, 4)
+    optimizers = build_optimizers(model, OptimConfig(lr=1e-2), torch.float32)
+    losses = []
+    for _ in range(30):
+        loss = model.loss(tokens[:, :-1], tokens[:, 1:]) / tokens[:, 1:].numel()
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+
+
+@LETTERS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_layers_around_it(letter, dtype):
+    """The error relative to fp64 is at most twice that of torch in the same dtype, of the output and all gradients."""
+    model, tokens = randomized(change(letter + "L")), torch.randint(0, 97, (2, 70))
+    exact = results(copy.deepcopy(model).double(), tokens)
+    torchs = relative_errors(results(model, tokens, dtype), exact)
+    apply_fused_layers(model)
+    for name, error in relative_errors(results(model, tokens, dtype), exact).items():
+        assert error <= 2 * max(torchs[name], 0.5 * max(torchs.values())) + 1e-6, (name, error, torchs[name])
+
+
+@LETTERS
+def test_engine_for_cpu_refuses_it_by_name(letter, capfd):
+    engine._warn_once.cache_clear()
+    model = randomized(change("L" + letter))
+    with pytest.raises(cpu.Unavailable, match=f"layer_pattern has {letter}"):
+        engine.CppEngine(model)
+    assert isinstance(engine.make_engine(model), engine.EagerEngine)
+    assert f"layer_pattern has {letter}" in capfd.readouterr().err
+
+
+@LETTERS
+def test_counts(letter):
+    """Parameters, and FLOPs that do not depend on the context."""
+    config = change(letter)
+    assert count_parameters(config) == sum(p.numel() for p in GPT(config).parameters())
+    assert flops_per_token(config) == flops_per_token(dataclasses.replace(config, context=800))
+    weights = sum(p.numel() for p in GPT(config).model.parameters() if p.ndim > 1)  # the embedding is the head, too
+    assert flops_per_token(config) >= 6 * weights
+
+
+@LETTERS
+def test_every_parameter_has_its_own_initial_values(letter):
+    model = GPT(change(letter))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(torch.nan)
+    model.init_weights()
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_files_are_short():
+    for file in (ROOT / "zoo").glob("*.py"):
+        assert len(file.read_text().splitlines()) <= 100, file

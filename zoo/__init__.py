@@ -1,0 +1,17 @@
+"""Token mixers other than attention, one mechanism a file: the other letters of `layer_pattern`.
+
+A mixer is a module of the layer's number with
+
+- `forward(x, cos, sin, cache)`: (B, T, C) -> (B, T, C), causal; the same path with and without a cache;
+- `state_shapes(config, layer, batch, context)`: shapes of what it keeps between tokens, which KVCache allocates;
+- `multiply_adds(config)`: per token, besides those with its weights, for training/flops.py;
+- `init_own_weights()`: initial values that differ from those of GPT.init_weights.
+
+Nothing here imports model.py.
+"""
+
+from typing import Any
+
+from zoo.gated_deltanet import GatedDeltaNet
+
+MIXERS: dict[str, type[Any]] = {"D": GatedDeltaNet}
