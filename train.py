@@ -188,7 +188,7 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
         num_targets = world.all_reduce_sum([float((y != IGNORE_INDEX).sum())], machine.device)[0] / world.size
 
         # Forward and backward, micro-batch by micro-batch.
-        loss = torch.zeros((), device=machine.device)
+        loss = torch.zeros((), dtype=torch.float32, device=machine.device)
         for inputs, targets in zip(x.split(micro_batch), y.split(micro_batch), strict=True):
             with machine.autocast():
                 part = model.loss(inputs.to(machine.device), targets.to(machine.device)) / max(num_targets, 1)

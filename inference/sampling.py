@@ -40,7 +40,8 @@ class SamplingParams:
         if self.greedy:
             return probabilities.argmax(1, keepdim=True)
         sums = probabilities.cumsum(1)  # torch.multinomial needs V random numbers per row
-        part = 1 - torch.rand(len(sums), 1, generator=random, device=sums.device)  # above 0: no token of probability 0
+        point = torch.rand(len(sums), 1, generator=random, dtype=sums.dtype, device=sums.device)
+        part = 1 - point  # above 0: no token of probability 0
         return torch.searchsorted(sums, part * sums[:, -1:])
 
     def probabilities(self, logits: Tensor, seen: Tensor) -> Tensor:

@@ -58,6 +58,14 @@ def require(x: Tensor) -> None:
         raise ValueError(f"backend = 'cpp' needs fp32 or bf16 on a CPU and a C++ compiler, not {x.dtype} on {x.device}")
 
 
+def check_tensor(name: str, x: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
+    """x, if C++ can read or write it as contiguous memory of this dtype and shape on a CPU. Raises ValueError."""
+    if x.dtype != dtype or x.shape != shape or not (x.is_contiguous() and x.is_cpu):
+        got = f"{x.dtype} {tuple(x.shape)}{'' if x.is_contiguous() else ', strided'}, on {x.device}"
+        raise ValueError(f"{name} is {got}: the C++ code needs {dtype} {shape}, contiguous, on a CPU")
+    return x
+
+
 @functools.cache
 def library(name: str, **types: torch.dtype) -> ctypes.CDLL:
     """kernels/cpu/NAME.cpp, compiled with `types` as macros (ELEMENT=torch.float32). Raises Unavailable.
