@@ -25,7 +25,7 @@ from training.apply_fused_layers import apply_fused_layers
 from training.config import OptimConfig
 from training.optimizers import build_optimizers
 
-# Without AMX: the sanitizers do not see its loads and stores, which are inline assembly. Vectors take the same addres
+# Without AMX: its loads and stores are inline assembly, unseen by the sanitizers. Vectors take the same addresses.
 NO_AMX = ["-mno-amx-tile", "-mno-amx-bf16", "-mno-amx-int8"] if "amx_tile" in build._processor() else []
 FLAGS = [
     *(flag.replace("-O3", "-Og") for flag in build.FLAGS), *NO_AMX, "-g1", "-fsanitize=address,undefined",
