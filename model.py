@@ -133,7 +133,8 @@ def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
         return D * math.log(config.yarn_original_context / (times * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = max(math.floor(pair_that_rotates(32)), 0), min(math.ceil(pair_that_rotates(1)), D - 1)
-    slowed = ((torch.arange(D // 2) - low) / max(high - low, 1e-3)).clamp(0, 1)  # (D/2,) 0 keeps, 1 slows
+    pairs = torch.arange(D // 2, dtype=torch.float32)
+    slowed = ((pairs - low) / max(high - low, 1e-3)).clamp(0, 1)  # (D/2,) 0 keeps, 1 slows
     return frequencies * (1 - slowed + slowed / config.yarn_factor), 0.1 * math.log(config.yarn_factor) + 1.0
 
 

@@ -65,7 +65,7 @@ from inference.quantize import quantize  # noqa: E402
 from inference.sampling import SamplingParams  # noqa: E402
 from inference.stop_strings import GeneratedText  # noqa: E402
 from model import GPT, KVCache  # noqa: E402
-from training.checkpoint import CheckpointError, load_weights, model_config, open_checkpoint  # noqa: E402
+from training.checkpoint import WEIGHTS, CheckpointError, load_weights, model_config, open_checkpoint  # noqa: E402
 
 # 1. Tokens ----------------------------------------------------------------------------------------------------------
 
@@ -145,7 +145,11 @@ def newest_run() -> Path:
 
 def load(run: Path, checkpoint: str = "best") -> tuple[GPT, Tokenizer]:
     """Load a run's model and tokenizer; the newest intact checkpoint if the best is damaged. Raises CheckpointError."""
-    folder, state = open_checkpoint(run, checkpoint, warn=lambda line: print(f"sample.py: {line}", file=sys.stderr))
+
+    def warn(line: str) -> None:
+        print(f"sample.py: {line}", file=sys.stderr)
+
+    folder, state = open_checkpoint(run, checkpoint, warn, verify=WEIGHTS)
     load_weights(folder, model := GPT(model_config(folder, state)).eval())
     model = use_huge_pages(model.to("cuda" if torch.cuda.is_available() else "cpu"))
     return model, Tokenizer.load(run / "tokenizer.json")

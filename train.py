@@ -70,7 +70,7 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
     folder = prepare(**dataclasses.asdict(config.data)) if world.main else None
     world.barrier()  # the other processes find in the cache what the main process prepared
     folder = folder or prepare(**dataclasses.asdict(config.data))
-    train_text, val_text = Shards(folder, "train"), Shards(folder, "val")
+    train_text, val_text = (Shards(folder, split, verify=world.local_rank == 0) for split in ("train", "val"))
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     answers = f", {train_text.num_targets:,} and {val_text.num_targets:,} of them in answers" if train_text.chat else ""
     log(
@@ -109,7 +109,9 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
     identity = {"model": dataclasses.asdict(config.model), "tokenizer": tokenizer.sha256, "text": folder.name}
     step, num_steps, seconds = 0, config.train.steps, 0.0
     if resume:
-        latest, state = checkpoint.open_checkpoint(run, "latest", warn=log)
+        opened = world.share(checkpoint.open_checkpoint(run, "latest", warn=log) if world.main else None)
+        assert opened is not None  # it is the main process's
+        latest, state = opened
         changes = run_folder.check_resume(run, state, identity, config)
         checkpoint.load_weights(latest, model)
         checkpoint.load_optimizers(latest, optimizers)
@@ -146,10 +148,10 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
         """Record the validation loss and a sample of the checkpoint just saved. False: stopped by a signal."""
         with machine.uncompiled():
             val_loss = validate(model, eval_text, config, world, machine, tokenizer.eot, graceful_exit)
-            sample = sample_text(model, tokenizer, config) if world.main and val_loss is not None else ""
-        if val_loss is None:
-            return False
-        check_finite(step, val_loss)
+            if val_loss is None:
+                return False
+            check_finite(step, val_loss)
+            sample = sample_text(model, tokenizer, config) if world.main else ""
         val_losses[step] = val_loss
         if record:
             if val_loss == min(val_losses.values()):  # before the record: a resumed run repeats what has none
@@ -188,7 +190,7 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
         num_targets = world.all_reduce_sum([float((y != IGNORE_INDEX).sum())], machine.device)[0] / world.size
 
         # Forward and backward, micro-batch by micro-batch.
-        loss = torch.zeros((), device=machine.device)
+        loss = torch.zeros((), dtype=torch.float32, device=machine.device)
         for inputs, targets in zip(x.split(micro_batch), y.split(micro_batch), strict=True):
             with machine.autocast():
                 part = model.loss(inputs.to(machine.device), targets.to(machine.device)) / max(num_targets, 1)

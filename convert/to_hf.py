@@ -13,7 +13,7 @@ from data.chat_format import SPECIAL_TOKENS, chat_template
 from data.download import PUBLIC_TEXTS
 from data.tokenizer import Tokenizer
 from model import ModelConfig
-from training.checkpoint import find, model_config, read_state
+from training.checkpoint import WEIGHTS, find, model_config, read_state
 from training.flops import count_parameters
 from training.metrics import read
 
@@ -25,7 +25,7 @@ def export(run: Path, folder: Path, checkpoint: str = "best", dtype: str = "floa
     that no class of transformers supports, or a folder that is not empty.
     """
     source = find(run, checkpoint)
-    state = read_state(source)
+    state = read_state(source, verify=WEIGHTS)
     config = model_config(source, state)
     hf = to_hf(config)
     tokenizer = Tokenizer.load(run / "tokenizer.json")

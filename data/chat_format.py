@@ -94,7 +94,7 @@ def add_special_tokens(tokenizer: Tokenizer) -> Tokenizer:
         return tokenizer
     copy = tokenizers.Tokenizer.from_str(tokenizer.inner.to_str())
     copy.add_special_tokens(list(SPECIAL_TOKENS))
-    return Tokenizer(copy)
+    return Tokenizer(copy, end=tokenizer.end)
 
 
 def encode(tokenizer: Tokenizer, conversations: list[Turns]) -> list[tuple[list[int], list[int]]]:
@@ -131,15 +131,26 @@ def render_prompt(tokenizer: Tokenizer, turns: Turns, max_tokens: int) -> list[i
     """The prompt for an answer: the turns, then the header of the assistant's turn.
 
     If the conversation has more than `max_tokens` tokens, the oldest turns are dropped, except the system message and
-    the last turn. Raises TokenizerError.
+    the last turn, and then the beginning of the last turn's text. Raises TokenizerError if the tokenizer has no special
+    tokens, or the system message leaves no room.
     """
     header = [special_tokens(tokenizer)[0], *tokenizer.encode("assistant\n")]
     first = int(turns[0][0] == "system")
     while True:
         ids = encode(tokenizer, [turns])[0][0] + header
-        if len(ids) <= max_tokens or len(turns) - first <= 1:
+        if len(ids) <= max_tokens:
             return ids
+        if len(turns) - first <= 1:
+            break
         turns = turns[:first] + turns[first + 2 :]  # a question and its answer
+    last = encode(tokenizer, [turns[first:]])[0][0]
+    kept = 1 + common_prefix(tokenizer.encode(f"{turns[first][0]}\n"), last[1:])  # the header of the last turn
+    room = max_tokens - (len(ids) - len(last)) - kept
+    end = 1 + len(tokenizer.encode("\n"))  # of the last turn
+    if first and room <= end:
+        raise TokenizerError(f"the system message is {end + 1 - room} tokens too long: it leaves no room for a message")
+    system = ids[: len(ids) - len(header) - len(last)]
+    return [*system, *last[:kept], *last[-max(room, end) :], *header]
 
 
 def special_tokens(tokenizer: Tokenizer) -> tuple[int, int]:

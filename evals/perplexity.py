@@ -10,7 +10,7 @@ from data.chunking import Piece
 from data.prepare import Splitter, prepare, write
 from data.shards import Shards
 from data.sources import Corpus, CorpusError, open_corpus
-from data.tokenizer import Tokenizer
+from data.tokenizer import KINDS, Tokenizer
 from model import GPT
 from training import device
 from training.checkpoint import CheckpointError, find, read_state
@@ -44,8 +44,11 @@ def tokens_of(source: str, text_column: str, limit: int, tokenizer: Tokenizer, f
 
 def own_validation(run: Path, config: Config) -> Shards:
     """The validation text of a run, cached or tokenized again. Raises CheckpointError if the text has changed."""
-    folder = prepare(**dataclasses.asdict(config.data))
-    if folder.name != read_state(find(run, "latest"))["identity"]["text"]:
+    data = dataclasses.asdict(config.data)
+    if config.data.tokenizer not in KINDS:  # a file, which may be gone: the run has a copy
+        data["tokenizer"] = str(run / "tokenizer.json")
+    folder = prepare(**data)
+    if folder.name != read_state(find(run, "latest"), verify=())["identity"]["text"]:
         raise CheckpointError(f"{run}: data.source = {config.data.source!r} has changed since; name a --text")
     return Shards(folder, "val")
 

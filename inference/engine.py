@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kernels import cpu
 from kernels.cpu import decode_step
+from kernels.cpu.build import check_tensor
 from model import GPT, KVCache, ModelConfig
 
 ROWS = KVCache.CHUNK  # tokens of all sequences in one C++ call, which reads the weights once for all of them
@@ -73,7 +74,8 @@ class EagerEngine:
 class CppEngine:
     """The C++ engine. It holds pointers to the model's weights, which must not move.
 
-    Raises cpu.Unavailable: no compiler, an unsupported flag of `ModelConfig`, or weights of several dtypes.
+    Raises cpu.Unavailable: no compiler, an unsupported flag of `ModelConfig`, or weights of several dtypes; ValueError:
+    a weight or a cache whose shape does not fit the model's configuration.
     """
 
     def __init__(self, model: GPT) -> None:
@@ -92,41 +94,56 @@ class CppEngine:
         decode_step.library(self.weights, self.cache_dtype)  # raises here, not in the first call
         decoder = model.model
         self.layers = (decode_step.Layer * config.n_layer)()
+        self.cache: KVCache | None = None  # the one that the rows of `layers` point to
+        C, H, K, D, F = config.n_embd, config.n_head, config.n_kv_head, config.head_dim, config.n_ffn
+        in_attention = {"q": (H * D * (2 if config.gate else 1), C), "k": (K * D, C), "v": (K * D, C), "o": (C, H * D)}
+        in_mlp = {"gate": (F, C), "up": (F, C), "down": (C, F)}
         block: Any
         for number, (row, block) in enumerate(zip(self.layers, decoder.layers, strict=True)):
             attention, mlp = block.self_attn, block.mlp
-            for name in ("q", "k", "v", "o"):
-                setattr(row, name, self._matrix(getattr(attention, f"{name}_proj")))
-            for name in ("gate", "up", "down"):
-                setattr(row, name, self._matrix(getattr(mlp, f"{name}_proj")))
-            row.norm_in = self._floats(block.input_layernorm.weight)
-            row.norm_mid = self._floats(block.post_attention_layernorm.weight)
-            row.norm_q, row.norm_k = self._floats(attention.q_norm.weight), self._floats(attention.k_norm.weight)
+            for name, shape in in_attention.items():
+                setattr(row, name, self._matrix(getattr(attention, f"{name}_proj"), *shape))
+            for name, shape in in_mlp.items():
+                setattr(row, name, self._matrix(getattr(mlp, f"{name}_proj"), *shape))
+            row.norm_in = self._floats(block.input_layernorm.weight, C)
+            row.norm_mid = self._floats(block.post_attention_layernorm.weight, C)
+            row.norm_q, row.norm_k = self._floats(attention.q_norm.weight, D), self._floats(attention.k_norm.weight, D)
             row.window = config.mask_spec(number).window or 0
+        tables = (self._floats(table, config.context, D) for table in (decoder.cos, decoder.sin))
+        V, head = config.vocab_size, model.lm_head or decoder.embed_tokens
         self.model = decode_step.Model(
-            config.n_embd, config.n_head, config.n_kv_head, config.head_dim, config.n_ffn, config.vocab_size,
-            config.n_layer, config.gate, config.context, config.norm_eps, self._floats(decoder.cos),
-            self._floats(decoder.sin), self._floats(decoder.norm.weight), self._matrix(decoder.embed_tokens),
-            self._matrix(model.lm_head or decoder.embed_tokens), self.layers,
+            C, H, K, D, F, V, config.n_layer, config.gate, config.context, config.norm_eps, *tables,
+            self._floats(decoder.norm.weight, C), self._matrix(decoder.embed_tokens, V, C), self._matrix(head, V, C),
+            self.layers,
         )  # fmt: skip
 
-    def _matrix(self, module: Any) -> decode_step.Matrix:
+    def _matrix(self, module: Any, rows: int, columns: int) -> decode_step.Matrix:
         if hasattr(module, "codes"):
-            return decode_step.Matrix(self._keep(module.codes), self._floats(module.scales))
-        return decode_step.Matrix(self._keep(module.weight), None)
+            return decode_step.Matrix(self._keep(module.codes, rows, columns), self._floats(module.scales, rows, 1))
+        return decode_step.Matrix(self._keep(module.weight, rows, columns), None)
 
-    def _floats(self, tensor: Tensor) -> int:
-        return self._keep(tensor.float())
+    def _floats(self, tensor: Tensor, *shape: int) -> int:
+        return self._keep(tensor.float(), *shape)
 
-    def _keep(self, tensor: Tensor) -> int:
-        self.kept.append(tensor.detach().contiguous())
+    def _keep(self, tensor: Tensor, *shape: int) -> int:
+        self.kept.append(check_tensor("a weight", tensor.detach().contiguous(), tensor.dtype, *shape))
         return self.kept[-1].data_ptr()
 
-    def __call__(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        library = decode_step.library(self.weights, cache.layers[0][0].dtype)
+    def _point_to(self, cache: KVCache) -> None:
+        """Let C++ read and write this cache from now on. Raises ValueError: it is not one of this model."""
+        dtype, B = cache.layers[0][0].dtype, len(cache.lengths)
         for row, (keys, values) in zip(self.layers, cache.layers, strict=True):
-            row.keys, row.values, row.slots = keys.data_ptr(), values.data_ptr(), keys.shape[1]
-        logits = torch.empty(len(tokens), self.model.V)  # (B, V)
+            for name, x in (("keys", keys), ("values", values)):
+                check_tensor(name, x, dtype, B, keys.shape[1], self.model.K, self.model.D)
+                setattr(row, name, x.data_ptr())
+            row.slots = keys.shape[1]
+        self.cache = cache
+
+    def __call__(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        if cache is not self.cache:
+            self._point_to(cache)
+        library = decode_step.library(self.weights, cache.layers[0][0].dtype)
+        logits = torch.empty(len(tokens), self.model.V, dtype=torch.float32)  # (B, V)
         *chunks, last = tokens.split(max(1, ROWS // len(tokens)), dim=1)
         for chunk in chunks:
             decode_step.decode(library, self.model, chunk, cache.lengths, None)

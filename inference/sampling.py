@@ -22,11 +22,11 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for name, holds, right in (
-            ("temperature", self.temperature > 0, "above 0; for the most likely token use greedy"),
+            ("temperature", self.temperature >= 1e-6, "at least 1e-6; for the most likely token use greedy"),
             ("top_k", self.top_k >= 0, "at least 0"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
-            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+            ("repetition_penalty", 1e-6 <= self.repetition_penalty <= 1e6, "from 1e-6 to 1e6"),
         ):
             if not holds:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be {right}")
@@ -34,13 +34,17 @@ class SamplingParams:
     def sample(self, logits: Tensor, seen: Tensor, random: torch.Generator) -> Tensor:
         """Sample one token per row, (B, 1), by inverting the cumulative distribution at a random point.
 
-        logits: (B, V) fp32. seen: (B, V) bool, tokens of the text so far. random: the random number generator.
+        logits: (B, V) fp32. seen: (B, V) bool, tokens of the text so far. random: the random number generator. Raises
+        ValueError if a row of logits has NaN or infinity, or nothing to choose.
         """
+        if not bool(logits.amax(1).isfinite().all()):
+            raise ValueError("the logits are not finite numbers: the weights are damaged, or overflow in this dtype")
         probabilities = self.probabilities(logits, seen)  # (B, V)
         if self.greedy:
             return probabilities.argmax(1, keepdim=True)
         sums = probabilities.cumsum(1)  # torch.multinomial needs V random numbers per row
-        part = 1 - torch.rand(len(sums), 1, generator=random, device=sums.device)  # above 0: no token of probability 0
+        point = torch.rand(len(sums), 1, generator=random, dtype=sums.dtype, device=sums.device)
+        part = 1 - point  # above 0: no token of probability 0
         return torch.searchsorted(sums, part * sums[:, -1:])
 
     def probabilities(self, logits: Tensor, seen: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kernels import cpu
 from kernels.cpu import bindings
-from kernels.cpu.blockwise_attention import blocks_attention
+from kernels.cpu.blockwise_attention import BLOCK, block_mask, blocks_attention, spans
 from kernels.reference_attention import CAUSAL, FULL, MaskSpec, attention_mask, reference_attention, relative_positions
 
 __all__ = ["CAUSAL", "FULL", "MaskSpec", "attention", "preferred"]
@@ -166,9 +166,19 @@ def _sdpa(
     document_ids: Tensor | None,
     alibi_slopes: Tensor | None,
 ) -> Tensor:
-    """torch's scaled_dot_product_attention. It has fast paths without a mask and with the square causal one."""
+    """torch's scaled_dot_product_attention. It has fast paths without a mask and with the square causal one. With a
+    window, each block of queries is computed with the keys that it can see: no mask is (T, S)."""
     T, S, gqa = q.shape[1], k.shape[1], q.shape[2] != k.shape[2]
-    plain = mask_spec.window is None and cache_seqlens is None and document_ids is None and alibi_slopes is None
+    plain = cache_seqlens is None and document_ids is None and alibi_slopes is None
+    if plain and mask_spec.window is not None and T <= S:
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # as below
+        parts = []
+        for first, R, low, high in spans(T, S, mask_spec, rows=max(BLOCK, mask_spec.window, -(-T // 32))):
+            seen = block_mask(mask_spec, S - T + first, R, low, high, q.device)  # (R, keys)
+            block, keys, values = q[:, :, first : first + R], k[:, :, low:high], v[:, :, low:high]  # (B, H or K, ., D)
+            parts.append(F.scaled_dot_product_attention(block, keys, values, seen, scale=softmax_scale, enable_gqa=gqa))
+        return torch.cat(parts, 2).transpose(1, 2)  # (B, H, T, D) -> (B, T, H, D)
+    plain = plain and mask_spec.window is None
     square_causal = plain and mask_spec.causal and T == S
     unmasked = plain and (not mask_spec.causal or T == 1)
     # (B or 1, T, S) -> (B or 1, 1, T, S): one mask for all heads

@@ -72,11 +72,35 @@ def test_token_with_probability_zero_is_never_sampled(number, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "how", [{"temperature": 0.0}, {"top_k": -1}, {"top_p": 0.0}, {"min_p": 1.5}, {"repetition_penalty": 0.0}]
+    "how",
+    [
+        {"temperature": 0.0},
+        {"temperature": 1e-39},
+        {"temperature": float("nan")},
+        {"repetition_penalty": 1e-39},
+        {"repetition_penalty": float("inf")},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"min_p": 1.5},
+        {"repetition_penalty": 0.0},
+    ],
 )
 def test_invalid_sampling_params_raise(how):
     with pytest.raises(ValueError, match=f"{next(iter(how))} = .*: must be"):
         SamplingParams(**how)
+
+
+@pytest.mark.parametrize("how", [{}, {"greedy": True}, {"temperature": 1e-6, "repetition_penalty": 1e-6}])
+def test_logits_that_are_not_finite_raise(how):
+    sampling, seen = SamplingParams(**how), torch.zeros(2, 9, dtype=torch.bool)
+    seen[:, 3] = True
+    good, random = torch.randn(2, 9, generator=torch.Generator().manual_seed(0)) * 1e4, torch.Generator().manual_seed(0)
+    assert sampling.sample(good, seen, random).max() < 9
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="the logits are not finite"):
+            sampling.sample(good.index_fill(1, torch.tensor([4]), bad), seen, random)
+    with pytest.raises(ValueError, match="the logits are not finite"):
+        sampling.sample(torch.full_like(good, float("-inf")), seen, random)
 
 
 # Tokens -------------------------------------------------------------------------------------------------------------
@@ -233,7 +257,7 @@ def test_interactive_continues_after_an_error(runs, sample_py):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--temperature", "0"], "temperature = 0.0: must be above 0"),
+        (["--temperature", "0"], "temperature = 0.0: must be at least 1e-6"),
         (["--max-new-tokens", "0"], "max_new_tokens = 0, num_samples = 1: both must be at least 1"),
         (["--run", "runs/nothing"], "runs/nothing: no such run"),
         (["--checkpoint", "step-9"], "no checkpoint 'step-9'; there are: step-0000"),

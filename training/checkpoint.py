@@ -16,7 +16,7 @@ import json
 import pickle
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ from model import ModelConfig
 
 FORMAT_VERSION = 2  # of state.json; 1 had no version and no training seconds, and is still read
 
+WEIGHTS = ("model.safetensors",)
+FILES = (*WEIGHTS, "optimizer.pt")
 POINTERS = ("latest", "best")
 STEP = re.compile(r"step-\d{6,12}")
 
@@ -54,7 +56,7 @@ def save(
         save_file(model.state_dict(), draft / "model.safetensors", metadata={"format": "pt"})
         torch.save([optimizer.state_dict() for optimizer in optimizers], draft / "optimizer.pt")
         shutil.copymode(draft / "optimizer.pt", draft / "model.safetensors")  # safetensors ignores the umask
-        hashes = {name: _sha256(draft / name) for name in ("model.safetensors", "optimizer.pt")}
+        hashes = {name: _sha256(draft / name) for name in FILES}
         about = {"format_version": FORMAT_VERSION, "step": step, **state}
         (draft / "state.json").write_text(json.dumps(about | {"sha256": hashes}, indent=1))
         for path in (*draft.iterdir(), draft):
@@ -113,19 +115,21 @@ def find(run: Path, which: str) -> Path:
     return folder
 
 
-def open_checkpoint(run: Path, which: str, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
-    """The folder and the state of a checkpoint, verified. Raises CheckpointError.
+def open_checkpoint(
+    run: Path, which: str, warn: Callable[[str], None], verify: Sequence[str] = FILES
+) -> tuple[Path, dict[str, Any]]:
+    """The folder and the state of a checkpoint. Raises CheckpointError.
 
     If "best" or "latest" is damaged or missing, it is the newest one that is intact, and `warn` is called with one line
-    that says so.
+    that says so. verify: as of `read_state`.
     """
     try:
         folder = find(run, which)
-        return folder, read_state(folder)
+        return folder, read_state(folder, verify)
     except CheckpointError as error:
         for folder in reversed(folders(run)) if which in POINTERS else ():
             with contextlib.suppress(CheckpointError):
-                state = read_state(folder)
+                state = read_state(folder, verify)
                 warn(f"{str(error).removesuffix('; use another checkpoint')}; using {folder.name}")
                 return folder, state
         raise
@@ -145,8 +149,11 @@ def _named(run: Path, pointer: str) -> Path | None:
     return run / name if STEP.fullmatch(name) and (run / name).is_dir() else None
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    """state.json, after verifying its format and the hashes of both files. Raises CheckpointError."""
+def read_state(folder: Path, verify: Sequence[str] = FILES) -> dict[str, Any]:
+    """state.json, after verifying its format, and the hashes of the files `verify`, which the caller is going to read.
+
+    Raises CheckpointError.
+    """
     path = folder / "state.json"
     try:
         state = json.loads(path.read_bytes())
@@ -157,13 +164,13 @@ def read_state(folder: Path) -> dict[str, Any]:
                 f"{path}: format_version = {version!r}: this heed reads 1 to {FORMAT_VERSION}; "
                 + ("use a newer heed" if newer else "use another checkpoint")
             )
-        for name in ("model.safetensors", "optimizer.pt"):
+        if type(state["step"]) is not int or not isinstance(state.get("config", {}), dict):
+            raise TypeError("step must be a whole number and config an object")
+        for name in verify:
             if _sha256(folder / name) != state["sha256"][name]:
                 raise CheckpointError(
                     f"{folder / name}: damaged, its SHA-256 differs from state.json; use another checkpoint"
                 )
-        if type(state["step"]) is not int or not isinstance(state.get("config", {}), dict):
-            raise TypeError("step must be a whole number and config an object")
     except CheckpointError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -25,7 +25,8 @@ def config_for_init(config: Config, run: Path, given: dict[str, str]) -> Config:
     folder = resolve_checkpoint(config.init_from)
     if folder.parent.resolve() == run.resolve():
         raise ConfigError(f"--init-from {config.init_from}: is the run itself; choose another --name")
-    taken = _take(config, checkpoint.model_config(folder, checkpoint.read_state(folder)), folder.parent)
+    state = checkpoint.read_state(folder, verify=checkpoint.WEIGHTS)
+    taken = _take(config, checkpoint.model_config(folder, state), folder.parent)
     for section, _, name in (dotted.partition(".") for dotted in given):
         if section == "model" or (section, name) == ("data", "tokenizer"):
             asked, has = (getattr(getattr(c, section), name) for c in (config, taken))
@@ -46,7 +47,7 @@ def config_for_resume(config: Config, run: Path, given: dict[str, str]) -> Confi
         if not config.init_from:
             config = dataclasses.replace(config, init_from=_init_from(run / "config.toml"))
         return config_for_init(config, run, given) if config.init_from else config
-    latest, state = checkpoint.open_checkpoint(run, "latest", warn=lambda _: None)  # train.py warns
+    latest, state = checkpoint.open_checkpoint(run, "latest", warn=lambda _: None, verify=())  # train.py verifies
     try:
         then, dtype = state["config"], state["dtype"]
         init_from = then.get("init_from", "")

@@ -16,16 +16,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.cpu import build
+from kernels.cpu.build import check_tensor
 
 
 def norm(x: Tensor, gain: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """RMSNorm of x (..., C) fp32 with gain (C,), in `dtype`, and 1 / rms(x) (...), which the backward needs.
+    """RMSNorm of x (..., C) fp32 with gain (C,) fp32, in `dtype`, and 1 / rms(x) (...), which the backward needs.
 
-    Raises:
-        ValueError: x is not fp32.
+    Raises ValueError for other dtypes and shapes, as all functions of this file do.
     """
-    if x.dtype != torch.float32:
-        raise ValueError(f"x is {x.dtype}: the C++ norm reads fp32")
+    check_tensor("x", x, torch.float32, *x.shape)
+    check_tensor("gain", gain, torch.float32, x.shape[-1])
     y, inverse = torch.empty(x.shape, dtype=dtype), torch.empty(x.shape[:-1], dtype=torch.float32)
     build.call(build.library("linear", ELEMENT=dtype).heed_norm, x, gain, y, inverse, inverse.numel(), x.shape[-1], eps)
     return y, inverse
@@ -33,6 +33,10 @@ def norm(x: Tensor, gain: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tenso
 
 def norm_backward(dy: Tensor, x: Tensor, gain: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
     """dx (..., C) and dgain (C,), both fp32, from dy (..., C)."""
+    check_tensor("dy", dy, dy.dtype, *x.shape)
+    check_tensor("x", x, torch.float32, *x.shape)
+    check_tensor("gain", gain, torch.float32, x.shape[-1])
+    check_tensor("inverse", inverse, torch.float32, *x.shape[:-1])
     dx, dgain = torch.empty_like(x), torch.empty_like(gain)
     backward, rows = build.library("linear", ELEMENT=dy.dtype).heed_norm_backward, inverse.numel()
     build.call(backward, dy, x, gain, inverse, dx, dgain, rows, x.shape[-1])
@@ -119,9 +123,13 @@ def attention_backward(
     """dqkv and the gradients of both gains, from the arguments and results of `attention`. What follows queries, keys
     and values in a row of dqkv is not written."""
     shape, _kept = _shape(qkv, gain_q, gain_k, cos, sin, heads)
+    dout, (B, T, _) = dout.contiguous(), qkv.shape
+    for name, x in (("out", out), ("dout", dout)):
+        check_tensor(name, x, qkv.dtype, B, T, heads.queries * heads.head_dim)
+    check_tensor("lse", lse, torch.float32, B, heads.queries, shape.tokens)
     dqkv, dgains = torch.empty_like(qkv), torch.empty(2, heads.head_dim, dtype=torch.float32)
     backward = build.library("attention", ELEMENT=qkv.dtype).heed_attention_backward
-    build.call(backward, shape, qkv, out, lse, dout.contiguous(), dqkv, dgains[0], dgains[1])
+    build.call(backward, shape, qkv, out, lse, dout, dqkv, dgains[0], dgains[1])
     return dqkv, *(dgains.unbind() if gain_q is not None else (None, None))
 
 
@@ -140,9 +148,13 @@ def _shape(
 ) -> tuple[Shape, list[Tensor]]:
     """The structure, and the tensors that it points to, which must outlive it."""
     (B, T, pitch), (H, K, D) = qkv.shape, heads[:3]
+    if D % 2 or H % K or pitch < (H + 2 * K) * D:
+        raise ValueError(f"qkv {tuple(qkv.shape)} does not hold {H} query heads and 2 x {K} of the even size {D}")
     ones = torch.ones(D, dtype=torch.float32)
     tables = [ones if g is None else g for g in (gain_q, gain_k)] + [cos, sin]
     tables = [x.float().contiguous() for x in tables]
+    for name, x, shape in zip(("gain_q", "gain_k", "cos", "sin"), tables, ((D,), (D,), (T, D), (T, D)), strict=True):
+        check_tensor(name, x, torch.float32, *shape)
     tokens = math.ceil(T / 64) * 64  # BLOCK in attention.cpp
     pointers = (x.data_ptr() for x in tables)
     counts = (B, T, H, K, D, gain_q is not None, heads.window, tokens, pitch)
@@ -157,7 +169,8 @@ class Attend(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> Tensor:
         B, T, H, D = q.shape
         qkv = torch.cat((q, k, v), dim=2).view(B, T, -1)  # (B, T, H + 2K, D) -> (B, T, (H + 2K) D)
-        cos, sin, ctx.heads = torch.ones(T, D), torch.zeros(T, D), Heads(H, k.shape[2], D, window, scale, 0.0)
+        cos, sin = torch.ones(T, D, dtype=torch.float32), torch.zeros(T, D, dtype=torch.float32)
+        ctx.heads = Heads(H, k.shape[2], D, window, scale, 0.0)
         out, lse = attention(qkv, None, None, cos, sin, ctx.heads)
         ctx.save_for_backward(qkv, out, lse, cos, sin)
         return out.view(B, T, H, D)
@@ -186,13 +199,21 @@ def linear_cross_entropy(
     softcap: float | None
 ) -> None:  # fmt: skip
     """The backend "cpp" of kernels/cross_entropy.py: writes losses (N,) and, if they are not None, dx (N, C) in x's
-    dtype and dw (V, C) fp32, for x (N, C), weight (V, C) and targets (N,). Raises ValueError for other devices and
-    dtypes."""
+    dtype and dw (V, C) fp32, for x (N, C), weight (V, C) and targets (N,) int64. Raises ValueError for other devices
+    and dtypes."""
     build.require(x)
+    (N, C), V = x.shape, len(weight)
     x, weight, targets = x.contiguous(), weight.to(x.dtype).contiguous(), targets.contiguous()
+    check_tensor("weight", weight, x.dtype, V, C)
+    check_tensor("targets", targets, torch.int64, N)
+    check_tensor("losses", losses, torch.float32, N)
+    if dx is not None:
+        check_tensor("dx", dx, x.dtype, N, C)
+    if dw is not None:
+        check_tensor("dw", dw, torch.float32, V, C)
     head, head_t = pack([weight], x.dtype)
     pointers = (None if a is None else a.data_ptr() for a in (x, weight, head, head_t, targets, losses, dx, dw))
-    loss = Loss(*x.shape, len(weight), z_loss, softcap or 0.0, *pointers)
+    loss = Loss(N, C, V, z_loss, softcap or 0.0, *pointers)
     build.call(build.library("cross_entropy", ELEMENT=x.dtype).heed_linear_cross_entropy, loss)
 
 
@@ -214,8 +235,12 @@ def muon_step(
     # Each thread takes the next matrix. The largest come first, so that none is left for a single thread at the end.
     order = sorted(zip(weights, momenta, strict=True), key=lambda pair: -pair[0].numel())
     gradients = [p.grad.contiguous() for p, _ in order if p.grad is not None]
-    pairs = [(p.data_ptr(), m.data_ptr(), g.data_ptr(), *p.shape) for (p, m), g in zip(order, gradients, strict=True)]
-    matrices = (MuonMatrix * len(pairs))(*(MuonMatrix(*pair) for pair in pairs))
+    matrices = (MuonMatrix * len(order))()
+    for i, ((p, m), g) in enumerate(zip(order, gradients, strict=True)):
+        rows, columns = p.shape
+        for name, x in (("weight", p), ("momentum", m), ("gradient", g)):
+            setattr(matrices[i], name, check_tensor(name, x, torch.float32, rows, columns).data_ptr())
+        matrices[i].rows, matrices[i].columns = rows, columns
     library = build.library("muon", ELEMENT=dtype)
-    build.call(library.heed_muon, matrices, len(pairs), lr, momentum, weight_decay)
+    build.call(library.heed_muon, matrices, len(matrices), lr, momentum, weight_decay)
     torch.autograd.graph.increment_version([p for p, _ in order])  # as an in-place operation of torch does

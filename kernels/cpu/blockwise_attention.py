@@ -18,9 +18,8 @@ BLOCK = 64  # queries: with fewer, matmuls are too small to be efficient; with m
 BLOCKS = 8  # maximum number, since torch.compile unrolls the loop
 
 
-def spans(T: int, S: int, mask_spec: MaskSpec) -> Iterator[tuple[int, int, int, int]]:
-    """Yield (first query, number of queries, first key, last key + 1) of each block of queries."""
-    rows = max(BLOCK, -(-T // BLOCKS))
+def spans(T: int, S: int, mask_spec: MaskSpec, rows: int) -> Iterator[tuple[int, int, int, int]]:
+    """Yield (first query, number of queries, first key, last key + 1) of each block of `rows` queries."""
     for first in range(0, T, rows):
         R = min(rows, T - first)
         at, low, high = S - T + first, 0, S
@@ -29,6 +28,13 @@ def spans(T: int, S: int, mask_spec: MaskSpec) -> Iterator[tuple[int, int, int, 
         if mask_spec.causal:
             high = at + R
         yield first, R, low, high
+
+
+def block_mask(mask_spec: MaskSpec, at: int, R: int, low: int, high: int, device: torch.device | None = None) -> Tensor:
+    """Which of the queries at + 0 ... R attends to which of the keys low ... high, by position; bool (R, keys)."""
+    distance = torch.arange(at, at + R, device=device)[:, None] - torch.arange(low, high, device=device)
+    mask = (distance >= 0) | (not mask_spec.causal)
+    return mask if mask_spec.window is None else mask & (distance.abs() < mask_spec.window)
 
 
 def blocks_attention(q: Tensor, k: Tensor, v: Tensor, mask_spec: MaskSpec, softmax_scale: float) -> Tensor:
@@ -41,13 +47,10 @@ def blocks_attention(q: Tensor, k: Tensor, v: Tensor, mask_spec: MaskSpec, softm
     q = (q * softmax_scale).view(B, T, K, H // K, D).permute(0, 2, 3, 1, 4)  # (B, T, H, D) -> (B, K, G, T, D)
     k, v = (x.transpose(1, 2).reshape(B * K, S, D) for x in (k, v))  # (B, S, K, D) -> (B * K, S, D)
     out = []
-    for first, R, low, high in spans(T, S, mask_spec):
+    for first, R, low, high in spans(T, S, mask_spec, max(BLOCK, -(-T // BLOCKS))):
         at = S - T + first  # the position of the block's first query
         block = q[:, :, :, first : first + R].reshape(B * K, -1, D)  # (B, K, G, R, D) -> (B * K, G * R, D)
-        distance = torch.arange(at, at + R)[:, None] - torch.arange(low, high)  # (R, keys)
-        hidden = (distance < 0) & mask_spec.causal
-        if mask_spec.window is not None:
-            hidden = hidden | (distance.abs() >= mask_spec.window)
+        hidden = ~block_mask(mask_spec, at, R, low, high)  # (R, keys)
         # Added by the matmul itself, the mask costs no pass over the scores, forward or backward.
         bias = torch.zeros(R, high - low, dtype=q.dtype).masked_fill(hidden, float("-inf")).repeat(H // K, 1)
         scores = torch.baddbmm(bias, block, k[:, low:high].mT)  # (G * R, keys) + (B * K, G * R, D) (B * K, D, keys)

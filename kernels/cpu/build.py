@@ -9,6 +9,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -58,22 +59,30 @@ def require(x: Tensor) -> None:
         raise ValueError(f"backend = 'cpp' needs fp32 or bf16 on a CPU and a C++ compiler, not {x.dtype} on {x.device}")
 
 
+def check_tensor(name: str, x: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
+    """x, if C++ can read or write it as contiguous memory of this dtype and shape on a CPU. Raises ValueError."""
+    if x.dtype != dtype or x.shape != shape or not (x.is_contiguous() and x.is_cpu):
+        got = f"{x.dtype} {tuple(x.shape)}{'' if x.is_contiguous() else ', strided'}, on {x.device}"
+        raise ValueError(f"{name} is {got}: the C++ code needs {dtype} {shape}, contiguous, on a CPU")
+    return x
+
+
 @functools.cache
 def library(name: str, **types: torch.dtype) -> ctypes.CDLL:
     """kernels/cpu/NAME.cpp, compiled with `types` as macros (ELEMENT=torch.float32). Raises Unavailable.
 
-    The compiled file is named by a hash of all that it depends on: source, compiler, flags, processor.
+    The compiled file is named by a hash of all that it depends on: source, compiler, flags, processor; and of the user,
+    who loads no code of another user from a shared folder.
     """
-    compiler = shutil.which(os.environ.get("CXX") or "g++") or shutil.which("clang++")
-    if compiler is None:
-        raise Unavailable("no C++ compiler, g++ or clang++")
+    compiler = _compiler()
     if unknown := types.values() - TYPES.keys():
         raise Unavailable(f"unsupported type {', '.join(map(str, unknown))}")
     source = HERE / f"{name}.cpp"
-    command = [compiler, *FLAGS, *(f"-D{k}={TYPES[dtype]}" for k, dtype in types.items()), str(source)]
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    command = [*compiler, *FLAGS, *(f"-D{k}={TYPES[dtype]}" for k, dtype in types.items()), str(source)]
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
     texts = (path.read_text() for path in (source, *sorted(HERE.glob("*.h"))))
-    known = "\n".join([*texts, *command, version, _processor()])
+    user = os.getuid() if os.name == "posix" else 0
+    known = "\n".join([*texts, *command, version, _processor(), str(user)])
     path = FOLDER / f"{hashlib.sha256(known.encode()).hexdigest()[:16]}.so"
     try:
         if not path.exists():
@@ -84,11 +93,28 @@ def library(name: str, **types: torch.dtype) -> ctypes.CDLL:
                 done = subprocess.run([*command, "-o", str(out)], capture_output=True, text=True)
                 if done.returncode:
                     errors = [line for line in done.stderr.splitlines() if "error" in line]
-                    raise Unavailable(f"{compiler} failed: {(errors or ['-'])[0]}")
+                    raise Unavailable(f"{' '.join(compiler)} failed: {(errors or ['-'])[0]}")
+                out.chmod(0o755)
                 out.replace(path)
+        if os.name == "posix" and not _only_ours(path.stat()):
+            raise Unavailable(f"{path} belongs to, or can be written by, another user: delete it, or set HEED_CACHE")
         return ctypes.CDLL(str(path))
     except OSError as error:  # a full disk, or a folder mounted noexec
         raise Unavailable(f"{FOLDER} cannot hold compiled code: {error}") from None
+
+
+def _only_ours(about: os.stat_result) -> bool:
+    """Whether a file was written by this user or root, and nobody else can write it."""
+    return about.st_uid in (os.getuid(), 0) and not about.st_mode & 0o022
+
+
+def _compiler() -> list[str]:
+    """The command of the C++ compiler: $CXX, which may have several words ("ccache g++"), else g++ or clang++."""
+    named = os.environ.get("CXX", "").strip()
+    for command in [shlex.split(named)] if named else [["g++"], ["clang++"]]:
+        if found := shutil.which(command[0]):
+            return [found, *command[1:]]
+    raise Unavailable(f"no C++ compiler, {f'CXX = {named!r} is none' if named else 'g++ or clang++'}")
 
 
 def _processor() -> str:

@@ -112,14 +112,20 @@ static void join(const Drawn& parts, int64_t n, int64_t h, const Model& m, float
 
 // 2. The model ------------------------------------------------------------------------------------------------------
 
-// 0, or 1 for no token, one that is not in the vocabulary or a position beyond the context. Without `logits`, the cache
+// 0, or 1 for no token, one that is not in the vocabulary, or a position beyond the context or the cache. Without `logits`, the cache
 // alone is filled. W is what the weights are stored in, E what the cache is: the compiler's command line says it
 // (-DWEIGHTS -DCACHE).
 extern "C" int heed_decode(const Model& m, int64_t B, int64_t T, const int64_t* tokens, const int64_t* lengths,
                             float* logits, int64_t threads) {
     if (B * T == 0) return 1;
     for (int64_t i = 0; i < B * T; i++)
-        if (tokens[i] < 0 || tokens[i] >= m.V || lengths[i / T] + T > m.context) return 1;
+        if (tokens[i] < 0 || tokens[i] >= m.V) return 1;
+    for (int64_t b = 0; b < B; b++) {
+        int64_t end = lengths[b] + T;
+        if (lengths[b] < 0 || end > m.context) return 1;
+        for (const Layer* l = m.layer; l < m.layer + m.layers; l++)  // a ring must hold the window of the first new token
+            if (end > l->slots && !(l->window && l->window + T - 1 <= l->slots)) return 1;
+    }
     using W = WEIGHTS;
     using E = CACHE;
     int64_t D = m.D, Q = m.H * D * (m.gated ? 2 : 1), KV = m.K * D, all = B * T;

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels import cpu
+from kernels.cpu.build import check_tensor
 
 
 class Matrix(Structure):
@@ -40,11 +41,19 @@ def library(weights: torch.dtype, cache: torch.dtype) -> ctypes.CDLL:
 
 
 def decode(found: ctypes.CDLL, model: Model, tokens: Tensor, lengths: Tensor, logits: Tensor | None) -> None:
-    """tokens (B, T) int64 after those that the cache holds, lengths (B,) -> the next one's logits (B, V) fp32, or None.
+    """tokens (B, T) int64 after those that the cache holds, lengths (B,) int64 -> the next one's logits (B, V) fp32, or
+    None.
 
-    Writes keys and values into the cache that `model` points to. Raises IndexError as torch would: a token that is not
-    in the vocabulary, or a position beyond the context.
+    Writes keys and values into the cache that `model` points to.
+
+    Raises:
+        IndexError: as torch would, a token that is not in the vocabulary, a position beyond the context or the cache.
+        ValueError: other dtypes and shapes.
     """
-    B, T = tokens.shape
-    if cpu.call(found.heed_decode, model, B, T, tokens.contiguous(), lengths, logits):
-        raise IndexError(f"tokens from 0 to {model.V - 1}, 1 to {model.context} of them")
+    (B, T), tokens = tokens.shape, tokens.contiguous()
+    check_tensor("tokens", tokens, torch.int64, B, T)
+    check_tensor("lengths", lengths, torch.int64, B)
+    if logits is not None:
+        check_tensor("logits", logits, torch.float32, B, model.V)
+    if cpu.call(found.heed_decode, model, B, T, tokens, lengths, logits):
+        raise IndexError(f"needs tokens from 0 to {model.V - 1}, 1 to {model.context} of them, and room in the cache")

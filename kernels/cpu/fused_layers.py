@@ -8,6 +8,7 @@ Shapes: B sequences, T tokens, R = B * T, C width, H query heads, K key/value he
 """
 
 import math
+from collections.abc import Sequence
 from ctypes import Structure, c_double, c_int64, c_void_p
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from kernels.cpu import build
 from kernels.cpu.bindings import Heads, attention, attention_backward, autocast_dtype, pack
+from kernels.cpu.build import check_tensor
 
 
 class PackedWeight:
@@ -90,6 +92,8 @@ class FeedForward(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         ctx.dtype, x = autocast_dtype(x), x.contiguous()
         ctx.packed, ctx.eps, ctx.dropout = (gate_up, down), eps, dropout
+        C, F = weights[-1].shape
+        check_layer(x, gain, weights, [(F, C), (F, C), (C, F)])
         out = torch.empty_like(x)
         shape, _kept = FeedForward.shape(ctx, x, gain)
         forward = build.library("feed_forward", ELEMENT=ctx.dtype).heed_feed_forward
@@ -101,16 +105,15 @@ class FeedForward(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        x, gain, mask, *_ = ctx.saved_tensors
-        gate_up, down = ctx.packed
+        x, gain, mask, *_, w_down = ctx.saved_tensors
         dy, dx, dgain = dy.contiguous(), torch.empty_like(x), torch.empty_like(gain)
         dout = drop_backward(dy, mask, ctx.dropout)
-        (shape, _kept), F = FeedForward.shape(ctx, x, gain), down.weights[0].shape[1]
+        (shape, _kept), F = FeedForward.shape(ctx, x, gain), w_down.shape[1]
         dgate_up = torch.empty(2 * math.ceil(F / 32) * 32, x.shape[-1], dtype=torch.float32)
-        ddown = torch.empty_like(down.weights[0])
+        ddown = torch.empty_like(w_down)
         backward = build.library("feed_forward", ELEMENT=ctx.dtype).heed_feed_forward_backward
         build.call(backward, shape, dout, dy, dx, dgain, dgate_up, ddown)
-        return dx, dgain, *[None] * 4, *gate_up.split(dgate_up), ddown
+        return dx, dgain, *[None] * 4, *ctx.packed[0].split(dgate_up), ddown
 
     @staticmethod
     def shape(ctx: Any, x: Tensor, gain: Tensor) -> tuple[Weights, object]:
@@ -136,7 +139,9 @@ class Attention(torch.autograd.Function):
         gain_q: Tensor | None, gain_k: Tensor | None, cos: Tensor, sin: Tensor, heads: Heads, *weights: Tensor
     ) -> Tensor:  # fmt: skip
         dtype, x = autocast_dtype(x), x.contiguous()
-        (B, T, C), N = x.shape, sum(len(w) for w in qkv.weights)
+        (B, T, C), N = x.shape, sum(len(w) for w in weights[:3])
+        H, K, D = heads[:3]
+        check_layer(x, gain, weights, [(N - 2 * K * D, C), (K * D, C), (K * D, C), (C, H * D)])
         mixed, inverse = torch.empty(B, T, N, dtype=dtype), torch.empty(B, T, dtype=torch.float32)
         call = linear(dtype)
         build.call(call.heed_norm_linear, x, gain, eps, qkv(dtype)[0], mixed, inverse, B * T, C, N)
@@ -152,14 +157,14 @@ class Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        x, gain, inverse, mixed, attended, lse, mask, gain_q, gain_k, cos, sin = ctx.saved_tensors[:11]
+        x, gain, inverse, mixed, attended, lse, mask, gain_q, gain_k, cos, sin, *_, w_o = ctx.saved_tensors
         (B, T, C), N, Q = x.shape, mixed.shape[2], attended.shape[2]
         qkv, o = ctx.packed
         call = linear(mixed.dtype)
         dy = dy.contiguous()
         gate = mixed[..., -Q:].sigmoid() if qkv.gated else None
         read = attended if gate is None else attended * gate
-        dread, do = torch.empty_like(read), torch.empty_like(o.weights[0])
+        dread, do = torch.empty_like(read), torch.empty_like(w_o)
         dout, packed = drop_backward(dy, mask, ctx.dropout), o(mixed.dtype)[1]
         build.call(call.heed_linear_add_backward, dout, read, packed, dread, do, B * T, Q, C)
         dattended = dread if gate is None else dread * gate
@@ -172,6 +177,17 @@ class Attention(torch.autograd.Function):
         backward, packed = call.heed_norm_linear_backward, qkv(mixed.dtype)[1]
         build.call(backward, dmixed, x, gain, inverse, packed, dy, dx, dgain, dqkv, B * T, C, N)
         return dx, dgain, *[None] * 4, dgain_q, dgain_k, *[None] * 3, *qkv.split(dqkv), do
+
+
+def check_layer(x: Tensor, gain: Tensor, weights: Sequence[Tensor], shapes: list[tuple[int, ...]]) -> None:
+    """Raise ValueError unless x (B, T, C), gain (C,) and the weights are fp32, with these shapes of the weights.
+
+    The forward checks. The backward reads what it saved, and autograd gives it a gradient like the output.
+    """
+    check_tensor("x", x, torch.float32, *x.shape)
+    check_tensor("gain", gain, torch.float32, x.shape[-1])
+    for weight, shape in zip(weights, shapes, strict=True):
+        check_tensor("weight", weight, torch.float32, *shape)
 
 
 def drop(out: Tensor, x: Tensor, probability: float) -> tuple[Tensor, Tensor | None]:

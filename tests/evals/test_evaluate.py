@@ -14,7 +14,7 @@ from evals import __main__ as evaluate
 from evals import loglikelihood, tasks
 from model import GPT, ModelConfig
 from sample import load
-from tests.conftest import TINY, command, losses, randomized
+from tests.conftest import SMALL, TINY, command, losses, randomized, train_here
 from tests.test_model import qwen3
 
 
@@ -174,6 +174,17 @@ def test_default_is_the_validation_split_of_training(runs, capsys):
     (row,) = printed(capsys, runs / "songs", "--checkpoint", "latest")
     assert row[0].endswith("songs.txt (validation)")
     assert row[4:] == [f"{loss:.4f}", f"{math.exp(loss):,.2f}", f"{bits:.4f}"]
+
+
+def test_a_run_keeps_the_tokenizer_that_it_was_started_with(runs, text, tmp_path, capsys):
+    """The run that it began from may be gone."""
+    shutil.copytree(runs / "songs", tmp_path / "songs")
+    flags = [*SMALL, f"--data.source={text}", "--train.steps=1", "--train.num_evals=1"]
+    tuned = train_here(tmp_path, "shakespeare", "--name=tuned", f"--init-from={tmp_path / 'songs'}", *flags)
+    shutil.rmtree(tmp_path / "songs")
+    capsys.readouterr()
+    (row,) = printed(capsys, tuned)
+    assert row[4] == f"{losses(tuned, 'val_loss')[1]:.4f}"
 
 
 def test_text_results(runs, text, tmp_path, capsys):

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 import triton
 
 from kernels import CAUSAL, FULL, MaskSpec, attention, preferred
@@ -166,6 +167,26 @@ def test_autocast_reaches_attention(learning):
     assert out.dtype == torch.bfloat16
     exact = attention(q.double(), k.double(), v.double(), backend="reference")
     torch.testing.assert_close(out.double(), exact, atol=0.03, rtol=0.03)
+
+
+@pytest.mark.parametrize("pattern", [MaskSpec(True, 1), MaskSpec(True, 40), MaskSpec(False, 40), MaskSpec(True, 999)])
+@pytest.mark.parametrize(("T", "S"), [(300, 300), (130, 300)])
+def test_a_window_needs_no_mask_of_all_queries_and_keys(pattern, T, S, monkeypatch):
+    tensors, sdpa, masks = draw(2, T, S, 4, 2, 6, dtype=torch.float64), F.scaled_dot_product_attention, []
+
+    def recorded(q, k, v, mask, **how):
+        masks.append(mask)
+        return sdpa(q, k, v, mask, **how)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", recorded)
+    results = []
+    for backend in ("reference", "sdpa"):
+        q, k, v = (x.clone().requires_grad_() for x in tensors)
+        out = attention(q, k, v, pattern, backend=backend)
+        results.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v))])
+    torch.testing.assert_close(results[1], results[0])
+    if pattern.window < T:
+        assert len(masks) > 1 and max(mask.numel() for mask in masks) <= T * S / 3
 
 
 def test_log_sum_exp_and_scale():

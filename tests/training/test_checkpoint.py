@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import sample
+from convert import to_hf
 from model import GPT
 from tests.conftest import TINY
-from training import checkpoint
+from training import checkpoint, init_from
 from training.checkpoint import CheckpointError
 from training.config import OptimConfig
 from training.optimizers import build_optimizers
@@ -141,6 +143,35 @@ def test_damaged_and_missing_checkpoints_are_reported(tmp_path):
         checkpoint.read_state(folder)
     with pytest.raises(CheckpointError, match="no checkpoint 'step-000007'; there are: step-000001"):
         checkpoint.find(tmp_path, "step-000007")
+
+
+def test_only_files_that_are_read_are_verified(runs, tmp_path, monkeypatch):
+    """optimizer.pt has twice the size of the weights. Nothing is hashed before state.json says that it can be read."""
+    run, hashed, sha256 = tmp_path / "run", [], checkpoint._sha256
+    monkeypatch.setattr(checkpoint, "_sha256", lambda path: (hashed.append(path.name), sha256(path))[1])
+    shutil.copytree(runs / "songs", run)
+    for damaged in (False, True):
+        sample.load(run)
+        to_hf.export(run, tmp_path / f"hf {damaged}")
+        checkpoint.read_state(init_from.resolve_checkpoint(str(run)), verify=())
+        assert set(hashed) == {"model.safetensors"}
+        (checkpoint.find(run, "best") / "optimizer.pt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="damaged"):
+        checkpoint.read_state(checkpoint.find(run, "best"))
+    hashed.clear()
+    state = checkpoint.find(run, "best") / "state.json"
+    state.write_text(state.read_text().replace('"format_version": 2', '"format_version": 3'))
+    with pytest.raises(CheckpointError, match="use a newer heed"):
+        checkpoint.read_state(state.parent)
+    assert hashed == []
+
+
+def test_resuming_verifies_each_file_once(run_training, monkeypatch):
+    run_training("whole", "--train.steps=2", "--train.num_evals=1")
+    hashed, sha256 = [], checkpoint._sha256
+    monkeypatch.setattr(checkpoint, "_sha256", lambda path: (hashed.append(path.name), sha256(path))[1])
+    run_training("whole", "--train.steps=2", "--train.num_evals=1", "--resume")
+    assert sorted(hashed) == ["model.safetensors", "optimizer.pt"]
 
 
 def test_weights_of_another_model_raise(tmp_path):

@@ -75,10 +75,16 @@ def start(tmp_path, text, name, *words, script=str(ROOT / "train.py")):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_process_ends_the_run_and_its_checkpoint_loads(tmp_path, text, rank):
-    """The processes measure different gains of bf16; the run has one dtype, and is killed after some saves."""
+    """The processes measure different gains of bf16; the run has one dtype, and is killed after some saves. One process
+    verifies the text."""
     script = tmp_path / "ranks.py"
     script.write_text(
-        "import os, train\nfrom training import device\n"
+        "import os, train\nfrom data import shards\nfrom training import device\n"
+        "map = shards._map\n"
+        "def logged(path, dtype, tokens, sha256):\n"
+        "    if sha256: os.write(1, f'verified by {os.environ[\"RANK\"]}\\n'.encode())\n"
+        "    return map(path, dtype, tokens, sha256)\n"
+        "shards._map = logged\n"
         "os.write(1, f'pid {os.environ[\"RANK\"]} {os.getpid()}\\n'.encode())\n"
         "device._bf16_gain = lambda: [0.1, 9.0][int(os.environ['RANK'])]\ntrain.main()\n"
     )
@@ -98,6 +104,7 @@ def test_a_killed_process_ends_the_run_and_its_checkpoint_loads(tmp_path, text, 
     os.kill(pids[rank], signal.SIGKILL)
     rest, _ = process.communicate(timeout=HANGS)
     assert process.returncode != 0
+    assert set(re.findall(r"verified by (\d)", said)) == {"0"}
     assert "dtype float32 (bfloat16 matmul 0.1x fp32, measured)" in said
     if rank == 1:
         assert "train.py: another process of this run has ended or does not answer" in rest
