@@ -193,10 +193,14 @@ def main(args: argparse.Namespace) -> None:
     if args.chat:
         chat_format.special_tokens(tokenizer)  # raises if there are none
     turns = [("system", args.system)] if args.system else []  # of the chat so far
-    room = model.config.context - min(args.max_new_tokens, model.config.context // 2)  # the rest is for the answer
+    # Half of the context is kept free for the answer, or a quarter if the last message is long.
+    half, quarter = (min(args.max_new_tokens, model.config.context // part) for part in (2, 4))
 
     def answer(prompt: str) -> None:
-        rendered = chat_format.render_prompt(tokenizer, [*turns, ("user", prompt)], room) if args.chat else prompt
+        rendered: str | list[int] = prompt
+        if args.chat:
+            room = model.config.context - quarter
+            rendered = chat_format.render_prompt(tokenizer, [*turns, ("user", prompt)], room, half - quarter)
         turns.extend([("user", prompt), ("assistant", print_samples(model, tokenizer, rendered, sampling, args))])
 
     if not (args.interactive or (args.chat and not args.prompt)):

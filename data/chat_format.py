@@ -127,22 +127,22 @@ def common_prefix(a: list[int], b: list[int]) -> int:
     return next((at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def render_prompt(tokenizer: Tokenizer, turns: Turns, max_tokens: int) -> list[int]:
+def render_prompt(tokenizer: Tokenizer, turns: Turns, max_tokens: int, answer: int = 0) -> list[int]:
     """The prompt for an answer: the turns, then the header of the assistant's turn.
 
-    If the conversation has more than `max_tokens` tokens, the oldest turns are dropped, except the system message and
-    the last turn, and then the beginning of the last turn's text. Raises TokenizerError if the tokenizer has no special
-    tokens, or the system message leaves no room.
+    If the conversation has more than `max_tokens` tokens less `answer`, the oldest turns are dropped, except the system
+    message and the last turn. If these two have more than `max_tokens`, the beginning of the last turn's text is left
+    out. Raises TokenizerError if the tokenizer has no special tokens, or the system message leaves no room.
     """
     header = [special_tokens(tokenizer)[0], *tokenizer.encode("assistant\n")]
     first = int(turns[0][0] == "system")
     while True:
         ids = encode(tokenizer, [turns])[0][0] + header
-        if len(ids) <= max_tokens:
-            return ids
-        if len(turns) - first <= 1:
+        if len(ids) <= max_tokens - answer or len(turns) - first <= 1:
             break
         turns = turns[:first] + turns[first + 2 :]  # a question and its answer
+    if len(ids) <= max_tokens:
+        return ids
     last = encode(tokenizer, [turns[first:]])[0][0]
     kept = 1 + common_prefix(tokenizer.encode(f"{turns[first][0]}\n"), last[1:])  # the header of the last turn
     room = max_tokens - (len(ids) - len(last)) - kept

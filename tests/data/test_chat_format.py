@@ -140,6 +140,8 @@ def test_render_prompt_drops_the_oldest_turns(bpe):
     )
     least = chat_format.render_prompt(bpe, [turns[0], turns[5]], 1000)
     assert chat_format.render_prompt(bpe, turns, len(least)) == least
+    assert chat_format.render_prompt(bpe, turns, 1000, answer=1000 - len(least)) == least
+    assert chat_format.render_prompt(bpe, turns, 1000, answer=999) == least
     assert chat_format.render_prompt(bpe, turns[1:], 1)[-3:] == chat_format.render_prompt(bpe, [turns[5]], 1000)[-3:]
 
 

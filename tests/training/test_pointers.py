@@ -79,7 +79,7 @@ def test_generation_falls_back_when_the_best_is_damaged_or_missing(songs, how, c
 
 
 def test_a_damaged_step_that_was_asked_for_is_an_error(songs):
-    (songs / "step-000015" / "optimizer.pt").write_bytes(b"")
+    (songs / "step-000015" / "model.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match="damaged"):
         load(songs, "step-000015")
 
