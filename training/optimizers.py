@@ -74,7 +74,7 @@ def build_optimizers(model: nn.Module, config: OptimConfig, dtype: torch.dtype) 
     in_block = {name for name, p in named if p.ndim == 2 and ".layers." in name}
     muon = [p for name, p in named if name in in_block and config.optimizer == "muon"]
     matrices = [p for name, p in named if p.ndim == 2 and not (name in in_block and config.optimizer == "muon")]
-    gains = [p for _, p in named if p.ndim != 2]
+    gains = [p for _, p in named if p.ndim != 2]  # and the decays and convolutions of zoo/
     if sorted(map(id, muon + matrices + gains)) != sorted(id(p) for _, p in named):
         raise AssertionError("a parameter is in no group, or in two")
 

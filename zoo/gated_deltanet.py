@@ -65,7 +65,7 @@ class GatedDeltaNet(nn.Module):
         out, S = scan(unit(q) * D**-0.5, unit(k), v, decay, b.sigmoid(), S)  # (B, T, H, D)
         if cache is not None:
             cache.replace(self.layer, S, tail)
-        out = self.norm(out.to(x.dtype)) * F.silu(z[..., 0, :])
+        out = self.norm(out.to(self.norm.weight.dtype)) * F.silu(z[..., 0, :])
         return self.out_proj(out.flatten(2))  # (B, T, H, D) -> (B, T, H * D) -> (B, T, C)
 
 

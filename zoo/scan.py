@@ -41,7 +41,7 @@ def scan(
 
     def split(x: Tensor) -> Tensor:
         """(B, T, H, D) -> (n, B, H, L, D), padded with zeros: tokens that do not change S."""
-        x = F.pad(upcast(x), (0, 0, 0, 0, 0, n * L - T))
+        x = upcast(x) if n * L == T else F.pad(upcast(x), (0, 0, 0, 0, 0, n * L - T))
         return x.view(B, n, L, H, -1).permute(1, 0, 3, 2, 4).contiguous()
 
     with torch.autocast(q.device.type, enabled=False):
@@ -74,8 +74,8 @@ def upcast(x: Tensor) -> Tensor:
 
 
 def init_decay(A_log: Tensor, dt_bias: Tensor) -> None:
-    """Initialize the decay exp(-exp(A_log) softplus(... + dt_bias)) as Mamba-2 does (Dao & Gu 2024): exp(A_log) uniform
-    in [1, 16], softplus(dt_bias) log-uniform in [0.001, 0.1]. So heads remember from one to some hundred tokens."""
+    """Initialize the decay exp(-exp(A_log) softplus(... + dt_bias)) as Mamba-2's authors do: exp(A_log) uniform in
+    [1, 16], softplus(dt_bias) log-uniform in [0.001, 0.1]. A head remembers from about one to a thousand tokens."""
     with torch.no_grad():
         A_log.uniform_(1, 16).log_()
         dt = torch.empty_like(dt_bias).uniform_(math.log(0.001), math.log(0.1)).exp_()
