@@ -20,6 +20,7 @@ from torch import Tensor
 from kernels import cpu
 from kernels.cpu import bindings
 from kernels.cpu.blockwise_attention import BLOCK, block_mask, blocks_attention, spans
+from kernels.gpu_choices import faster_backend, gpu_capability
 from kernels.reference_attention import (
     CAUSAL,
     FULL,
@@ -81,10 +82,13 @@ def attention(
     extras = return_lse or mask_spec.softcap is not None or sinks is not None
     plain = cache_seqlens is None and document_ids is None and alibi_slopes is None and not extras
     whole = plain and mask_spec.causal and q.shape[1] == k.shape[1]
+    maskless = plain and mask_spec.window is None and (whole or not mask_spec.causal)  # a fast path of SDPA
     if torch.is_autocast_enabled(q.device.type):  # as torch's own attention does
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     if backend is None:
         backend, _ = preferred(q.device)
+        if backend == "flash" and maskless:
+            backend = faster_backend(q.device, q.shape[-1], torch.is_grad_enabled() and q.requires_grad)
         if backend == "flash" and cache_seqlens is not None:
             backend = "decode"
         if backend == "cpp" and not (whole and q.dtype in (torch.float32, torch.bfloat16)):
@@ -148,7 +152,10 @@ def _need_triton(backend: str, device: torch.device) -> None:
 
 
 def preferred(device: torch.device) -> tuple[str, str]:
-    """The backend for training on a device, and the reason, which a run logs."""
+    """The backend for training on a device, and the reason, which a run logs.
+
+    "flash" is subject to `faster_backend` where SDPA has a fast path.
+    """
     if device.type == "cpu":
         why = "on a CPU batched matmuls train faster than torch's sdpa"
         # torch.compile cannot trace a function that calls C++.
@@ -161,9 +168,11 @@ def preferred(device: torch.device) -> tuple[str, str]:
         return "sdpa", "triton is not installed"
     if torch.version.hip is not None:
         return "flash", "an AMD GPU"
-    major, minor = torch.cuda.get_device_capability(device)
+    major, minor = gpu_capability(device)
     name = f"an NVIDIA GPU of compute capability {major}.{minor}"
-    return ("flash", name) if major >= 8 else ("sdpa", f"{name}; heed's kernels need 8.0")
+    if major < 8:
+        return "sdpa", f"{name}; heed's kernels need 8.0"
+    return "flash", f"{name}; sdpa where kernels/gpu_choices.py names it"
 
 
 def _sdpa(
