@@ -39,7 +39,8 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--greedy", action="store_true", help="always take the most likely token")
     p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
     p.add_argument("--whole-lines", action="store_true", help="leave out a last line that --max-new-tokens cuts off")
-    p.add_argument("--quantize", choices=["bf16", "int8"], help="convert the weights: faster, slightly less exact")
+    p.add_argument("--quantize", choices=["none", "bf16", "int8"], help="convert the weights: faster, slightly less "
+        "exact; default: bf16 on a GPU that computes in it, else none")  # fmt: skip
     p.add_argument("--seed", type=int, default=0, help="the same seed gives the same text; default: 0")
     p.add_argument("--interactive", action="store_true", help="read prompts one after another; Ctrl-D ends")
     p.add_argument("--chat", action="store_true", help="chat with a run trained on conversations; Ctrl-D ends")
@@ -66,6 +67,7 @@ from inference.sampling import SamplingParams  # noqa: E402
 from inference.stop_strings import GeneratedText  # noqa: E402
 from model import GPT, KVCache  # noqa: E402
 from training.checkpoint import WEIGHTS, CheckpointError, load_weights, model_config, open_checkpoint  # noqa: E402
+from training.device import has_bf16  # noqa: E402
 
 # 1. Tokens ----------------------------------------------------------------------------------------------------------
 
@@ -188,8 +190,9 @@ def main(args: argparse.Namespace) -> None:
     if args.system and not args.chat:
         raise ValueError(f"system = {args.system!r}: needs --chat")
     model, tokenizer = load(args.run or newest_run(), args.checkpoint)
-    if args.quantize:
-        quantize(model, args.quantize)
+    kind = args.quantize or ("bf16" if has_bf16(model.model.cos.device) else "none")
+    if kind != "none":
+        quantize(model, kind)
     if args.chat:
         chat_format.special_tokens(tokenizer)  # raises if there are none
     turns = [("system", args.system)] if args.system else []  # of the chat so far

@@ -121,7 +121,7 @@ def local(source: str, text_column: str, where: str) -> Corpus:
     def pieces() -> Iterator[Piece]:
         for file in files:
             if kind := TABLES.get(file.suffix.lower()):
-                yield from rows(partial(table, kind, file), text_column, where)
+                yield from rows(partial(table, kind, file, where), text_column, where)
             elif alone:
                 yield from chunk_text(read(file), whole=0)
             else:
@@ -234,19 +234,25 @@ def check_rows(file: Path, where: str) -> None:
             tail = block[-64:]
 
 
-def table(kind: str, file: Path) -> Any:
-    """A local table as a streaming dataset."""
-    import datasets
+def import_datasets(where: str) -> Any:
+    """The package datasets, imported only when it is needed. Raises CorpusError if it is not installed."""
+    try:
+        import datasets
+    except ImportError:
+        raise CorpusError(f"{where}: tables and the hub need the package datasets, which is not installed") from None
+    return datasets
 
-    return datasets.load_dataset(kind, data_files=str(file), split="train", streaming=True)
+
+def table(kind: str, file: Path, where: str) -> Any:
+    """A local table as a streaming dataset."""
+    return import_datasets(where).load_dataset(kind, data_files=str(file), split="train", streaming=True)
 
 
 def hub(source: str, split: str, text_column: str, where: str) -> Corpus:
     """A dataset on the hub, resolved now and streamed later. Its fingerprint includes the resolved commit."""
     name, config, own_split = (*source.removeprefix("hf:").split(":", 2), "", "")[:3]
     split = own_split or split
-    import datasets
-
+    datasets = import_datasets(where)
     try:
         builder = datasets.load_dataset_builder(name, config or None)
     except Exception as error:  # many types: no network, no such name, no such config

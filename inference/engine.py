@@ -1,8 +1,8 @@
 """Inference engines: `engine = make_engine(model)`, then `logits = engine(tokens, cache)`.
 
 `EagerEngine` runs model.py in PyTorch on any device. `CppEngine` computes the same on a CPU in one C++ call per step
-(kernels/cpu/decode_step.cpp). Without a C++ compiler, or with a model that the C++ file does not support, `make_engine`
-prints the reason once and returns the eager engine.
+(kernels/cpu/decode_step.cpp). `CudaGraphEngine` replays a step on a GPU as one CUDA graph. Without a C++ compiler, or
+with a model that the C++ file does not support, `make_engine` prints the reason once and returns the eager engine.
 """
 
 import dataclasses
@@ -31,7 +31,10 @@ class Engine(Protocol):
     cache_dtype: torch.dtype
 
     def __call__(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        """Append tokens (B, T) to the cache and return the logits after the last one, (B, V) fp32."""
+        """Append tokens (B, T) to the cache and return the logits after the last one, (B, V) fp32.
+
+        The next call may overwrite them.
+        """
         ...
 
 
@@ -42,6 +45,8 @@ def make_engine(model: GPT) -> Engine:
             return CppEngine(model)
         except cpu.Unavailable as reason:
             _warn_once(f"[generating with PyTorch, several times slower than heed's C++: {reason}]")
+    if model.model.cos.device.type == "cuda":
+        return CudaGraphEngine(model)
     return EagerEngine(model)
 
 
@@ -69,6 +74,42 @@ class EagerEngine:
             hidden = self.model.model(chunk, cache)  # (B, T, C)
             cache.advance(chunk.shape[1])
         return self.model.head(hidden[:, -1]).float()  # (B, C) -> (B, V)
+
+
+class CudaGraphEngine:
+    """The model in PyTorch on a GPU. A step of one token per sequence is captured once per cache, then replayed.
+
+    A step launches hundreds of small kernels, which takes the host longer than the GPU needs to run them. A CUDA graph
+    launches all of them at once. It is possible since a step has the same shapes at every position, and lengths and
+    positions are read on the GPU. A prompt is processed eagerly.
+    """
+
+    def __init__(self, model: GPT) -> None:
+        self.eager = EagerEngine(model)
+        self.cache_dtype = self.eager.cache_dtype
+        self.cache: KVCache | None = None  # of the captured graph, which writes to its memory
+
+    def __call__(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        if tokens.shape[1] > 1:
+            return self.eager(tokens, cache)
+        if self.cache is not cache:
+            self._capture(tokens, cache)
+        self.tokens.copy_(tokens)
+        self.graph.replay()
+        return self.logits
+
+    def _capture(self, tokens: Tensor, cache: KVCache) -> None:
+        """Record a step. It runs once before, since kernels are compiled and libraries set up when first called: on a
+        copy of the cache, since it changes states and lengths."""
+        self.cache, self.tokens = cache, tokens.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.eager(self.tokens, cache.repeat(1))
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = self.eager(self.tokens, cache)
 
 
 class CppEngine:

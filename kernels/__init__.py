@@ -20,9 +20,19 @@ from torch import Tensor
 from kernels import cpu
 from kernels.cpu import bindings
 from kernels.cpu.blockwise_attention import BLOCK, block_mask, blocks_attention, spans
-from kernels.reference_attention import CAUSAL, FULL, MaskSpec, attention_mask, reference_attention, relative_positions
+from kernels.gpu_choices import faster_backend, gpu_capability
+from kernels.reference_attention import (
+    CAUSAL,
+    FULL,
+    DocumentBounds,
+    MaskSpec,
+    attention_mask,
+    document_bounds,
+    reference_attention,
+    relative_positions,
+)
 
-__all__ = ["CAUSAL", "FULL", "MaskSpec", "attention", "preferred"]
+__all__ = ["CAUSAL", "FULL", "DocumentBounds", "MaskSpec", "attention", "document_bounds", "preferred"]
 
 BACKENDS = ("reference", "sdpa", "cpp", "blocks", "flash", "decode")
 
@@ -36,7 +46,7 @@ def attention(
     softmax_scale: float | None = None,
     cache_seqlens: Tensor | None = None,
     block_table: Tensor | None = None,
-    document_ids: Tensor | None = None,
+    document_ids: Tensor | DocumentBounds | None = None,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     backend: str | None = None,
@@ -54,6 +64,7 @@ def attention(
             sequence b is in page block_table[b, p // page] (PagedAttention: Kwon et al. 2023, section 4.1). Entries
             beyond the length of a sequence are not read.
         document_ids: (B, S) integers: packed documents, each a run of one number; a query attends to its own run only.
+            A model of several layers passes their `document_bounds` instead, computed once per batch.
         alibi_slopes: (H,) fp32: subtracts |distance| times the slope from the scores (ALiBi: Press et al. 2022,
             section 3).
         sinks: (H,) fp32: an additional score in every row's softmax, without a value (gpt-oss: arXiv 2508.10925,
@@ -65,14 +76,19 @@ def attention(
     Raises:
         ValueError: mismatched shapes, or a backend that cannot run this call, with the reason.
     """
-    _check(q, k, v, cache_seqlens, block_table, document_ids, alibi_slopes, sinks)
+    # The start of a document identifies it.
+    ids = document_ids.first if isinstance(document_ids, DocumentBounds) else document_ids
+    _check(q, k, v, cache_seqlens, block_table, ids, alibi_slopes, sinks)
     extras = return_lse or mask_spec.softcap is not None or sinks is not None
     plain = cache_seqlens is None and document_ids is None and alibi_slopes is None and not extras
     whole = plain and mask_spec.causal and q.shape[1] == k.shape[1]
+    maskless = plain and mask_spec.window is None and (whole or not mask_spec.causal)  # a fast path of SDPA
     if torch.is_autocast_enabled(q.device.type):  # as torch's own attention does
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     if backend is None:
         backend, _ = preferred(q.device)
+        if backend == "flash" and maskless:
+            backend = faster_backend(q.device, q.shape[-1], torch.is_grad_enabled() and q.requires_grad)
         if backend == "flash" and cache_seqlens is not None:
             backend = "decode"
         if backend == "cpp" and not (whole and q.dtype in (torch.float32, torch.bfloat16)):
@@ -120,10 +136,8 @@ def attention(
                 raise ValueError("backend = 'sdpa' cannot return the log-sum-exp")
             if mask_spec.softcap is not None or sinks is not None:
                 raise ValueError("backend = 'sdpa' supports neither softcap nor sinks")
-            return _sdpa(q, k, v, mask_spec, softmax_scale, cache_seqlens, document_ids, alibi_slopes)
-        out, lse, _ = reference_attention(
-            q, k, v, mask_spec, softmax_scale, cache_seqlens, document_ids, alibi_slopes, sinks
-        )
+            return _sdpa(q, k, v, mask_spec, softmax_scale, cache_seqlens, ids, alibi_slopes)
+        out, lse, _ = reference_attention(q, k, v, mask_spec, softmax_scale, cache_seqlens, ids, alibi_slopes, sinks)
     return (out, lse) if return_lse else out
 
 
@@ -138,7 +152,10 @@ def _need_triton(backend: str, device: torch.device) -> None:
 
 
 def preferred(device: torch.device) -> tuple[str, str]:
-    """The backend for training on a device, and the reason, which a run logs."""
+    """The backend for training on a device, and the reason, which a run logs.
+
+    "flash" is subject to `faster_backend` where SDPA has a fast path.
+    """
     if device.type == "cpu":
         why = "on a CPU batched matmuls train faster than torch's sdpa"
         # torch.compile cannot trace a function that calls C++.
@@ -151,9 +168,11 @@ def preferred(device: torch.device) -> tuple[str, str]:
         return "sdpa", "triton is not installed"
     if torch.version.hip is not None:
         return "flash", "an AMD GPU"
-    major, minor = torch.cuda.get_device_capability(device)
+    major, minor = gpu_capability(device)
     name = f"an NVIDIA GPU of compute capability {major}.{minor}"
-    return ("flash", name) if major >= 8 else ("sdpa", f"{name}; heed's kernels need 8.0")
+    if major < 8:
+        return "sdpa", f"{name}; heed's kernels need 8.0"
+    return "flash", f"{name}; sdpa where kernels/gpu_choices.py names it"
 
 
 def _sdpa(

@@ -7,6 +7,7 @@ Shapes: B batch, T queries, S keys, H query heads, K key/value heads, G = H / K 
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +37,26 @@ class MaskSpec:
 
 CAUSAL = MaskSpec()
 FULL = MaskSpec(causal=False)
+
+
+class DocumentBounds(NamedTuple):
+    """The packed documents of a batch: the keys of a position's document are first ... last - 1, (B, S) int32 each."""
+
+    first: Tensor
+    last: Tensor
+
+
+def document_bounds(document_ids: Tensor) -> DocumentBounds:
+    """The bounds of each position's document, from (B, S) integers: each document is a run of one number."""
+    S = document_ids.shape[1]
+    # (B, S) true where a document starts, except at position 0
+    new = document_ids.diff(dim=1, prepend=document_ids[:, :1]) != 0
+    here = torch.arange(S, dtype=torch.int32, device=document_ids.device).expand_as(document_ids)  # (B, S)
+    first = torch.where(new, here, 0).cummax(1).values
+    ends = torch.where(new, here, S).roll(-1, 1)  # (B, S) at a document's last position: the start of the next
+    ends[:, -1] = S
+    last = ends.flip(1).cummin(1).values.flip(1)  # the nearest end to the right
+    return DocumentBounds(first.int(), last.int())
 
 
 def relative_positions(

@@ -109,8 +109,7 @@ def _dtype(asked: str, device: torch.device) -> tuple[torch.dtype, str]:
         return getattr(torch, asked), f"dtype {asked} (train.dtype)"
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
-        # is_bf16_supported() is also true where bf16 is emulated, as on a T4; tensor cores have it from 8.0 on
-        fast, reason = major >= 8 or torch.version.hip is not None, f"compute capability {major}.{minor}"
+        fast, reason = has_bf16(device), f"compute capability {major}.{minor}"
     elif device.type == "cpu":
         ratio = _bf16_gain()
         fast, reason = ratio > 1.3, f"{'' if ratio > 1.3 else 'bfloat16 '}matmul {ratio:.2g}x fp32, measured"
@@ -118,6 +117,14 @@ def _dtype(asked: str, device: torch.device) -> tuple[torch.dtype, str]:
         fast, reason = False, "bfloat16 is not used on this device"
     dtype = torch.bfloat16 if fast else torch.float32
     return dtype, f"dtype {str(dtype).removeprefix('torch.')} ({reason})"
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether this is a GPU whose matrix units compute in bf16."""
+    if device.type != "cuda":
+        return False
+    # is_bf16_supported() is also true where bf16 is emulated, as on a T4; tensor cores have it from 8.0 on
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] >= 8
 
 
 def _bf16_gain() -> float:

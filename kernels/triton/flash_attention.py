@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.reference_attention import MaskSpec
+from kernels.reference_attention import DocumentBounds, MaskSpec, document_bounds
 from kernels.triton.tiles import FLASH_FP32, INTERPRETED, tile
 
 LOG2E = tl.constexpr(math.log2(math.e))
@@ -38,14 +38,16 @@ LN2 = tl.constexpr(math.log(2))
 
 
 def flash_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask_spec: MaskSpec, softmax_scale: float, document_ids: Tensor | None = None,
-    alibi_slopes: Tensor | None = None, sinks: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, mask_spec: MaskSpec, softmax_scale: float,
+    document_ids: Tensor | DocumentBounds | None = None, alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention over whole sequences, differentiable. The arguments are those of `kernels.attention`.
 
     Args:
         q: (B, T, H, D); k, v: (B, S, K, D), all fp32, fp16 or bf16; with document_ids (B, S), T is at most S.
-        document_ids: one number per document; from lengths: torch.repeat_interleave(lengths).
+        document_ids: one number per document, from lengths: torch.repeat_interleave(lengths); or their
+            `document_bounds`, computed once for all layers.
         alibi_slopes, sinks: (H,), converted to fp32.
     Returns:
         out (B, T, H, D) in q's dtype and the log-sum-exp (B, T, H) in fp32, base e, sink included; both are
@@ -57,24 +59,13 @@ def flash_attention(
         raise ValueError(f"flash needs one dtype, fp32, fp16 or bf16; q is {q.dtype}, k {k.dtype}, v {v.dtype}")
     if q.shape[-1] > 256:
         raise ValueError(f"flash supports head sizes up to 256, not {q.shape[-1]}")
-    first, last = (None, None) if document_ids is None else document_bounds(document_ids)
+    first, last = None, None
+    if document_ids is not None:
+        first, last = document_ids if isinstance(document_ids, DocumentBounds) else document_bounds(document_ids)
     alibi_slopes, sinks = (None if x is None else x.float().contiguous() for x in (alibi_slopes, sinks))
     return _forward_op(
         q, k, v, mask_spec.causal, mask_spec.window, mask_spec.softcap, softmax_scale, first, last, alibi_slopes, sinks
     )
-
-
-def document_bounds(document_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Start and end of each position's document, (B, S) int32: its keys are first ... last - 1."""
-    S = document_ids.shape[1]
-    # (B, S) true where a document starts, except at position 0
-    new = document_ids.diff(dim=1, prepend=document_ids[:, :1]) != 0
-    here = torch.arange(S, dtype=torch.int32, device=document_ids.device).expand_as(document_ids)  # (B, S)
-    first = torch.where(new, here, 0).cummax(1).values
-    ends = torch.where(new, here, S).roll(-1, 1)  # (B, S) at a document's last position: the start of the next
-    ends[:, -1] = S
-    last = ends.flip(1).cummin(1).values.flip(1)  # the nearest end to the right
-    return first.int(), last.int()
 
 
 # 1. Shared device functions -----------------------------------------------------------------------------------------
@@ -306,28 +297,31 @@ def _dkdv(  # type: ignore[no-untyped-def]
     dkeys = tl.zeros((N, BLOCK_D), tl.float32)
     dvalues = tl.zeros((N, BLOCK_D), tl.float32)
 
+    # One loop over all blocks of queries of all heads of the group: loads for the next head begin before the last ends.
     low, high = _query_range(start, b, first, last, T, S, CAUSAL, WINDOW, M, N)
-    for h in range(kv * G, kv * G + G):
+    blocks = tl.maximum(tl.cdiv(high - low, M), 0)
+    for i in range(0, G * blocks):
+        h, here = kv * G + i // blocks, low + i % blocks * M
+        t = here + tl.arange(0, M)  # (M,)
         slope = None if slopes is None else tl.load(slopes + h)
-        for here in range(low, high, M):
-            t = here + tl.arange(0, M)  # (M,)
-            query = (t + S - T)[None, :]  # (1, M) positions
-            of_row = (b * T + t) * H + h  # (M,) in (B, T, H)
-            begin, end = None, None
-            if first is not None:
-                begin = tl.load(first + b * S + query, mask=query < S, other=0)  # (1, M)
-                end = tl.load(last + b * S + query, mask=query < S, other=0)
-            queries = _load(q, b * q_b + h * q_h, q_t, T, here, M, D, BLOCK_D)  # (M, BLOCK_D)
-            product = tl.dot(keys, tl.trans(queries), input_precision="ieee")  # (N, BLOCK_D) (BLOCK_D, M) -> (N, M)
-            score, tanh = _scores(product, query, key, begin, end, slope, scale, S, CAUSAL, WINDOW, SOFTCAP)
-            weight = tl.exp2(score - _base(lse, of_row, t < T)[None, :])
-            douts = _load(dout, (b * T * H + h) * D, H * D, T, here, M, D, BLOCK_D)  # (M, BLOCK_D)
-            dvalues = tl.dot(weight.to(douts.dtype), douts, dvalues, input_precision="ieee")  # (N, M) (M, BLOCK_D)
-            dweight = tl.dot(values, tl.trans(douts), input_precision="ieee")  # (N, BLOCK_D) (BLOCK_D, M) -> (N, M)
-            dscore = weight * (dweight - tl.load(delta + of_row, mask=t < T, other=0.0)[None, :])
-            if SOFTCAP is not None:
-                dscore *= 1 - tanh * tanh
-            dkeys = tl.dot(dscore.to(queries.dtype), queries, dkeys, input_precision="ieee")  # (N, M) (M, BLOCK_D)
+        query = (t + S - T)[None, :]  # (1, M) positions
+        of_row = (b * T + t) * H + h  # (M,) in (B, T, H)
+        begin, end = None, None
+        if first is not None:
+            begin = tl.load(first + b * S + query, mask=query < S, other=0)  # (1, M)
+            end = tl.load(last + b * S + query, mask=query < S, other=0)
+        queries = _load(q, b * q_b + h * q_h, q_t, T, here, M, D, BLOCK_D)  # (M, BLOCK_D)
+        product = tl.dot(keys, tl.trans(queries), input_precision="ieee")  # (N, BLOCK_D) (BLOCK_D, M) -> (N, M)
+        score, tanh = _scores(product, query, key, begin, end, slope, scale, S, CAUSAL, WINDOW, SOFTCAP)
+        weight = tl.exp2(score - _base(lse, of_row, t < T)[None, :])
+        douts = _load(dout, (b * T * H + h) * D, H * D, T, here, M, D, BLOCK_D)  # (M, BLOCK_D)
+        d = tl.load(delta + of_row, mask=t < T, other=0.0)  # early: loaded late it makes Triton 3.6 spill
+        dvalues = tl.dot(weight.to(douts.dtype), douts, dvalues, input_precision="ieee")  # (N, M) (M, BLOCK_D)
+        dweight = tl.dot(values, tl.trans(douts), input_precision="ieee")  # (N, BLOCK_D) (BLOCK_D, M) -> (N, M)
+        dscore = weight * (dweight - d[None, :])
+        if SOFTCAP is not None:
+            dscore *= 1 - tanh * tanh
+        dkeys = tl.dot(dscore.to(queries.dtype), queries, dkeys, input_precision="ieee")  # (N, M) (M, BLOCK_D)
 
     _store(dkeys * scale, dk, (b * S * K + kv) * D, K * D, S, start, N, D, BLOCK_D)
     _store(dvalues, dv, (b * S * K + kv) * D, K * D, S, start, N, D, BLOCK_D)

@@ -18,9 +18,9 @@ from benchmarks.attention_block_maps import PART, SKIPPED, WHOLE, blocks
 from benchmarks.kernel_costs import GPUS, bound, rate
 from benchmarks.shapes import Case, cases, dry_cases
 from kernels import CAUSAL, attention
-from kernels.reference_attention import attention_mask
+from kernels.reference_attention import attention_mask, document_bounds
 from kernels.triton import flash_decoding, tiles
-from kernels.triton.flash_attention import _key_range, _query_range, document_bounds
+from kernels.triton.flash_attention import _key_range, _query_range
 from tests.conftest import command
 
 CPU = torch.device("cpu")

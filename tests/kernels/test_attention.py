@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 import triton
 
-from kernels import CAUSAL, FULL, MaskSpec, attention, preferred
+import kernels
+from kernels import CAUSAL, FULL, MaskSpec, attention, gpu_choices, preferred
 from kernels.cpu import blockwise_attention
+from kernels.triton import flash_attention, flash_decoding
 
 BACKENDS = ("reference", "sdpa")
 
@@ -232,6 +234,36 @@ def test_the_backend_follows_from_the_device_and_says_why(monkeypatch, device, c
     backend, why = preferred(torch.device(device))
     assert backend == chosen
     assert why
+
+
+@pytest.mark.parametrize(
+    ("card", "train", "options", "chosen"),
+    [
+        ("a measured card", True, {}, "flash"),
+        ("a measured card", False, {}, "sdpa"),
+        ("a measured card", True, {"mask_spec": FULL}, "flash"),
+        ("another card", True, {}, "sdpa"),
+        ("another card", False, {"mask_spec": FULL}, "sdpa"),
+        ("another card", True, {"mask_spec": MaskSpec(True, 3)}, "flash"),
+        ("another card", True, {"document_ids": torch.zeros(1, 4, dtype=torch.long)}, "flash"),
+        ("another card", True, {"alibi_slopes": torch.ones(2)}, "flash"),
+        ("another card", False, {"cache_seqlens": torch.tensor([4])}, "decode"),
+    ],
+)
+def test_on_a_gpu_the_faster_backend_by_measurement(monkeypatch, card, train, options, chosen):
+    """The GPU is simulated: which function is called with these tensors, if they were on it."""
+    measured = gpu_choices.Choices("today", {16: "flash"}, {16: "sdpa"})
+    monkeypatch.setattr(gpu_choices, "GPU_CHOICES", {"a measured card": measured})
+    monkeypatch.setattr(gpu_choices, "gpu_name", lambda device: card)
+    monkeypatch.setattr(kernels, "preferred", lambda device: ("flash", "a GPU"))
+    called = []
+    for name, function in (("flash", flash_attention), ("decode", flash_decoding)):
+        attribute = f"{name}_attention"
+        monkeypatch.setattr(function, attribute, lambda *_, name=name: (called.append(name), None))
+    monkeypatch.setattr(kernels, "_sdpa", lambda *_: called.append("sdpa"))
+    q, k, v = (x.requires_grad_(train) for x in draw(1, 4, 4, 2, 1, 16))
+    attention(q, k, v, **options)
+    assert called == [chosen]
 
 
 def test_kernels_that_cannot_run_say_why(monkeypatch):

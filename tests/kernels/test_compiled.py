@@ -1,7 +1,8 @@
 """The compiled gate: what the compilers make of every kernel is held to the figures in compiled_limits.json.
 
 compile_kernels.py compiles them, in a process of its own, since this one has Triton's interpreter. A figure that got
-worse fails; one that got better fails too, until it is recorded, so that the record is always what is there.
+worse fails; one that got better fails too, until it is recorded, so that the record is always what is there. With
+another Triton only what must hold anyway is tested: no kernel spills with 3.6.0 either (compiled 2026-11-26).
 """
 
 import itertools
@@ -9,6 +10,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 
@@ -17,6 +19,9 @@ pytest.importorskip("triton")
 from tests.conftest import ROOT, UNTRACED_ENV
 
 BUDGET = json.loads((ROOT / "tests" / "kernels" / "compiled_limits.json").read_text())
+recorded = pytest.mark.skipif(
+    version("triton") != BUDGET["triton"], reason=f"the figures are of triton {BUDGET['triton']}, see requirements.txt"
+)
 RECORD = "record it on purpose with `python -m tests.kernels.compile_kernels --record`"
 
 # What is better comes first; of numbers less is better, except of these two.
@@ -59,10 +64,6 @@ def compile_kernels(code: str = "") -> dict:
 @pytest.fixture(scope="session")
 def compiled() -> dict:
     """name -> figures of every kernel, compiled now."""
-    import triton
-
-    if triton.__version__ != BUDGET["triton"]:
-        pytest.fail(f"triton is {triton.__version__}, the figures are of {BUDGET['triton']}: {RECORD}")
     return compile_kernels()["kernels"]
 
 
@@ -70,17 +71,20 @@ def lines(found: list[str]) -> str:
     return "\n".join(found)
 
 
+@recorded
 def test_every_kernel_is_recorded(compiled):
     assert compiled.keys() == BUDGET["kernels"].keys(), RECORD
     tiles = {name: row["tile"] for name, row in compiled.items()}
     assert tiles == {name: row["tile"] for name, row in BUDGET["kernels"].items()}, f"another tile: {RECORD}"
 
 
+@recorded
 def test_nothing_is_worse(compiled):
     worse, _ = compare(BUDGET["kernels"], compiled)
     assert not worse, f"worse:\n{lines(worse)}"
 
 
+@recorded
 def test_nothing_is_better_than_recorded(compiled):
     _, better = compare(BUDGET["kernels"], compiled)
     assert not better, f"better: {RECORD}\n{lines(better)}"

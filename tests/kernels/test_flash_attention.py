@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import CAUSAL, FULL, MaskSpec, attention
-from kernels.reference_attention import attention_mask, reference_attention, relative_positions
-from kernels.triton.flash_attention import document_bounds, flash_attention
+from kernels.reference_attention import attention_mask, document_bounds, reference_attention, relative_positions
+from kernels.triton import flash_attention as flash_module
+from kernels.triton.flash_attention import flash_attention
 
 SCALE = 0.3
 
@@ -226,6 +227,16 @@ def test_bounds_of_documents():
     first, last = document_bounds(torch.tensor([[5, 5, 2, 2, 2, 5], [0, 1, 2, 3, 3, 3]]))
     assert first.tolist() == [[0, 0, 2, 2, 2, 5], [0, 1, 2, 3, 3, 3]]
     assert last.tolist() == [[2, 2, 5, 5, 5, 6], [1, 2, 3, 6, 6, 6]]
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "flash"])
+def test_bounds_in_place_of_documents(backend, monkeypatch):
+    """As a model of several layers passes them: computed once, in no call of attention."""
+    (q, k, v), _, documents, *_ = draw(2, 35, 41, 2, 1, 16, docs=True)
+    expected = attention(q, k, v, document_ids=documents, backend="reference")
+    bounds = document_bounds(documents)
+    monkeypatch.delattr(flash_module, "document_bounds")
+    torch.testing.assert_close(attention(q, k, v, document_ids=bounds, backend=backend), expected)
 
 
 def test_one_node_for_the_compiler():

@@ -1,11 +1,13 @@
 """The whole model through heed's Triton kernels, interpreted: training, caching and generation are as with torch."""
 
+import types
+
 import pytest
 import torch
 
 import kernels
 import kernels.cross_entropy
-from kernels import MaskSpec, attention
+from kernels import MaskSpec, attention, gpu_choices
 from model import GPT, KVCache, ModelConfig
 from tests.conftest import TINY, randomized
 
@@ -23,6 +25,7 @@ def in_triton(monkeypatch):
     def choose():
         for module in (kernels, kernels.cross_entropy):
             monkeypatch.setattr(module, "preferred", lambda device: ("flash", "asked for"))
+        monkeypatch.setattr(kernels, "faster_backend", lambda *_: "flash")
 
     from triton.runtime.interpreter import GridExecutor
 
@@ -82,6 +85,34 @@ def test_cached_and_uncached_logits(in_triton, config):
         cache.advance(part.shape[1])
     torch.testing.assert_close(torch.cat(got, 1), expected, atol=1e-4, rtol=1e-4)
     assert in_triton.calls["decode"] == 2 * 4
+
+
+@pytest.mark.parametrize("window", [0, 5])
+def test_a_block_is_one_graph(in_triton, window):
+    """As train.py compiles it on a GPU: a graph break would cost more than the compiled code saves."""
+    config = ModelConfig(**{**vars(TINY), "layer_pattern": "S" if window else "L", "window": window})
+    model = randomized(config)
+    in_triton()
+    tokens = torch.arange(20)[None]
+    expected = torch.autograd.grad(model.loss(tokens, tokens), list(model.parameters()))
+    for layer in model.model.layers:
+        layer.compile(fullgraph=True, backend="aot_eager")
+    got = torch.autograd.grad(model.loss(tokens, tokens), list(model.parameters()))
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_choice_of_a_backend_is_a_constant_of_the_graph(monkeypatch):
+    """torch.compile cannot trace torch's functions for the name and the capability of a GPU."""
+    gpu = types.SimpleNamespace(major=9, minor=0, name="NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: gpu)
+    monkeypatch.setitem(gpu_choices.GPU_CHOICES, "NVIDIA H200", gpu_choices.Choices("today", {64: "flash"}, {}))
+
+    def chosen(x):
+        device = torch.device("cuda", 0)
+        names = [kernels.preferred(device)[0], *(gpu_choices.faster_backend(device, D, True) for D in (64, 128))]
+        return x + sum(10**i * (name == "flash") for i, name in enumerate(names))
+
+    assert torch.compile(chosen, fullgraph=True, backend="eager")(torch.zeros(1)) == 11
 
 
 def test_autocast_reaches_the_kernels():
