@@ -1,7 +1,8 @@
 """The compiled gate: what the compilers make of every kernel is held to the figures in compiled_limits.json.
 
 compile_kernels.py compiles them, in a process of its own, since this one has Triton's interpreter. A figure that got
-worse fails; one that got better fails too, until it is recorded, so that the record is always what is there.
+worse fails. One that got better fails too, until it is recorded, so that the record is always what is there; but not
+with another version of Triton than the recorded one.
 """
 
 import itertools
@@ -59,10 +60,6 @@ def compile_kernels(code: str = "") -> dict:
 @pytest.fixture(scope="session")
 def compiled() -> dict:
     """name -> figures of every kernel, compiled now."""
-    import triton
-
-    if triton.__version__ != BUDGET["triton"]:
-        pytest.fail(f"triton is {triton.__version__}, the figures are of {BUDGET['triton']}: {RECORD}")
     return compile_kernels()["kernels"]
 
 
@@ -81,8 +78,15 @@ def test_nothing_is_worse(compiled):
     assert not worse, f"worse:\n{lines(worse)}"
 
 
+def unrecorded(found: dict, version: str) -> list[str]:
+    """Lines about figures that are better, of kernels compiled by the recorded version of Triton."""
+    return compare(BUDGET["kernels"], found)[1] if version == BUDGET["triton"] else []
+
+
 def test_nothing_is_better_than_recorded(compiled):
-    _, better = compare(BUDGET["kernels"], compiled)
+    import triton
+
+    better = unrecorded(compiled, triton.__version__)
     assert not better, f"better: {RECORD}\n{lines(better)}"
 
 
@@ -159,3 +163,9 @@ def test_each_figure_counts(figure, value, is_worse):
     name = "flash_forward D 64 on sm_90"
     worse, better = compare(BUDGET["kernels"], {name: BUDGET["kernels"][name] | {figure: value}})
     assert (len(worse), len(better)) == (is_worse, not is_worse)
+
+
+def test_another_version_of_triton_may_do_better():
+    name = "flash_forward D 64 on sm_90"
+    found = {name: BUDGET["kernels"][name] | {"registers": 1}}
+    assert unrecorded(found, BUDGET["triton"]) and not unrecorded(found, "0.0")

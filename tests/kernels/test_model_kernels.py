@@ -84,6 +84,23 @@ def test_cached_and_uncached_logits(in_triton, config):
     assert in_triton.calls["decode"] == 2 * 4
 
 
+def test_compiled_layers_give_the_same_gradients(in_triton):
+    """As train.py compiles them on a GPU. torch.compile generates no code here: it traces through the operator."""
+    in_triton()
+    tokens = torch.randint(97, (2, 20), generator=torch.Generator().manual_seed(2))
+    gradients = []
+    for compiled in (False, True):
+        model = randomized(TINY).train()
+        torch._dynamo.reset()
+        for layer in model.model.layers if compiled else ():
+            layer.compile(fullgraph=True, backend="aot_eager")
+        model.loss(tokens, tokens).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert in_triton.calls["flash_forward"] == in_triton.calls["flash_backward"] == 2 * 2
+    for ours, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
+
+
 def test_autocast_reaches_the_kernels():
     q, k, v = (torch.randn(1, 9, 2, 16, requires_grad=True) for _ in range(3))
     with torch.autocast("cpu", torch.bfloat16):
