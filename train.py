@@ -119,12 +119,11 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
         log(f"resume {latest}, {num_steps - step if num_steps else 'an unknown number of'} steps left")
         log(f"changed {changes or 'nothing'}")
     world.barrier()  # all processes have read what the main process changes now
-    if world.main:
-        if resume:
-            checkpoint.replace_file(run / "config.toml", dump(config))
-        else:
-            run_folder.start(run, config, tokenizer)
+    if world.main and not resume:
+        run_folder.start(run, config, tokenizer)
     record = metrics.Metrics(run, step, config.train.wandb, dataclasses.asdict(config)) if world.main else None
+    if world.main and resume:  # the records could be repaired: nothing refuses any more
+        checkpoint.replace_file(run / "config.toml", dump(config))
     world.barrier()  # all processes read the same records
     val_losses = {r["step"]: r["val_loss"] for r in metrics.read(run / metrics.NAME) if "val_loss" in r}
     saved = step if resume else -1

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from convert.hf_config import to_hf, to_hf_weight
@@ -22,7 +23,7 @@ def export(run: Path, folder: Path, checkpoint: str = "best", dtype: str = "floa
     """Write the weights, configuration, tokenizer and model card of a checkpoint. Returns a one-line summary.
 
     dtype: float32 (exact) or bfloat16 (rounded, half the size). Raises ValueError: no such run or checkpoint, a flag
-    that no class of transformers supports, or a folder that is not empty.
+    that no class of transformers supports, or a folder that is not empty. Raises OSError: a full disk.
     """
     source = find(run, checkpoint)
     state = read_state(source, verify=WEIGHTS)
@@ -35,7 +36,10 @@ def export(run: Path, folder: Path, checkpoint: str = "best", dtype: str = "floa
 
     weights = [to_hf_weight(config, name, w) for name, w in load_file(source / "model.safetensors").items()]
     stored = {name: w.to(getattr(torch, dtype)) for name, w in weights}
-    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    try:
+        save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    except SafetensorError as error:  # what safetensors makes of an OSError
+        raise OSError(f"{folder / 'model.safetensors'}: cannot be written ({error})") from None
     tokenizer.save(folder / "tokenizer.json")
     shutil.copymode(folder / "tokenizer.json", folder / "model.safetensors")  # safetensors ignores the umask
     write_json(folder / "config.json", hf | token_ids | {"dtype": dtype})

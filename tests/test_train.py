@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ from data.shards import Shards
 from data.tokenizer import Tokenizer
 from model import GPT, ModelConfig
 from sample import load
-from tests.conftest import ROOT, SMALL, TINY, UNTRACED_ENV, losses, randomized, weights
+from tests.conftest import ROOT, SMALL, TINY, losses, randomized, weights
 from training import checkpoint, metrics
 from training.flops import count_parameters
 
@@ -58,29 +57,9 @@ def test_validation_covers_every_token_and_reports_bits_per_byte(runs, monkeypat
     assert last["val_bpb"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
 
 
-def test_resume_after_kill_is_bitwise_equal(run_training, text, tmp_path):
-    words = ("--train.steps=24", "--train.num_evals=3", "--model.dropout=0.1")
-    whole = run_training("whole", *words)
-    flags = [*SMALL, f"--data.source={text}", *words]
-    started = [sys.executable, str(ROOT / "train.py"), "shakespeare", "--name=killed", *flags]
-    process = subprocess.Popen(
-        started, cwd=ROOT, env=UNTRACED_ENV | {"HEED_RUNS": str(tmp_path)}, stdout=subprocess.DEVNULL
-    )
-    killed = tmp_path / "killed"
-    while not (killed / "latest").exists() and process.poll() is None:
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    assert checkpoint.read_state(checkpoint.find(killed, "latest"))["step"] < 24
-    run_training("killed", *words, "--resume")
-    assert losses(killed) == losses(whole)
-    assert losses(killed, "val_loss") == losses(whole, "val_loss")
-    assert weights(killed) == weights(whole)
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_saves_and_resume_is_bitwise_equal(run_training, text, tmp_path, number):
-    words = ("--train.steps=300", "--train.num_evals=1")
+def test_a_signal_saves_and_ends_the_run(text, tmp_path, number):
+    words = ("--train.steps=1000000", "--train.num_evals=1")
     started = [
         sys.executable,
         "-u",
@@ -93,13 +72,13 @@ def test_signal_saves_and_resume_is_bitwise_equal(run_training, text, tmp_path, 
     process = subprocess.Popen(
         [*started, *words], cwd=ROOT, env=os.environ | {"HEED_RUNS": str(tmp_path)}, stdout=subprocess.PIPE, text=True
     )
-    assert any(line.startswith("step 1/300") for line in process.stdout)
+    assert any(line.startswith("step 1/1000000") for line in process.stdout)
     process.send_signal(number)
     output = process.stdout.read()
     assert process.wait() == 128 + number
     run = tmp_path / "stopped"
     step = checkpoint.read_state(checkpoint.find(run, "latest"))["step"]
-    assert 1 <= step < 300
+    assert step >= 1
     assert f"stopped and saved at step {step}; --resume continues" in output
     assert "Traceback" not in output
     assert list(losses(run)) == list(range(1, step + 1))
@@ -144,6 +123,15 @@ def test_nonfinite_loss_stops_the_run_and_keeps_the_last_checkpoint(run_training
     assert checkpoint.read_state(folder)["step"] == 6
     assert all(p.isfinite().all() for p in load_file(folder / "model.safetensors").values())
     assert max(losses(run)) == 6
+
+
+def test_a_validation_loss_that_is_not_finite_stops_before_sampling(run_training, monkeypatch, tmp_path):
+    sampled = []
+    monkeypatch.setattr(train, "validate", lambda *_: math.nan)
+    monkeypatch.setattr(train, "sample_text", lambda *_: sampled.append(1) or "")
+    with pytest.raises(train.Diverged, match="step 2: the loss is nan"):
+        run_training("nan", "--train.steps=4", "--train.num_evals=2")
+    assert not sampled and not losses(tmp_path / "nan", "val_loss") and not (tmp_path / "nan" / "best").exists()
 
 
 def test_save_before_validate(run_training, monkeypatch, tmp_path):

@@ -91,11 +91,18 @@ def point(run: Path, pointer: str, folder: Path) -> None:
 
 
 def replace_file(path: Path, content: str) -> None:
-    """Write a file, atomically: after a kill or a power cut it has its old content or the new one."""
+    """Write a file, atomically: after a kill or a power cut it has its old content or the new one.
+
+    Raises OSError with the name of the file, and then leaves nothing.
+    """
     draft = path.with_name(f".draft-{path.name}")
-    draft.write_text(content, encoding="utf-8")
-    sync(draft)
-    draft.replace(path)
+    try:
+        draft.write_text(content, encoding="utf-8")
+        sync(draft)
+        draft.replace(path)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None
     sync(path.parent)
 
 

@@ -117,7 +117,7 @@ def _record(line: bytes) -> dict[str, Any] | None:
 
 
 def plot(run: Path, title: str) -> None:
-    """Plot the loss against steps as run/loss.png, from run/metrics.jsonl."""
+    """Plot the loss against steps as run/loss.png, from run/metrics.jsonl. A failure is one line: training goes on."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -139,9 +139,13 @@ def plot(run: Path, title: str) -> None:
     if train or val:
         axes.legend(frameon=False)
     draft = run / ".draft-loss.png"
-    figure.savefig(draft, dpi=120)
+    try:
+        figure.savefig(draft, dpi=120)
+        draft.replace(run / "loss.png")
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        log(f"{run / 'loss.png'}: not drawn ({error.strerror})")
     plt.close(figure)
-    draft.replace(run / "loss.png")
 
 
 def _start_wandb(run: Path, mode: Any, config: dict[str, Any]) -> Any:

@@ -111,7 +111,11 @@ def _only_ours(about: os.stat_result) -> bool:
 def _compiler() -> list[str]:
     """The command of the C++ compiler: $CXX, which may have several words ("ccache g++"), else g++ or clang++."""
     named = os.environ.get("CXX", "").strip()
-    for command in [shlex.split(named)] if named else [["g++"], ["clang++"]]:
+    try:
+        commands = [shlex.split(named)] if named else [["g++"], ["clang++"]]
+    except ValueError as error:  # a quote that is not closed
+        raise Unavailable(f"CXX = {named!r}: {error}") from None
+    for command in commands:
         if found := shutil.which(command[0]):
             return [found, *command[1:]]
     raise Unavailable(f"no C++ compiler, {f'CXX = {named!r} is none' if named else 'g++ or clang++'}")

@@ -1,6 +1,7 @@
 """python -m benchmarks inference: the memory bound, and a run with a tiny model."""
 
 import csv
+import re
 
 import pytest
 import torch
@@ -38,8 +39,11 @@ def test_all_engines_generate_the_same_tokens(tmp_path):
     assert [(row["batch"], row["engine"]) for row in rows] == [
         (batch, name) for batch in ("1", "3") for name in ("heed fp32", "heed int8", *others)
     ]
+    speed = float(re.search(r"memory was read at up to ([\d.]+) GB/s", done.stdout)[1]) * 1e9
     for row in rows:
-        assert float(row["tokens/s"]) > 0 and float(row["TTFT ms"]) > 0 and 0 < float(row["MBU"]) < 10
+        rate, batch = float(row["tokens/s"]), int(row["batch"])
+        read = bytes_per_step(inference.TINY, row["precision"], batch, int(row["prompt"]) + 4 / 2)
+        assert float(row["TTFT ms"]) > 0 and float(row["MBU"]) == pytest.approx(rate / batch * read / speed, rel=0.1)
         assert row["same"] == "100%" or row["engine"] == "heed int8"
         assert row["engine"].startswith("heed") == (float(row["heed/engine"]) == 1.0)
 

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from convert import to_hf
+from convert.__main__ import main as convert
 from convert.from_hf import import_checkpoint
 from convert.to_hf import export
 from data import chat_format
@@ -233,3 +236,15 @@ def test_recipe_of_an_imported_run_loads(tmp_path):
     export(run, tmp_path / "out")
     import_checkpoint(str(tmp_path / "out"), tmp_path / "back")
     assert load(str(tmp_path / "back/config.toml")).model == load(str(run / "config.toml")).model
+
+
+def test_a_full_disk_is_one_line(runs, tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(to_hf, "save_file", full)
+    assert convert(["to-hf", str(runs / "songs"), str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"convert: {tmp_path / 'out' / 'model.safetensors'}: cannot be written (") and (
+        "No space left on device" in said and said.count("\n") == 1
+    )

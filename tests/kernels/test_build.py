@@ -39,6 +39,12 @@ def test_a_compiler_that_is_none(folder, monkeypatch):
         compiled()
 
 
+def test_a_quote_that_is_not_closed_is_one_line(folder, monkeypatch):
+    monkeypatch.setenv("CXX", 'g++ "-m64')
+    with pytest.raises(cpu.Unavailable, match=r"CXX = 'g\+\+ \"-m64': No closing quotation"):
+        compiled()
+
+
 @pytest.mark.skipif(os.name != "posix", reason="owners and modes of files are POSIX's")
 def test_a_file_that_another_user_owns_or_can_write_is_not_loaded(folder, monkeypatch, clear_compiled):
     """In a shared folder, anybody could put code under the name that heed loads."""

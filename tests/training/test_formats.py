@@ -1,6 +1,7 @@
 """Checkpoints of earlier formats load; damaged files and files of other versions are one line."""
 
 import json
+import os
 import shutil
 import stat
 
@@ -82,20 +83,29 @@ def test_a_step_that_is_no_number_is_damage(folder):
         checkpoint.read_state(folder)
 
 
-def test_files_have_the_mode_that_the_umask_gives(folder, tmp_path):
-    (plain := tmp_path / "plain").touch()
-    modes = {stat.S_IMODE(file.stat().st_mode) for file in (plain, *folder.iterdir())}
-    assert len(modes) == 1, modes
+@pytest.fixture(params=[0o000, 0o022, 0o027])
+def mode(request):
+    """The mode of files under an umask."""
+    before = os.umask(request.param)
+    yield 0o666 & ~request.param
+    os.umask(before)
 
 
-def test_an_export_has_the_mode_that_the_umask_gives(runs, tmp_path):
+def modes(folder):
+    return {stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes of files are POSIX's")
+def test_files_have_the_mode_that_the_umask_gives(mode, request):
+    assert modes(request.getfixturevalue("folder")) == {mode}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes of files are POSIX's")
+def test_an_export_has_the_mode_that_the_umask_gives(runs, mode, tmp_path):
     from convert.to_hf import export
 
     export(runs / "songs", tmp_path / "exported")
-    (plain := tmp_path / "plain").touch()
-    assert {stat.S_IMODE(f.stat().st_mode) for f in (plain, *(tmp_path / "exported").iterdir())} == {
-        stat.S_IMODE(plain.stat().st_mode)
-    }
+    assert modes(tmp_path / "exported") == {mode}
 
 
 def test_another_number_of_optimizers_is_one_line(folder):

@@ -81,6 +81,25 @@ def test_a_stop_is_honoured_within_a_validation_and_the_run_goes_on_exactly(run_
     assert (losses(run), losses(run, "val_loss")) == (losses(whole), losses(whole, "val_loss"))
 
 
+def test_a_stop_within_the_last_validation_of_the_whole_text_leaves_it_to_the_resumed_run(run_training, monkeypatch):
+    words = ("--train.steps=2", "--train.num_evals=1", "--train.eval_tokens=200")
+    real, texts = train.validate, []
+
+    def signalled(model, text, *a):
+        texts.append(text.tokens)
+        if len(texts) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return real(model, text, *a)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "validate", signalled)
+        with pytest.raises(SystemExit) as left:
+            run_training("whole-text", *words)
+    assert left.value.code == 128 + signal.SIGTERM and texts[0] < texts[1]
+    run = run_training("whole-text", *words, "--resume")
+    assert list(losses(run, "val_loss")) == list(losses(run, "full_val_loss")) == [2]
+
+
 def test_a_signal_in_the_last_step_leaves_the_evaluation_to_the_resumed_run(run_training, monkeypatch, capsys):
     real = train.check_finite
 

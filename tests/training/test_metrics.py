@@ -49,3 +49,15 @@ def test_wandb_failure_during_a_run_turns_it_off(run_training, monkeypatch, caps
     run = run_training("broken", "--train.steps=2", "--train.num_evals=1", "--train.wandb=offline")
     assert capsys.readouterr().out.count("wandb stopped logging: disk full") == 1
     assert list(losses(run)) == [1, 2]
+
+
+def test_a_picture_that_cannot_be_written_is_one_line_and_training_goes_on(run_training, monkeypatch, capsys):
+    def full(self, path, **_):
+        path.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    run = run_training("unpictured", "--train.steps=2", "--train.num_evals=2")
+    assert list(losses(run, "val_loss")) == [1, 2]
+    assert f"{run / 'loss.png'}: not drawn (No space left on device)\n" in capsys.readouterr().out
+    assert not list(run.glob(".draft*")) and not (run / "loss.png").exists()

@@ -229,3 +229,14 @@ def test_the_fields_that_resuming_needs_are_in_the_state(run_training):
     )
     assert state.keys() >= {"format_version", "step", "steps", "seconds", "dtype", "identity", "config", "sha256"}
     assert state["config"]["train"] == dataclasses.asdict(TrainConfig(**state["config"]["train"]))
+
+
+def test_records_that_cannot_be_written_leave_the_configuration_as_it_was(run_training):
+    words = ("--train.num_evals=1",)
+    run = run_training("refused", "--train.steps=2", *words)
+    before = (run / "config.toml").read_bytes()
+    (run / "metrics.jsonl").unlink()
+    (run / "metrics.jsonl").mkdir()
+    with pytest.raises(IsADirectoryError):
+        run_training("refused", "--train.steps=3", *words, "--resume")
+    assert (run / "config.toml").read_bytes() == before

@@ -1,22 +1,37 @@
 """The time budget: number of steps of a run with a budget of minutes, and when it evaluates."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 
+import train
 from tests.conftest import losses
 from training import metrics, time_budget
 from training.config_files import load
 from training.time_budget import StepBudget, evaluation_due
 
 
-def test_number_of_steps_fits_the_budget(run_training, capsys):
-    run = run_training("timed", "--train.minutes=0.15", "--train.num_evals=2")
+def test_number_of_steps_fits_the_budget(run_training, monkeypatch, capsys):
+    """On a clock that the run itself moves on: 0.5 s a step, 0.4 s from step 30 on, and 6 s an evaluation."""
+    now, learning_rate, validate = [0.0], train.set_learning_rate, train.validate
+
+    def passes(seconds, result):
+        now[0] += seconds
+        return result
+
+    clock = SimpleNamespace(perf_counter=lambda: now[0])
+    for module in (train, time_budget):
+        monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(train, "set_learning_rate", lambda *a: passes(0.5 if now[0] < 15 else 0.4, learning_rate(*a)))
+    monkeypatch.setattr(train, "validate", lambda *a: passes(6.0, validate(*a)))
+    run = run_training("timed", "--train.minutes=1", "--train.num_evals=2")
     # Set after the first steps and adjusted repeatedly: the last line is final.
     out = capsys.readouterr().out
-    assert "budget 0.15 min = " in out
+    assert "budget 1 min = " in out
     steps = int(re.findall(r"step (\d+) \| val_loss", out)[-1])
-    assert steps > time_budget.TIMED_STEPS
+    assert steps > (60 - 2 * 6) / 0.5  # it became faster
+    assert 57 < now[0] <= 60 and f"training_seconds: {now[0]:.1f}\n" in out
     assert max(losses(run)) == steps
     assert max(losses(run, "val_loss")) == steps
     assert f"num_steps: {steps}\n" in out
