@@ -19,6 +19,8 @@ from kernels import CAUSAL, MaskSpec, attention
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.kv_cache import KVCache
 from zoo import MIXERS
+from zoo.mixture_of_experts import MixtureOfExperts, load_balancing_loss
+from zoo.positions import POSITIONS, alibi_slopes, position_embedding
 
 # 1. Configuration ---------------------------------------------------------------------------------------------------
 
@@ -54,7 +56,13 @@ class ModelConfig:
     head_dim: int = 64
     """size of one head; n_head * head_dim need not be n_embd"""
     n_ffn: int = 1024
-    """hidden width of the feed-forward (SwiGLU) layer"""
+    """hidden width of the feed-forward (SwiGLU) layer, or of each of its experts"""
+    n_expert: int = 0
+    """experts per layer: feed-forward networks of which a router chooses for each token; 0 is one network for all"""
+    n_expert_active: int = 0
+    """experts per token; needed if n_expert is above 0"""
+    router_aux_loss_coef: float = 0.01
+    """weight of the load-balancing loss of the experts, in training"""
     tie_embeddings: bool = True
     """use the token embedding as the output head"""
     dropout: float = 0.0
@@ -68,6 +76,10 @@ class ModelConfig:
     """normalize queries and keys (QK-norm); false is Llama's attention"""
     gate: bool = False
     """multiply attention's output by a learned sigmoid gate of its input"""
+    scale_scores: bool = True
+    """divide attention's scores by sqrt(head_dim)"""
+    positions: str = "rope"
+    """rope (rotary) | none | sinusoidal or learned (added to the embedding) | alibi (a bias on attention's scores)"""
     rope_theta: float = 10000.0
     """base of the rotary wavelengths"""
     yarn_factor: float = 1.0
@@ -95,10 +107,16 @@ class ModelConfig:
         must(known, "layer_pattern", f"must consist of {', '.join(letters[:-1])} and {letters[-1]}")
         must(self.window >= 1 or "S" not in self.layer_pattern, "window", "must be at least 1: layer_pattern has an S")
         must(self.window == 0 or "S" in self.layer_pattern, "window", "has no effect: layer_pattern has no S")
+        must(0 <= self.n_expert <= 10_000, "n_expert", "must be from 0 to 10000")
+        active = 1 <= self.n_expert_active <= self.n_expert or self.n_expert == self.n_expert_active == 0
+        must(active, "n_expert_active", "must be from 1 to model.n_expert, or 0 without experts")
+        must(self.router_aux_loss_coef >= 0.0, "router_aux_loss_coef", "must be at least 0")
+        must(self.positions in POSITIONS, "positions", f"must be {', '.join(POSITIONS[:-1])} or {POSITIONS[-1]}")
         must(self.rope_theta > 1.0, "rope_theta", "must be above 1")
         must(self.norm_eps > 0.0, "norm_eps", "must be above 0")
         must(self.yarn_factor >= 1.0, "yarn_factor", "must be at least 1")
         stretched = self.yarn_factor > 1.0
+        must(not stretched or self.positions == "rope", "yarn_factor", "goes with positions = 'rope'")
         must(stretched == (self.yarn_original_context > 0), "yarn_original_context", "goes with yarn_factor above 1")
 
     def letter(self, layer: int) -> str:
@@ -122,9 +140,12 @@ def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
 
     Plain RoPE (Su et al. 2021, eq. 15): theta ** (-2i / D). YaRN (Peng et al. 2023, section 3.2 and eq. 22): pairs
     that rotate more than 32 times within the original context keep their angle, pairs that rotate less than once are
-    slowed by the factor, those between are interpolated; attention's temperature is a factor on cos and sin.
+    slowed by the factor, those between are interpolated; attention's temperature is a factor on cos and sin. With other
+    `positions` all angles are 0: nothing is rotated.
     """
     D, theta = config.head_dim, config.rope_theta
+    if config.positions != "rope":
+        return torch.zeros(D // 2), 1.0
     frequencies = theta ** (-torch.arange(0, D, 2, dtype=torch.float32) / D)  # (D/2,), fastest first
     if config.yarn_factor == 1.0:
         return frequencies, 1.0
@@ -165,10 +186,14 @@ class Attention(nn.Module):
     out as in Qwen3-Next: a head's D query rows, then its D gate rows.
     """
 
+    alibi_slopes: Tensor | None
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         C, H, K, D = config.n_embd, config.n_head, config.n_kv_head, config.head_dim
         self.layer, self.head_dim, self.gate, self.mask_spec = layer, D, config.gate, config.mask_spec(layer)
+        self.softmax_scale = D**-0.5 if config.scale_scores else 1.0
+        self.register_buffer("alibi_slopes", alibi_slopes(H) if config.positions == "alibi" else None, persistent=False)
         self.q_proj = nn.Linear(C, H * D * (2 if config.gate else 1), bias=False)
         self.k_proj = nn.Linear(C, K * D, bias=False)
         self.v_proj = nn.Linear(C, K * D, bias=False)
@@ -191,11 +216,13 @@ class Attention(nn.Module):
         k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K*D) -> (B, T, K, D)
         v = self.v_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K*D) -> (B, T, K, D)
         q, k = apply_rotary_emb(self.q_norm(q), cos, sin), apply_rotary_emb(self.k_norm(k), cos, sin)
-        if cache is None:
-            out = attention(q, k, v, self.mask_spec)  # (B, T, H, D)
-        else:
-            keys, values = cache.update(self.layer, k, v)  # (B, S, K, D)
-            out = attention(q, keys, values, self.mask_spec, cache_seqlens=cache.lengths + T)
+        lengths = None
+        if cache is not None:
+            (k, v), lengths = cache.update(self.layer, k, v), cache.lengths + T  # (B, S, K, D)
+        out = attention(
+            q, k, v, self.mask_spec, softmax_scale=self.softmax_scale, cache_seqlens=lengths,
+            alibi_slopes=self.alibi_slopes,
+        )  # fmt: skip  # (B, T, H, D)
         if self.gate:
             out = out * gate.sigmoid()
         return self.o_proj(out.reshape(B, T, -1))  # (B, T, H, D) -> (B, T, H*D) -> (B, T, C)
@@ -222,7 +249,7 @@ class Block(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
         self.self_attn = config.mixer(layer)(config, layer)
         self.post_attention_layernorm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
-        self.mlp = FeedForward(config)
+        self.mlp = MixtureOfExperts(config, FeedForward) if config.n_expert else FeedForward(config)
         self.dropout = config.dropout
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -242,6 +269,7 @@ class Decoder(nn.Module):
         self.dropout = config.dropout
         self.activation_checkpointing = False  # in training, recompute a layer's activations in the backward pass
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        self.embed_positions = position_embedding(config)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
         cos, sin = precompute_rope(config)
@@ -254,13 +282,12 @@ class Decoder(nn.Module):
         most = context if cache is None else min(context, KVCache.CHUNK)
         if most < T:
             raise ValueError(f"{T} tokens at once, but at most {most} fit")
-        x = F.dropout(self.embed_tokens(tokens), self.dropout, self.training)  # (B, T) -> (B, T, C)
-        if cache is None:
-            cos, sin = self.cos[None, :T], self.sin[None, :T]  # (1, T, D)
-        else:
-            positions = cache.positions(T)  # (B, T)
-            cos, sin = self.cos[positions], self.sin[positions]  # (B, T, D)
-        cos, sin = cos[:, :, None].to(x.dtype), sin[:, :, None].to(x.dtype)  # (B or 1, T, 1, D): the same for all heads
+        positions = torch.arange(T, device=tokens.device)[None] if cache is None else cache.positions(T)  # (B or 1, T)
+        x = self.embed_tokens(tokens)  # (B, T) -> (B, T, C)
+        if self.embed_positions is not None:
+            x = x + self.embed_positions(positions).to(x.dtype)
+        x = F.dropout(x, self.dropout, self.training)
+        cos, sin = (table[positions][:, :, None].to(x.dtype) for table in (self.cos, self.sin))  # (B or 1, T, 1, D)
         for layer in self.layers:
             if self.activation_checkpointing and self.training:
                 x = checkpoint(layer, x, cos, sin, use_reentrant=False)  # Chen et al. 2016, arXiv 1604.06174
@@ -293,7 +320,7 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             if p.ndim == 1:
                 nn.init.ones_(p)  # RMSNorm gains
-            elif name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            elif name.endswith(("embed_tokens.weight", "embed_positions.weight", "lm_head.weight")):
                 nn.init.normal_(p, std=0.02)
             else:
                 residual = name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight"))
@@ -326,6 +353,12 @@ class GPT(nn.Module):
         return self.head(self.model(tokens, cache))
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Sum of the cross-entropies of targets (B, T), in nats, fp32; a target of IGNORE_INDEX (-100) is left out."""
+        """Sum of the cross-entropies of targets (B, T), in nats, fp32; a target of IGNORE_INDEX (-100) is left out.
+
+        In training, the load-balancing loss of experts is added, times its coefficient and the number of targets.
+        """
         x = self.model(tokens).flatten(0, 1)  # (B, T, C) -> (B * T, C)
-        return linear_cross_entropy(x, self.head_weight, targets.flatten())
+        loss = linear_cross_entropy(x, self.head_weight, targets.flatten())
+        if self.training and self.config.n_expert:
+            loss = loss + self.config.router_aux_loss_coef * load_balancing_loss(self.model.layers, targets)
+        return loss

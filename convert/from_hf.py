@@ -1,4 +1,4 @@
-"""Import a Hugging Face checkpoint as a run: Qwen3, Llama and Ministral architectures, and everything heed exports."""
+"""Import a Hugging Face checkpoint as a run: Qwen3, Qwen3-MoE, Llama, Ministral, and everything heed exports."""
 
 import dataclasses
 import json

@@ -1,8 +1,9 @@
 """Convert ModelConfig to Hugging Face's config.json and back.
 
-Four classes of transformers implement heed's model, depending on its flags:
+Five classes of transformers implement heed's model, depending on its flags:
 
     qwen3        QK-norm, sliding windows per layer
+    qwen3_moe    QK-norm and experts in every layer
     qwen3_next   QK-norm and the gate: layers of full attention or Gated DeltaNet (D), every feed-forward dense
     llama        neither QK-norm nor gate
     ministral    the same with windows, or with a width that is not a multiple of n_head, which llama does not allow
@@ -18,6 +19,7 @@ from zoo import gated_deltanet
 
 CLASSES = {
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
     "qwen3_next": "Qwen3NextForCausalLM",
     "llama": "LlamaForCausalLM",
     "ministral": "MinistralForCausalLM",
@@ -39,6 +41,13 @@ NEEDED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "qua
 YARN = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "attention_factor": None, "partial_rotary_factor": 1}
 
 
+EXPERTS = SAME | {  # of qwen3_moe
+    "n_ffn": "moe_intermediate_size",
+    "n_expert": "num_experts",
+    "n_expert_active": "num_experts_per_tok",
+    "router_aux_loss_coef": "router_aux_loss_coef",
+}
+EVERY_LAYER = {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [], "use_sliding_window": False}
 DELTANET: dict[str, Any] = {  # fields of config.json that describe Gated DeltaNet: heed's field, or its value
     "linear_num_key_heads": "n_head",
     "linear_num_value_heads": "n_head",
@@ -57,6 +66,14 @@ def model_type(config: ModelConfig) -> str:
         raise ValueError(f"model.layer_pattern = {config.layer_pattern!r}: {why}")
     if "L" not in config.layer_pattern and "D" in config.layer_pattern:
         raise ValueError(f"model.layer_pattern = {config.layer_pattern!r}: transformers generates only with a layer L")
+    if config.positions != "rope":
+        raise ValueError(f"model.positions = {config.positions!r}: heed exports RoPE alone")
+    if not config.scale_scores:
+        raise ValueError("model.scale_scores = False: no class of transformers has that")
+    for flag, has in {"gate": config.gate, "window": config.window, "qk_norm": not config.qk_norm}.items():
+        if config.n_expert and has:
+            why = f"heed does not export experts with model.{flag} = {getattr(config, flag)}"
+            raise ValueError(f"model.n_expert = {config.n_expert}: {why}")
     if config.gate and config.window:
         raise ValueError(f"model.gate with model.window = {config.window}: no class of transformers has both")
     if config.gate and not config.qk_norm:
@@ -64,7 +81,7 @@ def model_type(config: ModelConfig) -> str:
     if config.gate:
         return "qwen3_next"
     if config.qk_norm:
-        return "qwen3"
+        return "qwen3_moe" if config.n_expert else "qwen3"
     return "ministral" if config.window or config.n_embd % config.n_head else "llama"
 
 
@@ -80,12 +97,14 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     hf |= {"attention_bias": False, "rope_parameters": rope}
     hf |= {"rope_theta": config.rope_theta, "rope_scaling": rope if config.yarn_factor > 1 else None}  # transformers 4
     pattern = (config.layer_pattern * config.n_layer)[: config.n_layer]
-    if kind != "llama":
+    if kind not in ("llama", "qwen3_moe"):
         hf["layer_types"] = [LAYER_TYPES[layer] for layer in pattern]
     if kind == "ministral":
         hf["sliding_window"] = config.window or config.context  # required even without sliding layers
     if kind == "qwen3":
         hf |= {"use_sliding_window": config.window > 0, "sliding_window": config.window or None}
+    if kind == "qwen3_moe":
+        hf |= {theirs: getattr(config, ours) for ours, theirs in EXPERTS.items()} | EVERY_LAYER
     if kind == "qwen3_next":
         hf["mlp_only_layers"] = list(range(config.n_layer))
         hf["partial_rotary_factor"] = rope["partial_rotary_factor"] = 1.0  # the default is 0.25
@@ -100,15 +119,18 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
     if kind not in CLASSES:
         raise ValueError(f"config.json: model_type = {kind!r}: heed reads {', '.join(CLASSES)}")
     _check("", hf, NEEDED)
+    if kind == "qwen3_moe":
+        _check("", {"norm_topk_prob": False} | hf, EVERY_LAYER)
     layers = hf.get("num_hidden_layers")
     if kind == "qwen3_next" and hf.get("mlp_only_layers") != list(range(layers or 0)):
         raise ValueError("config.json: mlp_only_layers: must list every layer, heed does not support experts")
 
     defaults = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "num_key_value_heads": hf.get(SAME["n_head"])}
+    defaults |= {"num_experts": hf.get("num_local_experts"), "router_aux_loss_coef": 0.001}  # as transformers 5 saves
     if kind == "llama" and hf.get("hidden_size") and hf.get(SAME["n_head"]):
         defaults["head_dim"] = hf["hidden_size"] // hf[SAME["n_head"]]
     fields: dict[str, Any] = {}
-    for ours, theirs in SAME.items():
+    for ours, theirs in (EXPERTS if kind == "qwen3_moe" else SAME).items():
         value = hf.get(theirs) if hf.get(theirs) is not None else defaults.get(theirs)
         expected = type(getattr(ModelConfig(), ours))
         if type(value) is not expected:

@@ -114,6 +114,12 @@ def check(config: ModelConfig) -> None:
         raise ValueError(f"model.layer_pattern = {config.layer_pattern!r}: llama.cpp's qwen3 has no sliding window")
     if not config.qk_norm:
         raise ValueError("model.qk_norm = False: llama.cpp's qwen3 normalizes queries and keys")
+    if not config.scale_scores:
+        raise ValueError("model.scale_scores = False: llama.cpp's qwen3 divides scores by sqrt(head_dim)")
+    if config.positions != "rope":
+        raise ValueError(f"model.positions = {config.positions!r}: llama.cpp's qwen3 has RoPE alone")
+    if config.n_expert:
+        raise ValueError(f"model.n_expert = {config.n_expert}: llama.cpp's qwen3 has no experts")
     if config.gate:
         raise ValueError("model.gate = True: llama.cpp's qwen3 has no gate on attention's output")
 

@@ -22,6 +22,7 @@ ROWS = KVCache.CHUNK  # tokens of all sequences in one C++ call, which reads the
 SUPPORTED = {  # fields of ModelConfig that the C++ files compute
     "vocab_size", "context", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_ffn", "tie_embeddings",
     "dropout", "window", "layer_pattern", "gate", "rope_theta", "yarn_factor", "yarn_original_context", "norm_eps",
+    "router_aux_loss_coef",
 }  # fmt: skip
 
 
@@ -45,7 +46,7 @@ def make_engine(model: GPT) -> Engine:
             return CppEngine(model)
         except cpu.Unavailable as reason:
             _warn_once(f"[generating with PyTorch, several times slower than heed's C++: {reason}]")
-    if model.model.cos.device.type == "cuda":
+    if model.model.cos.device.type == "cuda" and not model.config.n_expert:  # an expert's shapes depend on the tokens
         return CudaGraphEngine(model)
     return EagerEngine(model)
 

@@ -141,6 +141,11 @@ FLAGS = {
     "gate": {"gate": True},
     "yarn": {"yarn_factor": 4.0, "yarn_original_context": 80},
     "dropout": {"dropout": 0.5},
+    "no positions, unscaled": {"positions": "none", "scale_scores": False},
+    "sinusoidal": {"positions": "sinusoidal"},
+    "learned positions": {"positions": "learned"},
+    "alibi": {"positions": "alibi", "layer_pattern": "SL", "window": 7},
+    "experts": {"n_expert": 5, "n_expert_active": 2},
     "everything": {"layer_pattern": "SL", "window": 9, "gate": True, "yarn_factor": 4.0, "yarn_original_context": 80},
 }
 
@@ -241,7 +246,13 @@ def test_dropout_applies_in_training_only():
 
 
 @pytest.mark.parametrize(
-    "flags", [{}, {"tie_embeddings": False, "gate": True, "n_kv_head": 1}, {"layer_pattern": "SL", "window": 5}]
+    "flags",
+    [
+        {},
+        {"tie_embeddings": False, "gate": True, "n_kv_head": 1},
+        {"layer_pattern": "SL", "window": 5},
+        {"n_expert": 5, "n_expert_active": 2, "positions": "learned"},
+    ],
 )
 def test_parameters_and_flops_equal_the_counted_ones(flags):
     config = change(**flags)
@@ -270,6 +281,13 @@ def test_parameters_and_flops_equal_the_counted_ones(flags):
         ({"layer_pattern": "SXL"}, "model.layer_pattern = 'SXL': must consist of L, S and D"),
         ({"layer_pattern": "SL"}, "model.window = 0: must be at least 1"),
         ({"window": 4}, "model.window = 4: has no effect"),
+        ({"positions": "relative"}, "model.positions = 'relative': must be rope, none, sinusoidal, learned or alibi"),
+        ({"positions": "alibi", "yarn_factor": 2.0}, "model.yarn_factor = 2.0: goes with positions = 'rope'"),
+        ({"n_expert": 4}, "model.n_expert_active = 0: must be from 1 to model.n_expert"),
+        ({"n_expert": 4, "n_expert_active": 5}, "model.n_expert_active = 5: must be from 1 to model.n_expert"),
+        ({"n_expert_active": 2}, "model.n_expert_active = 2: must be from 1 to model.n_expert, or 0 without"),
+        ({"n_expert": -1}, "model.n_expert = -1: must be from 0"),
+        ({"router_aux_loss_coef": -1.0}, "model.router_aux_loss_coef = -1.0: must be at least 0"),
         ({"yarn_factor": 2.0}, "model.yarn_original_context = 0: goes with yarn_factor"),
         ({"vocab_size": -1}, "model.vocab_size = -1"),
     ],

@@ -2,7 +2,7 @@
 
 `apply_fused_layers(model)` replaces the `forward` of every layer and of the last norm from outside. Results
 and gradients are those of model.py: tests/training/test_apply_fused_layers.py compares them in fp64 for every supported
-flag. A layer of zoo/ keeps its mixer as it is; its norms and its feed-forward half are fused.
+flag. A layer of zoo/ keeps its mixer as it is, and one with experts its feed-forward networks; the rest is fused.
 """
 
 import functools
@@ -19,6 +19,9 @@ from kernels.cpu.fused_layers import PackedWeight
 from model import GPT, Attention, Block, Decoder, FeedForward, KVCache
 from training.device import Machine
 from zoo import MIXERS
+from zoo.mixture_of_experts import MixtureOfExperts
+
+ADDED = {"qk_norm", "scale_scores", "positions", "n_expert", "n_expert_active"}  # to what the engine for CPUs supports
 
 
 class FusedLayersError(RuntimeError):
@@ -35,7 +38,9 @@ def apply_fused_layers(model: GPT) -> None:
         kernels.cpu.Unavailable: a flag of the model that the C++ operations do not support.
         FusedLayersError: a layer that is not exactly model.py's (a subclass, another module), or not fp32 on a CPU.
     """
-    check_supported(model.config, SUPPORTED | {"qk_norm"})
+    check_supported(model.config, SUPPORTED | ADDED)
+    if model.config.positions == "alibi":
+        raise cpu.Unavailable("heed's C++ does not support model.positions = 'alibi'")
     decoder = model.model
     _check_layers(decoder)
     block: Any
@@ -76,8 +81,9 @@ class FusedBlock:
         if isinstance(mixer, Attention):
             self.qkv = PackedWeight(mixer, "q_proj", "k_proj", "v_proj", gated=mixer.head_dim if mixer.gate else 0)
             self.o = PackedWeight(mixer, "o_proj")
-        self.gate_up = PackedWeight(mlp, "gate_proj", "up_proj", unit=32)
-        self.down = PackedWeight(mlp, "down_proj")
+        if isinstance(mlp, FeedForward):
+            self.gate_up = PackedWeight(mlp, "gate_proj", "up_proj", unit=32)
+            self.down = PackedWeight(mlp, "down_proj")
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None) -> Tensor:
         """x (B, T, C); cos, sin (1, T, 1, D) -> (B, T, C)."""
@@ -91,6 +97,8 @@ class FusedBlock:
             mixed = block.self_attn(fused_rms_norm(block.input_layernorm, x), cos, sin, None)
             x = x + F.dropout(mixed, dropout)
         norm = block.post_attention_layernorm
+        if isinstance(block.mlp, MixtureOfExperts):
+            return x + F.dropout(block.mlp(fused_rms_norm(norm, x)), dropout)
         weights = (*self.gate_up.weights, *self.down.weights)
         return fused_layers.FeedForward.apply(x, norm.weight, norm.eps, dropout, self.gate_up, self.down, *weights)
 
@@ -100,7 +108,7 @@ class FusedBlock:
         gains = [n.weight if isinstance(n, nn.RMSNorm) else None for n in (q_norm, k_norm)]
         eps = q_norm.eps or 0.0 if isinstance(q_norm, nn.RMSNorm) else 0.0
         H, K = attention.o_proj.in_features // D, attention.k_proj.out_features // D
-        heads = bindings.Heads(H, K, D, attention.mask_spec.window or 0, D**-0.5, eps)
+        heads = bindings.Heads(H, K, D, attention.mask_spec.window or 0, attention.softmax_scale, eps)
         norm = self.block.input_layernorm
         return fused_layers.Attention.apply(
             x, norm.weight, norm.eps, dropout, self.qkv, self.o, *gains, cos[0, :, 0], sin[0, :, 0], heads,
@@ -120,11 +128,12 @@ def _check_layers(decoder: Decoder) -> None:
         expected.append((f"{name}.input_layernorm", block.input_layernorm, (nn.RMSNorm,)))
         expected.append((f"{name}.self_attn", block.self_attn, (Attention, *MIXERS.values())))
         expected.append((f"{name}.post_attention_layernorm", block.post_attention_layernorm, (nn.RMSNorm,)))
-        expected.append((f"{name}.mlp", block.mlp, (FeedForward,)))
+        expected.append((f"{name}.mlp", block.mlp, (FeedForward, MixtureOfExperts)))
         for part, module in block.self_attn.named_children() if isinstance(block.self_attn, Attention) else ():
             kinds: tuple[type, ...] = (nn.RMSNorm, nn.Identity) if part in ("q_norm", "k_norm") else (nn.Linear,)
             expected.append((f"{name}.self_attn.{part}", module, kinds))
-        expected += [(f"{name}.mlp.{part}", module, (nn.Linear,)) for part, module in block.mlp.named_children()]
+        parts = block.mlp.named_children() if isinstance(block.mlp, FeedForward) else ()
+        expected += [(f"{name}.mlp.{part}", module, (nn.Linear,)) for part, module in parts]
     for name, module, kinds in expected:
         if type(module) not in kinds:
             right = " or ".join(kind.__name__ for kind in kinds)

@@ -28,12 +28,15 @@ def flops_per_token(config: ModelConfig) -> float:
 
     Counts matmuls alone, 2 FLOPs per multiply-add (Kaplan et al. 2020, section 2.1): the weights', the output head's
     and attention's own two, over the keys that each query attends to. The embedding is a look-up and costs nothing. Of
-    a mixer of zoo/, the products of its definition count, not those that its implementation adds.
+    a mixer of zoo/, the products of its definition count, not those that its implementation adds; of experts, those
+    that a token is sent to.
     """
     H, D, T = config.n_head, config.head_dim, config.context
+    multiply_adds = float(config.n_embd * config.vocab_size)
     with torch.device("meta"):
-        weights = sum(p.numel() for p in GPT(config).model.layers.parameters() if p.ndim > 1)
-    multiply_adds = float(weights + config.n_embd * config.vocab_size)
+        for name, p in GPT(config).model.layers.named_parameters():
+            used = config.n_expert_active / config.n_expert if ".experts." in name else 1
+            multiply_adds += p.numel() * used if p.ndim > 1 else 0
     for layer in range(config.n_layer):
         if (letter := config.letter(layer)) in MIXERS:
             multiply_adds += MIXERS[letter].multiply_adds(config)

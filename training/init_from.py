@@ -1,7 +1,7 @@
 """`--init-from RUN`: start a run from another run's weights. `--resume` keeps what the run was started from.
 
 From RUN come the weights, the tokenizer (the text is tokenized with it) and the shape of the model. The new run keeps
-its own context and dropout, which fit any weights, and starts at step 0 with new optimizers.
+its own context and dropout, which fit any weights except learned positions, and starts at step 0 with new optimizers.
 """
 
 import dataclasses
@@ -74,6 +74,9 @@ def _init_from(path: Path) -> str:
 def _take(config: Config, shape: ModelConfig, run: Path) -> Config:
     """The configuration with a run's tokenizer and model, FREE fields excepted."""
     free = {name: getattr(config.model, name) for name in FREE}
+    if shape.positions == "learned" and config.model.context != shape.context:
+        why = f"{run} has learned positions, of a context of {shape.context}"
+        raise ConfigError(f"model.context = {config.model.context}: {why}")
     model = dataclasses.replace(shape, **free)
     data = dataclasses.replace(config.data, tokenizer=str(run / "tokenizer.json"))
     return dataclasses.replace(config, model=model, data=data)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data.tokenizer import Tokenizer
+from model import ModelConfig
 from training import checkpoint
 from training.checkpoint import CheckpointError
 from training.config import Config
@@ -88,7 +89,7 @@ def check_resume(run: Path, state: dict[str, Any], identity: dict[str, Any], con
         then = state["identity"]
         refused = [
             f"model.{k} was {v!r}, is {identity['model'].get(k)!r}"
-            for k, v in then["model"].items()
+            for k, v in (vars(ModelConfig()) | then["model"]).items()  # a new field had its default
             if identity["model"].get(k) != v
         ]
         for part in ("tokenizer", "text"):

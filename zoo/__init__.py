@@ -7,7 +7,8 @@ A mixer is a module of the layer's number with
 - `multiply_adds(config)`: per token, besides those with its weights, for training/flops.py;
 - `init_own_weights()`: initial values that differ from those of GPT.init_weights.
 
-Nothing here imports model.py.
+Other parts of a layer are here, too: mixture_of_experts.py for the feed-forward network, positions.py for RoPE. Nothing
+here imports model.py.
 """
 
 from typing import Any

@@ -1,6 +1,7 @@
 """config.json converted to ModelConfig: formats of older versions of transformers, and unsupported values."""
 
 import dataclasses
+import re
 
 import pytest
 
@@ -38,6 +39,28 @@ CONFIG = to_hf(dataclasses.replace(TINY, **YARN)) | {"rope_scaling": None}
 HYBRID = dataclasses.replace(TINY, layer_pattern="DL", gate=True)
 
 
+EXPERTS = to_hf(dataclasses.replace(TINY, n_expert=4, n_expert_active=2))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"norm_topk_prob": None}, "norm_topk_prob = False: heed's model has True"),
+        ({"decoder_sparse_step": 2}, "decoder_sparse_step = 2: heed's model has 1"),
+        ({"mlp_only_layers": [0]}, "mlp_only_layers = [0]: heed's model has []"),
+        ({"use_sliding_window": True}, "use_sliding_window = True: heed's model has False"),
+        ({"num_experts": None}, "num_experts = None: must be of type int"),
+        ({"num_experts_per_tok": 9}, "model.n_expert_active = 9: must be from 1 to model.n_expert"),
+    ],
+)
+def test_experts_of_another_kind_raise(change, message):
+    assert from_hf(EXPERTS).n_ffn == TINY.n_ffn
+    old = {key: value for key, value in EXPERTS.items() if key not in change}
+    changed = old | {key: value for key, value in change.items() if value is not None}
+    with pytest.raises(ValueError, match=rf"^config\.json: {re.escape(message)}"):
+        from_hf(changed)
+
+
 @pytest.mark.parametrize("key", DELTANET)
 def test_gated_deltanet_of_another_shape_raises(key):
     assert from_hf(to_hf(HYBRID)) == HYBRID
@@ -48,7 +71,7 @@ def test_gated_deltanet_of_another_shape_raises(key):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type = 'gpt2': heed reads qwen3, qwen3_next, llama, ministral"),
+        ({"model_type": "gpt2"}, "model_type = 'gpt2': heed reads qwen3, qwen3_moe, qwen3_next, llama, ministral"),
         ({"attention_bias": True}, "attention_bias = True: heed's model has False"),
         ({"mlp_bias": True}, "mlp_bias = True: heed's model has False"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu': heed's model has 'silu'"),

@@ -145,6 +145,9 @@ def test_metadata(tmp_path):
         ({"window": 8, "layer_pattern": "SL"}, "model.layer_pattern = 'SL': llama.cpp's qwen3 has no sliding window"),
         ({"layer_pattern": "DL"}, "model.layer_pattern = 'DL': llama.cpp's qwen3 has no D"),
         ({"qk_norm": False}, "model.qk_norm = False: llama.cpp's qwen3 normalizes"),
+        ({"positions": "none"}, "model.positions = 'none': llama.cpp's qwen3 has RoPE"),
+        ({"scale_scores": False}, "model.scale_scores = False: llama.cpp's qwen3 divides"),
+        ({"n_expert": 4, "n_expert_active": 2}, "model.n_expert = 4: llama.cpp's qwen3 has no experts"),
         ({"gate": True}, "model.gate = True: llama.cpp's qwen3 has no gate"),
     ],
 )

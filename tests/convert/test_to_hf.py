@@ -80,6 +80,7 @@ def same_greedy_text(ours, model, prompt: list[int], tokens: int = 200) -> None:
 
 
 YARN = {"yarn_factor": 4.0, "yarn_original_context": 64}
+EXPERTS = {"n_expert": 5, "n_expert_active": 2}
 WINDOW = {"n_layer": 3, "layer_pattern": "SSL", "window": 5}
 MODELS = {
     "plain": ({}, "Qwen3ForCausalLM"),
@@ -96,6 +97,11 @@ MODELS = {
     "gate, yarn, untied": ({"gate": True, "n_kv_head": 1, "tie_embeddings": False} | YARN, "Qwen3NextForCausalLM"),
     "hybrid": ({"gate": True, "n_layer": 4, "layer_pattern": "DDDL", "tie_embeddings": False}, "Qwen3NextForCausalLM"),
     "hybrid, yarn": ({"gate": True, "layer_pattern": "LD", "norm_eps": 1e-3} | YARN, "Qwen3NextForCausalLM"),
+    "experts": (EXPERTS, "Qwen3MoeForCausalLM"),
+    "experts, untied, yarn": (
+        {"n_expert": 4, "n_expert_active": 1, "tie_embeddings": False, "router_aux_loss_coef": 0.5} | YARN,
+        "Qwen3MoeForCausalLM",
+    ),
     "no qk-norm": ({"qk_norm": False, "tie_embeddings": False, "head_dim": 12}, "LlamaForCausalLM"),
     "no qk-norm, yarn": ({"qk_norm": False} | YARN, "LlamaForCausalLM"),
     "no qk-norm, odd width": ({"qk_norm": False, "n_head": 6, "n_kv_head": 3}, "MinistralForCausalLM"),
@@ -202,6 +208,11 @@ def test_model_card_has_the_licence_of_a_public_text(tmp_path):
             r"model.layer_pattern = 'D': transformers generates only with a layer L",
         ),
         ({"gate": True, "qk_norm": False}, r"model.gate with model.qk_norm = False: no class"),
+        ({"positions": "alibi"}, r"model.positions = 'alibi': heed exports RoPE alone"),
+        ({"scale_scores": False}, r"model.scale_scores = False: no class"),
+        (EXPERTS | {"gate": True}, r"model.n_expert = 5: heed does not export experts with model.gate = True"),
+        (EXPERTS | {"qk_norm": False}, r"model.n_expert = 5: heed does not export experts with model.qk_norm = False"),
+        (EXPERTS | {"layer_pattern": "S", "window": 4}, r"model.n_expert = 5: heed .* experts with model.window = 4"),
     ],
 )
 def test_unsupported_flags_raise_and_leave_no_folder(flags, message, tmp_path):

@@ -24,6 +24,8 @@ FLAGS = {
     "a window": {"window": 5, "layer_pattern": "SL"},
     "a window longer than a block": {"window": 100, "layer_pattern": "S"},
     "yarn": {"yarn_factor": 4.0, "yarn_original_context": 8},
+    "no positions, unscaled": {"positions": "none", "scale_scores": False},
+    "learned positions": {"positions": "learned"},
     "odd sizes": {"n_embd": 37, "n_ffn": 51, "head_dim": 6},
     "wide": {"n_embd": 160, "n_ffn": 320, "head_dim": 64, "norm_eps": 1e-3},
 }

@@ -44,6 +44,8 @@ def test_format_1_generates_and_resumes(old):
     assert model.config.n_embd == 8 and tokenizer.kind == "byte"
     assert "format_version" not in json.loads((old / "step-000012" / "state.json").read_text())
     source = f"--data.source={old / 'songs.txt'}"
+    with pytest.raises(CheckpointError, match=r"model.positions was 'rope', is 'none'"):  # a newer field
+        train_here(old.parent, "shakespeare", "--name=format_1", source, *FLAGS, "--model.positions=none", "--resume")
     train_here(old.parent, "shakespeare", "--name=format_1", source, *FLAGS, "--train.steps=14", "--resume")
     assert list(losses(old)) == list(range(1, 15))
     state = checkpoint.read_state(checkpoint.find(old, "latest"))

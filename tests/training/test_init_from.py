@@ -1,5 +1,6 @@
 """--init-from: a run initialized from another: weights, tokenizer, config, resume, errors."""
 
+import dataclasses
 import shutil
 import sys
 
@@ -13,6 +14,8 @@ from model import GPT
 from sample import load
 from tests.conftest import SMALL, losses, weights
 from training import checkpoint
+from training.config import Config, ConfigError
+from training.init_from import config_for_init
 
 OWN = [word for word in SMALL if not word.startswith(("--model.", "--data.vocab_size"))]
 
@@ -93,6 +96,17 @@ def test_new_rows_of_a_larger_vocabulary_are_the_mean_of_the_old_rows(runs):
         with pytest.raises(checkpoint.CheckpointError, match="does not fit this model"):
             checkpoint.load_weights(checkpoint.find(folder, "best"), grown)
         shutil.rmtree(folder)
+
+
+def test_learned_positions_keep_their_context(runs):
+    shape = dataclasses.replace(load(runs / "songs")[0].config, positions="learned")
+    checkpoint.save(runs / "learned", 1, GPT(shape), [], {"config": {"model": vars(shape)}})
+    begin = Config("new", init_from=f"{runs / 'learned'}@latest", model=dataclasses.replace(shape, context=64))
+    with pytest.raises(ConfigError, match=r"^model.context = 64: .* has learned positions, of a context of 32$"):
+        config_for_init(begin, runs / "new", {})
+    begin = dataclasses.replace(begin, model=dataclasses.replace(shape, dropout=0.5))
+    assert config_for_init(begin, runs / "new", {}).model == begin.model
+    shutil.rmtree(runs / "learned")
 
 
 @pytest.mark.parametrize(

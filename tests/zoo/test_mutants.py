@@ -5,14 +5,27 @@ import types
 import pytest
 
 from tests.conftest import ROOT
-from tests.zoo import test_causal_conv, test_gated_deltanet, test_scan
+from tests.zoo import test_causal_conv, test_gated_deltanet, test_mixture_of_experts, test_positions, test_scan
 
-CHECKS = {  # file under zoo/ -> what is checked, the check
+CHECKS = {  # file under zoo/ -> what is checked ("": the module), the check
+    "positions": ("alibi_slopes", test_positions.check_slopes),
+    "mixture_of_experts": ("", test_mixture_of_experts.check),
     "scan": ("scan", test_scan.check),
     "causal_conv": ("causal_conv", test_causal_conv.check),
     "gated_deltanet": ("GatedDeltaNet", test_gated_deltanet.check),
 }
 MUTANTS = [  # file, name, right, wrong
+    ("positions", "ALiBi's slopes as MPT's", "4 * h / P for", "8 * h / P for"),
+    ("positions", "other heads take each slope of 2P", "2 * (heads - P), 2)", "(heads - P) + 1)"),
+    ("positions", "slopes begin with 1", "range(1, P + 1)", "range(P)"),
+    ("mixture_of_experts", "probabilities not divided by their sum", "(p / p.sum(-1, keepdim=True))", "p"),
+    ("mixture_of_experts", "softmax over the chosen alone, halved", "(p[..., None] * out).sum(2)", "out.mean(2)"),
+    ("mixture_of_experts", "tokens in another order", "Rows.apply(out, back, order[:, None])", "out"),
+    ("mixture_of_experts", "a token goes to its neighbour's experts", "order // k,", "order // k - 1,"),
+    ("mixture_of_experts", "the last expert's tokens to the first", "zip(self.experts,", "zip(self.experts[::-1],"),
+    ("mixture_of_experts", "balance not times E", "return E * (f", "return (f"),
+    ("mixture_of_experts", "balance over the batch", ".mean(1)).sum(-1)", ".mean((0, 1))).sum(-1)"),
+    ("mixture_of_experts", "one choice counts", "F.one_hot(chosen, E).sum(2)", "F.one_hot(chosen[..., 0], E)"),
     ("scan", "a token does not read itself", ".triu(1)", ".triu(0)"),
     ("scan", "a token reads the next one", ".triu(1)", ".triu(2)"),
     ("scan", "no decay of the state that the delta rule reads", "early * b * k), -1)", "b * k), -1)"),
@@ -56,4 +69,4 @@ def test_a_mutant_is_caught(file, name, right, wrong):
     exec(compile(source.replace(right, wrong), f"{file}, {name}", "exec"), mutant.__dict__)
     part, check = CHECKS[file]
     with pytest.raises(AssertionError):
-        check(getattr(mutant, part))
+        check(getattr(mutant, part) if part else mutant)
