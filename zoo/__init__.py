@@ -13,5 +13,9 @@ Nothing here imports model.py.
 from typing import Any
 
 from zoo.gated_deltanet import GatedDeltaNet
+from zoo.rwkv7 import RWKV7
 
-MIXERS: dict[str, type[Any]] = {"D": GatedDeltaNet}
+MIXERS: dict[str, type[Any]] = {
+    "D": GatedDeltaNet,
+    "W": RWKV7,
+}
