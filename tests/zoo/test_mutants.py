@@ -5,12 +5,22 @@ import types
 import pytest
 
 from tests.conftest import ROOT
-from tests.zoo import test_causal_conv, test_gated_deltanet, test_rank_one_scan, test_rwkv7, test_scan
+from tests.zoo import (
+    test_attention_projections,
+    test_bigbird,
+    test_causal_conv,
+    test_gated_deltanet,
+    test_rank_one_scan,
+    test_rwkv7,
+    test_scan,
+)
 
 CHECKS = {  # file under zoo/ -> what is checked, the check
     "scan": ("scan", test_scan.check),
     "causal_conv": ("causal_conv", test_causal_conv.check),
     "gated_deltanet": ("GatedDeltaNet", test_gated_deltanet.check),
+    "attention_projections": ("AttentionProjections", test_attention_projections.check),
+    "bigbird": ("BigBird", test_bigbird.check),
     "rank_one_scan": ("rank_one_scan", test_rank_one_scan.check),
     "rwkv7": ("RWKV7", test_rwkv7.check),
 }
@@ -81,6 +91,41 @@ MUTANTS = [  # file, name, right, wrong
     ("rwkv7", "no bonus for the token itself", "(r_k * k).sum(-1, keepdim=True) * v", "0 * v"),
     ("rwkv7", "the bonus without its gain", "r * self.r_k)", "r)"),
     ("rwkv7", "no gate", "(out * g)", "(out + 0 * g)"),
+    ("attention_projections", "q is not normed", "self.q_norm(q), self", "q, self"),
+    (
+        "attention_projections",
+        "gains of q and k swapped",
+        "self.q_norm(q), self.k_norm(k)",
+        "self.k_norm(q), self.q_norm(k)",
+    ),
+    (
+        "attention_projections",
+        "eps of torch",
+        "nn.RMSNorm(D, eps=config.norm_eps) if config.qk_norm else nn.Identity()\n        self.k",
+        "nn.RMSNorm(D) if config.qk_norm else nn.Identity()\n        self.k",
+    ),
+    ("attention_projections", "q and k are not rotated", "(y * cos + y", "(y + 0 * y"),
+    ("attention_projections", "the wrong half", "y.roll(self.head_dim // 2, -1)", "y.flip(-1)"),
+    ("bigbird", "blocks of 8", "BLOCK = 16", "BLOCK = 8"),
+    ("bigbird", "a window of one block", "WINDOW = 2", "WINDOW = 1"),
+    ("bigbird", "two random blocks", "RANDOM = 3", "RANDOM = 2"),
+    ("bigbird", "no first block", "{0, *drawn", "{*drawn"),
+    (
+        "bigbird",
+        "a block may be drawn twice",
+        "while len(drawn) < min(RANDOM, i - WINDOW):",
+        "for _ in range(min(RANDOM, i - WINDOW)):",
+    ),
+    ("bigbird", "the window is drawn from, too", "generator.random() * (i - WINDOW)", "generator.random() * i"),
+    ("bigbird", "a query reads later ones of its block", "last % BLOCK + 1", "BLOCK"),
+    ("bigbird", "padding is read", "(self.count[last // BLOCK] - 1)", "(WINDOW + RANDOM)"),
+    ("bigbird", "all sequences read the first", "* (k.shape[1] // BLOCK)", "* 0"),
+    (
+        "bigbird",
+        "the blocks of another query",
+        "self.blocks[last // BLOCK]",
+        "self.blocks[(last - 1).clamp(0) // BLOCK]",
+    ),
 ]
 
 
