@@ -13,6 +13,12 @@ here imports model.py.
 
 from typing import Any
 
+from zoo.bigbird import BigBird
 from zoo.gated_deltanet import GatedDeltaNet
+from zoo.rwkv7 import RWKV7
 
-MIXERS: dict[str, type[Any]] = {"D": GatedDeltaNet}
+MIXERS: dict[str, type[Any]] = {
+    "B": BigBird,
+    "D": GatedDeltaNet,
+    "W": RWKV7,
+}

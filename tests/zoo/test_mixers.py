@@ -112,13 +112,14 @@ def test_thirty_steps_lower_the_loss(letter):
 @LETTERS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fused_layers_around_it(letter, dtype):
-    """The error relative to fp64 is at most twice that of torch in the same dtype, of the output and all gradients."""
+    """Of the output and all gradients: the error relative to fp64 is at most twice that of torch in the same dtype, or
+    one and a half times torch's largest."""
     model, tokens = randomized(change(letter + "L")), torch.randint(0, 97, (2, 70))
     exact = results(copy.deepcopy(model).double(), tokens)
     torchs = relative_errors(results(model, tokens, dtype), exact)
     apply_fused_layers(model)
     for name, error in relative_errors(results(model, tokens, dtype), exact).items():
-        assert error <= 2 * max(torchs[name], 0.5 * max(torchs.values())) + 1e-6, (name, error, torchs[name])
+        assert error <= max(2 * torchs[name], 1.5 * max(torchs.values())) + 1e-6, (name, error, torchs[name])
 
 
 @LETTERS
