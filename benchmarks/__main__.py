@@ -1,11 +1,14 @@
 """Benchmarks of heed against other implementations and against the limits of the hardware.
 
-python -m benchmarks training --nanogpt DIR --text FILE [--setting cpu|gpu] [--out DIR]
+python -m benchmarks training --nanogpt DIR --text FILE [--setting cpu|gpu|gpu-full] [--out DIR]
                                              CPU or GPU: training time to a validation loss, against nanoGPT
 python -m benchmarks inference [--out DIR]   CPU: tokens per second against transformers, llama.cpp and nanoGPT
 python -m benchmarks kernels [--out DIR]     GPU: check the kernels, then time them and other implementations
 python -m benchmarks kernels --bound         no GPU needed: compute the roofline of each GPU
 python -m benchmarks kernels --dry-run       no GPU needed: the same code on tiny shapes, interpreted, not timed
+python -m benchmarks gpu [--out DIR] [--nanogpt DIR --text FILE]
+                                             GPU: all of the above and more in nine minutes, for one card
+python -m benchmarks gpu --dry-run           no GPU needed: the same code on tiny shapes, not a measurement
 python -m benchmarks tiles [KERNEL]          GPU: search tile sizes, print rows for kernels/triton/tiles.py
 python -m benchmarks data [--megabytes N]    CPU: text to tokens to batches, against datasets.map and nanoGPT
 python -m benchmarks step RECIPE             CPU or GPU: tokens per second and MFU of a training step
@@ -40,7 +43,8 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     train = commands.add_parser("training", help="training time to a validation loss, against nanoGPT")
     train.add_argument("--nanogpt", type=Path, required=True, metavar="DIR", help="folder of a clone of nanoGPT")
     train.add_argument("--text", type=Path, required=True, metavar="FILE", help="tiny Shakespeare, nanoGPT's input.txt")
-    train.add_argument("--setting", choices=["cpu", "gpu"], default="cpu", help="of nanoGPT; default: cpu")
+    train.add_argument("--setting", choices=["cpu", "gpu", "gpu-full"], default="cpu", help="of nanoGPT; default: "
+        "cpu; gpu times ten steps of its GPU setting, gpu-full trains it")  # fmt: skip
     train.add_argument("--seeds", type=int, default=3, help="runs of each, alternating; default: 3")
     train.add_argument("--out", type=Path, metavar="DIR", help="folder for a CSV and a plot")
     train.add_argument("options", nargs="*", help="after --: further options for heed's train.py")
@@ -50,7 +54,13 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--quick", action="store_true", help="a short text and a small model, to test the code")
     tiles = commands.add_parser("tiles", help="search the tile sizes of a kernel")
     tiles.add_argument("kernel", nargs="?", help="a key of kernels/triton/tiles.py; default: all")
-    for command in (kernels, tiles):
+    gpu = commands.add_parser("gpu", help="check and measure everything on one GPU, within a fixed time")
+    gpu.add_argument("--out", type=Path, default=Path("gpu-results"), metavar="DIR", help="default: gpu-results")
+    gpu.add_argument("--only", nargs="+", default=[], metavar="PART", help="only these parts")
+    gpu.add_argument("--minutes", type=float, default=9.0, help="of all parts together; default: 9")
+    gpu.add_argument("--nanogpt", type=Path, metavar="DIR", help="folder of nanoGPT's files, to include it")
+    gpu.add_argument("--text", type=Path, metavar="FILE", help="tiny Shakespeare, nanoGPT's input.txt")
+    for command in (kernels, tiles, gpu):
         command.add_argument("--dry-run", action="store_true", help="without a GPU: tiny shapes, no timing")
     sample = commands.add_parser("inference", help="tokens per second against other engines and the roofline")
     sample.add_argument("--only", nargs="+", default=[], metavar="NAME", help="only these engines; default: all")
@@ -104,6 +114,23 @@ def inference_benchmark(a: argparse.Namespace) -> int:
     )  # fmt: skip
 
 
+def gpu_benchmark(a: argparse.Namespace) -> int:
+    """Run `python -m benchmarks gpu`. Raises ValueError for invalid arguments."""
+    from benchmarks.gpu import run
+
+    check_names("--only", a.only, run.PARTS)
+    if a.nanogpt and not (a.nanogpt / "train.py").is_file():
+        raise ValueError(f"--nanogpt {a.nanogpt}: no train.py; must be the folder of a clone of nanoGPT")
+    if a.text and not a.text.is_file():
+        raise ValueError(f"--text {a.text}: no such file; must be nanoGPT's input.txt, tiny Shakespeare")
+    if not a.minutes > 0:
+        raise ValueError(f"--minutes {a.minutes:g}: must be above 0")
+    if not a.dry_run:
+        check_device()
+    nanogpt, text = (path.resolve() if path else None for path in (a.nanogpt, a.text))
+    return run.run(a.out.resolve(), a.only, a.minutes, nanogpt, text, a.dry_run)
+
+
 def check_names(option: str, asked: list[str], names: Iterable[str]) -> None:
     """Raise ValueError for an unknown name."""
     for name in asked:
@@ -131,6 +158,8 @@ def main(a: argparse.Namespace) -> int:
         from benchmarks import data
 
         return data.run(a.megabytes, a.turns, a.quick)
+    if a.command == "gpu":
+        return gpu_benchmark(a)
     if a.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
     elif not a.bound:

@@ -14,17 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.shapes import PAGE, Case
-from kernels import CAUSAL, FULL, attention
+from kernels import CAUSAL, FULL, MaskSpec, attention
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.reference_attention import attention_mask
 
 Results = tuple[Tensor, ...]
 HEED = "heed"
+COMPILED = ("flex", "compiled")  # by torch.compile, for seconds: for one set of inputs alone
 
 
-def make_inputs(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The inputs of a case, from a fixed seed. q (B, T, H, D), k and v (B, S, K, D); x (T, D), w (V, D), t (T,)."""
-    g = torch.Generator(device).manual_seed(0)
+def make_inputs(case: Case, device: torch.device, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
+    """The inputs of a case, random. q (B, T, H, D), k and v (B, S, K, D); x (T, D), w (V, D), t (T,)."""
+    g = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=g, device=device).to(dtype)
@@ -89,6 +90,9 @@ def implementations(case: Case, inputs: dict[str, Tensor]) -> dict[str, Callable
         "sdpa": lambda: lambda: attention(q, k, v, mask_spec, backend="sdpa"),
         "flex": lambda: _flex(case, q, k, v),
     }
+    if q.is_cuda:  # each of the two that SDPA chooses from
+        for name in ("cudnn", "flash"):
+            forwards[f"sdpa {name}"] = partial(_sdpa_backend, name, q, k, v, mask_spec)
     if _installed(q):
         from flash_attn import flash_attn_func
 
@@ -142,6 +146,19 @@ def _losses(inputs: dict[str, Tensor]) -> dict[str, Any]:
         "torch": lambda: lambda: _with_gradients(theirs(x, w), (x, w)),
         "compiled": compiled,
     }
+
+
+def _sdpa_backend(name: str, q: Tensor, k: Tensor, v: Tensor, mask_spec: MaskSpec) -> Callable[[], Tensor]:
+    """SDPA with one of torch's backends, "cudnn" or "flash"; it raises RuntimeError if it cannot run the call."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    backend = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}[name]
+
+    def call() -> Tensor:
+        with sdpa_kernel(backend):
+            return attention(q, k, v, mask_spec, backend="sdpa")
+
+    return call
 
 
 def _flex(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:

@@ -39,12 +39,12 @@ SAME = 8  # tokens that are compared
 class EngineProcess:
     """An engine in a process of its own."""
 
-    def __init__(self, name: str, folder: Path, nanogpt: Path | None, threads: int) -> None:
+    def __init__(self, name: str, folder: Path, nanogpt: Path | None, threads: int, device: str = "cpu") -> None:
         self.name, self.precision = name, ENGINES[name][0]
         self.pipe: Connection
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        args = (theirs, name, folder, nanogpt, threads)
+        args = (theirs, name, folder, nanogpt, threads, device)
         self.process = context.Process(target=inference_engines.serve, args=args, daemon=True)
         self.process.start()
         theirs.close()

@@ -69,10 +69,11 @@ def write(folder: Path, config: ModelConfig, names: list[str]) -> None:
             to_gguf.write(folder / f"{dtype}.gguf", model, tokenizer, dtype, "random", "nothing")
 
 
-def heed(folder: Path, name: str, nanogpt: Path | None) -> Generate:
+def heed(folder: Path, name: str, nanogpt: Path | None, device: str) -> Generate:
     """sample.generate with weights in fp32, bf16 or int8, or without the C++ engine."""
     model = GPT(ModelConfig(**json.loads((folder / "config.json").read_text()))).eval()
     model.load_state_dict(torch.load(folder / "model.pt"))
+    model.to(device)
     if name.split()[1] in ("bf16", "int8"):
         quantize(model, name.split()[1])
     else:
@@ -84,12 +85,12 @@ def heed(folder: Path, name: str, nanogpt: Path | None) -> Generate:
         for step in generate(
             model, prompt, max_new_tokens=tokens, num_samples=batch, sampling=SamplingParams(greedy=True)
         ):
-            yield step.numpy()
+            yield step.cpu().numpy()
 
     return generate_tokens
 
 
-def transformers(folder: Path, name: str, nanogpt: Path | None) -> Generate:
+def transformers(folder: Path, name: str, nanogpt: Path | None, device: str) -> Generate:
     """Qwen3ForCausalLM.generate; if compiled, with the static cache."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -103,6 +104,7 @@ def transformers(folder: Path, name: str, nanogpt: Path | None) -> Generate:
     model = Qwen3ForCausalLM(theirs).eval()
     model.load_state_dict(torch.load(folder / "model.pt"), strict=False)  # a tied head is not in the file
     model.tie_weights()
+    model.to(device)
     if name.endswith("bf16"):
         model.to(torch.bfloat16)
     options = {}
@@ -117,12 +119,12 @@ def transformers(folder: Path, name: str, nanogpt: Path | None) -> Generate:
             self.steps: list[tuple[float, np.ndarray]] = []
 
         def __call__(self, ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
-            self.steps.append((time.perf_counter(), ids[:, -1].numpy().copy()))
-            return torch.zeros(len(ids), dtype=torch.bool)
+            self.steps.append((time.perf_counter(), ids[:, -1].cpu().numpy().copy()))
+            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
     def generate_tokens(prompt: list[int], batch: int, tokens: int) -> Iterator[Any]:
         recorder = Recorder()
-        ids = torch.tensor([prompt] * batch)
+        ids = torch.tensor([prompt] * batch, device=device)
         greedy = {"max_new_tokens": tokens, "do_sample": False, "pad_token_id": 0, "stopping_criteria": [recorder]}
         model.generate(ids, attention_mask=torch.ones_like(ids), **greedy, **options)
         yield from recorder.steps
@@ -130,7 +132,7 @@ def transformers(folder: Path, name: str, nanogpt: Path | None) -> Generate:
     return generate_tokens
 
 
-def llama(folder: Path, name: str, nanogpt: Path | None) -> Generate:
+def llama(folder: Path, name: str, nanogpt: Path | None, device: str) -> Generate:
     """llama.cpp's llama_decode with one batch per step. The KV cache is fp32 with F32, else 16 bits, the default."""
     import llama_cpp as lib
 
@@ -190,7 +192,7 @@ def llama(folder: Path, name: str, nanogpt: Path | None) -> Generate:
     return generate_tokens
 
 
-def nano(folder: Path, name: str, nanogpt: Path | None) -> Generate:
+def nano(folder: Path, name: str, nanogpt: Path | None, device: str) -> Generate:
     """nanoGPT's GPT class with the same width, depth and vocabulary, its generate, and its own random weights."""
     assert nanogpt is not None
     spec = importlib.util.spec_from_file_location("nanogpt_model", nanogpt / "model.py")
@@ -214,17 +216,22 @@ def nano(folder: Path, name: str, nanogpt: Path | None) -> Generate:
     return generate_tokens
 
 
-def serve(connection: Connection, name: str, folder: Path, nanogpt: Path | None, threads: int) -> None:
-    """The process of an engine. Replies to (prompt, batch, tokens) with the time of each token in seconds, the tokens
-    (tokens, batch), and the peak memory in MB that the model and generation have added to the process."""
+def serve(
+    connection: Connection, name: str, folder: Path, nanogpt: Path | None, threads: int, device: str = "cpu"
+) -> None:
+    """The process of an engine; llama.cpp and nanoGPT run on a CPU alone.
+
+    Replies to (prompt, batch, tokens) with the time of each token in seconds, the tokens (tokens, batch), and the peak
+    memory in MB that the model and generation have added to the process.
+    """
     torch.set_num_threads(threads)
     makers = {"heed": heed, "transformers": transformers, "llama.cpp": llama, "nanoGPT": nano}
     if ENGINES[name][1]:
         importlib.import_module(ENGINES[name][1])
-    before = peak_memory()
+    before = peak_memory(torch.device(device))
     try:
         with torch.inference_mode():
-            generate_tokens = makers[name.split()[0]](folder, name, nanogpt)
+            generate_tokens = makers[name.split()[0]](folder, name, nanogpt, device)
             connection.send("ready")
             while request := connection.recv():
                 start, times, made = time.perf_counter(), [], []
@@ -232,6 +239,6 @@ def serve(connection: Connection, name: str, folder: Path, nanogpt: Path | None,
                     at, tokens = step if isinstance(step, tuple) else (time.perf_counter(), step)
                     times.append(at - start)
                     made.append(tokens)
-                connection.send((times, np.stack(made), (peak_memory() - before) / 1e6))
+                connection.send((times, np.stack(made), (peak_memory(torch.device(device)) - before) / 1e6))
     except Exception as error:  # reported to the main process; the other engines continue
         connection.send(f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}")

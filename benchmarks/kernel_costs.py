@@ -53,6 +53,10 @@ GPUS = {
 }
 
 
+# A card with the processor of another and faster memory: 4.8 TB/s by NVIDIA's data sheet.
+CARDS = [*GPUS.values(), GPUS["sm_90"]._replace(name="H200 SXM", memory=4.8e12, pattern=r"H200")]
+
+
 class Work(NamedTuple):
     """The work of one kernel: `counted` FLOP, as counted in papers, and the work actually required."""
 
@@ -85,7 +89,7 @@ def bound(works: list[Work], gpu: Gpu) -> Bound:
 
 def gpu_of(device_name: str) -> Gpu | None:
     """The GPU with this device name, None if it is not in the table."""
-    return next((gpu for gpu in GPUS.values() if re.search(gpu.pattern, device_name)), None)
+    return next((gpu for gpu in CARDS if re.search(gpu.pattern, device_name)), None)
 
 
 def scores(B: int, T: int, H: int, S: int, causal: bool) -> float:

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 
 from benchmarks import kernel_costs, timing
-from benchmarks.attention_implementations import HEED, exact, implementations, make_inputs, plain
+from benchmarks.attention_implementations import COMPILED, HEED, exact, implementations, make_inputs, plain
 from benchmarks.report import picture, table, write_csv
 from benchmarks.shapes import KERNELS, Case, cases, dry_cases
 
 SMALL, SMALL_DRY = 333, 21  # number of tokens in the check
+SETS = 3  # of inputs, which a timed call uses in turn
 DRY_RUN = "DRY RUN: kernels interpreted on the CPU. The times are meaningless, only the checks are valid."
 
 
@@ -77,20 +78,14 @@ def run(only: list[str], dry: bool, out: Path | None) -> int:
     for case in chosen:
         errors = checker.check_correctness(case)
         faults |= {f"{case.kernel}, {name}: {error}": None for name, error in errors.items() if error}
-        seconds, failed = _time(case, [name for name, error in errors.items() if not error], device, dtype)
+        seconds, failed = time_case(case, [name for name, error in errors.items() if not error], device, dtype)
         faults |= {f"{case.series}, length {case.length}, {name}: {error}": None for name, error in failed.items()}
-        work = case.work()
-        bound = kernel_costs.rate(work, kernel_costs.bound(work, gpu).overlap, case.unit) if gpu else None
-        for implementation, time in seconds.items():
-            rate = kernel_costs.rate(work, time, case.unit)
-            rows.append(
-                {"kind": "dry run" if dry else "measured", "device": name, "torch": torch.__version__}
-                | {"series": case.series, "length": case.length, "implementation": implementation, "seconds": time}
-                | {"rate": rate, "unit": case.unit, "bound": bound, "share": rate / bound if bound else None}
-            )  # fmt: skip
-        rates = ", ".join(f"{name} {kernel_costs.rate(work, time, case.unit):.3g}" for name, time in seconds.items())
+        about = {"kind": "dry run" if dry else "measured", "device": name, "torch": torch.__version__}
+        found = rows_of(case, seconds, gpu)
+        rows += [about | row for row in found]
+        rates = ", ".join(f"{row['implementation']} {row['rate']:.3g}" for row in found)
         print(f"{case.series}, length {case.length}, {case.unit}: {rates}", file=sys.stderr)  # progress
-    print(_table(rows))
+    print(rates_table(rows))
     for fault in faults:
         print(fault)
     if out and rows:
@@ -101,24 +96,38 @@ def run(only: list[str], dry: bool, out: Path | None) -> int:
     return int(any(f", {HEED}: " in fault for fault in faults))
 
 
-def _time(
-    case: Case, names: list[str], device: torch.device, dtype: torch.dtype
+def time_case(
+    case: Case, names: Container[str], device: torch.device, dtype: torch.dtype, seconds: float = timing.SECONDS
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Median seconds of each implementation, and the errors of those that fail (such as out of memory)."""
-    inputs = make_inputs(case, device, dtype)
+    """Median seconds of each implementation over SETS sets of inputs, and the errors of those that fail (such as out of
+    memory). seconds: see `timing.medians`."""
+    sets = [make_inputs(case, device, dtype, seed) for seed in range(SETS if device.type == "cuda" else 1)]
+    made = [implementations(case, inputs) for inputs in sets]
     calls, failed = {}, {}
-    for name, prepare in implementations(case, inputs).items():
+    for name in made[0]:
         if name in names:
             try:
-                call = prepare()
-                call()
-                calls[name] = call
+                each = [prepared[name]() for prepared in (made[:1] if name in COMPILED else made)]
+                each[0]()
+                calls[name] = timing.rotate(each)
             except Exception as error:
                 failed[name] = one_line(error)
-    return timing.medians(calls, device), failed
+    return timing.medians(calls, device, seconds), failed
 
 
-def _table(rows: list[dict[str, Any]]) -> str:
+def rows_of(case: Case, seconds: dict[str, float], gpu: kernel_costs.Gpu | None) -> list[dict[str, Any]]:
+    """A row of figures for each implementation of a case."""
+    work = case.work()
+    bound = kernel_costs.rate(work, kernel_costs.bound(work, gpu).overlap, case.unit) if gpu else None
+    rows = []
+    for implementation, time in seconds.items():
+        rate = kernel_costs.rate(work, time, case.unit)
+        row = {"series": case.series, "length": case.length, "implementation": implementation, "seconds": time}
+        rows.append(row | {"rate": rate, "unit": case.unit, "bound": bound, "share": rate / bound if bound else None})
+    return rows
+
+
+def rates_table(rows: list[dict[str, Any]]) -> str:
     """One row per case, one column per implementation."""
     names = list(dict.fromkeys([HEED, *(row["implementation"] for row in rows)]))
     lines: dict[tuple[str, int], dict[str, Any]] = {}

@@ -4,6 +4,7 @@ The papers (arXiv 2307.08691, section 4.1; 2407.08608, section 4.1) use 16,384 t
 sizes 64 and 128, causal or not. Here also with four query heads per key/value head.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -81,6 +82,15 @@ def cases() -> Iterator[Case]:
                     yield Case(kernel, B, 1, S, 32, 8, 128)
     for V in (32768, 65536, 131072, 151936):
         yield Case("cross-entropy", 1, 8192, 8192, 1, 1, WIDTH, V=V)
+
+
+def gpu_cases() -> Iterator[Case]:
+    """The cases of `python -m benchmarks gpu`, the most important first: it may run out of time."""
+    for T in (4096, 1024, 16384, 8192, 2048, 512):
+        for kernel, D, causal, G in itertools.product(("forward", "backward"), (64, 128), (True, False), (1, 4, 8)):
+            yield Case(kernel, TOKENS // T, T, T, WIDTH // D, WIDTH // D // G, D, causal)
+        if T == 4096:
+            yield from (case for case in cases() if case.unit == "GB/s" or case.kernel == "cross-entropy")
 
 
 def dry_cases() -> Iterator[Case]:

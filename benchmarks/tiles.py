@@ -75,26 +75,37 @@ def run(kernel: str | None, dry: bool) -> int:
     print(DRY_RUN if dry else f"measured on {torch.cuda.get_device_name()}, torch {torch.__version__}")
     for name in [kernel] if kernel else tiles.TABLE:
         widths = [16] if dry else list(tiles.TABLE[name][where])
-        rows = {width: search(name, where, width, device) for width in widths}
+        rows = {width: search(name, where, width) for width in widths}
         print(f'"{name}": {{\n    "{where}": {rows},\n}},')
     return 0
 
 
-def search(kernel: str, where: str, width: int, device: torch.device) -> Tile:
-    """The fastest correct tile; the current one if no other is faster."""
+def current(kernel: str, where: str, width: int) -> Tile:
+    """The tile of the table."""
+    return tiles.INTERPRETED if where == "interpreter" else tiles.TABLE[kernel][where][width]
+
+
+def fault_of(kernel: str, where: str, width: int, tile: Tile) -> str:
+    """The error of a kernel with a candidate tile, "" if it is correct. Compiles it for the timed case, too."""
     dry = where == "interpreter"
-    dtype = torch.float32 if dry else torch.bfloat16
-    own = tiles.INTERPRETED if dry else tiles.TABLE[kernel][where][width]
+    device, dtype = torch.device("cpu" if dry else "cuda"), torch.float32 if dry else torch.bfloat16
+    case = case_of(kernel, width, dry)
+    with using(kernel, where, width, tile):
+        fault = Checker(device, dtype, SMALL_DRY if dry else SMALL).check_correctness(case, [HEED])[HEED]
+        if not fault and not dry:
+            implementations(case, make_inputs(case, device, dtype))[HEED]()()
+    return fault
+
+
+def timed(kernel: str, where: str, width: int, correct: list[Tile]) -> dict[Tile, float]:
+    """Median seconds of the current tile and of the fastest candidates."""
+    dry, own = where == "interpreter", current(kernel, where, width)
+    device, dtype = torch.device("cpu" if dry else "cuda"), torch.float32 if dry else torch.bfloat16
     case = case_of(kernel, width, dry)
     inputs = make_inputs(case, device, dtype)
-
     calls: dict[Tile, Call] = {}
-    for tile in candidates(kernel, own, dry):
+    for tile in correct:
         with using(kernel, where, width, tile):
-            fault = Checker(device, dtype, SMALL_DRY if dry else SMALL).check_correctness(case, [HEED])[HEED]
-            if fault:
-                print(f"# {kernel}, {width}, {tile}: {fault}")
-                continue
             prepared = implementations(case, inputs)[HEED]()
 
         def call(tile: Tile = tile, prepared: Call = prepared) -> None:
@@ -105,7 +116,18 @@ def search(kernel: str, where: str, width: int, device: torch.device) -> Tile:
 
     first = timing.medians(calls, device)
     finalists = [tile for tile in calls if tile == own or tile in sorted(first, key=first.__getitem__)[:FINALISTS]]
-    last = timing.medians({tile: calls[tile] for tile in finalists}, device)
-    for tile in finalists if not dry else ():
+    return timing.medians({tile: calls[tile] for tile in finalists}, device)
+
+
+def search(kernel: str, where: str, width: int) -> Tile:
+    """The fastest correct tile; the current one if no other is faster."""
+    own, correct = current(kernel, where, width), []
+    for tile in candidates(kernel, own, where == "interpreter"):
+        if fault := fault_of(kernel, where, width, tile):
+            print(f"# {kernel}, {width}, {tile}: {fault}")
+        else:
+            correct.append(tile)
+    last = timed(kernel, where, width, correct)
+    for tile in last if where != "interpreter" else ():
         print(f"# {kernel}, {width}, {tile}: {last[tile] * 1e6:.1f} us{', current' if tile == own else ''}")
     return min(last, key=last.__getitem__, default=own)

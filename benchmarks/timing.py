@@ -1,8 +1,9 @@
 """Timing of several calls, alternating within one run, so that drift affects all of them equally."""
 
+import itertools
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,14 +16,23 @@ FILLS = 8  # cache flushes; meanwhile the host queues the call, so that launch o
 Call = Callable[[], object]
 
 
-def medians(calls: Mapping[Any, Call], device: torch.device) -> dict[Any, float]:
-    """The median seconds of each call after a warm-up; on a GPU measured by events, with a cold cache."""
+def medians(calls: Mapping[Any, Call], device: torch.device, seconds: float = SECONDS) -> dict[Any, float]:
+    """The median seconds of each call after a warm-up; on a GPU measured by events, with a cold cache.
+
+    seconds: about how long each call is measured, on a GPU.
+    """
     if device.type == "cuda" and calls:
-        return _on_gpu(calls)
+        return _on_gpu(calls, seconds)
     return _on_cpu(calls)
 
 
-def _on_gpu(calls: Mapping[Any, Call]) -> dict[Any, float]:
+def rotate(calls: Sequence[Call]) -> Call:
+    """One call that makes each of the calls in turn: of one implementation with several sets of inputs."""
+    rotation = itertools.cycle(calls)
+    return lambda: next(rotation)()
+
+
+def _on_gpu(calls: Mapping[Any, Call], seconds: float) -> dict[Any, float]:
     cold = torch.empty(CACHE, dtype=torch.int8, device="cuda")
 
     def once(call: Call) -> tuple[torch.cuda.Event, torch.cuda.Event]:
@@ -40,7 +50,7 @@ def _on_gpu(calls: Mapping[Any, Call]) -> dict[Any, float]:
             start, end = once(call)
         torch.cuda.synchronize()
         longest = max(longest, start.elapsed_time(end) / 1000)
-    turns = min(max(int(SECONDS / longest), FEWEST), MOST)
+    turns = min(max(int(seconds / longest), FEWEST), MOST)
     events = [{name: once(call) for name, call in calls.items()} for _ in range(turns)]
     torch.cuda.synchronize()
     return {

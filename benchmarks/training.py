@@ -47,6 +47,7 @@ class Setting:
 SMALL = "n_layer=4 n_head=4 n_embd=128 block_size=64 batch_size=12 eval_iters=20 max_iters=2000 lr_decay_iters=2000"
 SETTINGS = {
     "cpu": Setting(1.88, (*SMALL.split(), "dropout=0.0", "log_interval=10"), ("shakespeare-quick",)),
+    "gpu-full": Setting(1.4697, (), ("shakespeare-char",)),  # on a GPU: all steps of both
     # 2,000 steps take hours on a CPU: only a few are timed
     "gpu": Setting(
         1.4697, ("max_iters=10", "eval_iters=1", "log_interval=1"), ("shakespeare-char-laptop",), total_steps=2000
@@ -81,6 +82,14 @@ def split(text: str, where: Path) -> None:
         np.array([characters[character] for character in part], dtype=np.uint16).tofile(folder / f"{name}.bin")
     names = {number: character for character, number in characters.items()}
     (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": len(characters), "stoi": characters, "itos": names}))
+
+
+def prepare(nanogpt: Path, text: Path, where: Path) -> None:
+    """Split the text, and copy what nanoGPT needs, into the folder `where`."""
+    split(text.read_text(), where)
+    for script in ("train.py", "model.py", "configurator.py"):
+        shutil.copy(nanogpt / script, where / "nanogpt")
+    shutil.copytree(nanogpt / "config", where / "nanogpt" / "config")
 
 
 def train_heed(setting: Setting, where: Path, seed: int, extra: list[str]) -> Run:
@@ -162,10 +171,7 @@ def run(nanogpt: Path, text: Path, name: str, seeds: int, out: Path | None, extr
     runs: list[Run] = []
     with tempfile.TemporaryDirectory() as folder:
         where = Path(folder)
-        split(text.read_text(), where)
-        for script in ("train.py", "model.py", "configurator.py"):
-            shutil.copy(nanogpt / script, where / "nanogpt")
-        shutil.copytree(nanogpt / "config", where / "nanogpt" / "config")
+        prepare(nanogpt, text, where)
         for seed in range(seeds):
             for made in (train_nanogpt(setting, where, seed, device), train_heed(setting, where, seed, extra)):
                 runs.append(made)
