@@ -195,7 +195,9 @@ class Attention(nn.Module):
             out = attention(q, k, v, self.mask_spec)  # (B, T, H, D)
         else:
             keys, values = cache.update(self.layer, k, v)  # (B, S, K, D)
-            out = attention(q, keys, values, self.mask_spec, cache_seqlens=cache.lengths + T)
+            out = attention(
+                q, keys, values, self.mask_spec, cache_seqlens=cache.lengths + T, block_table=cache.block_table
+            )
         if self.gate:
             out = out * gate.sigmoid()
         return self.o_proj(out.reshape(B, T, -1))  # (B, T, H, D) -> (B, T, H*D) -> (B, T, C)
