@@ -97,7 +97,9 @@ class KVCache:
         """Whether a sequence that has `written` tokens can go back to its first `length`. A ring buffer keeps what a
         window needs for the last CHUNK tokens only, a state what it needs for the next one."""
         return all(
-            (written <= states[0].shape[1] or written - length <= self.CHUNK) if of_positions else length in (0, written)
+            (written <= states[0].shape[1] or written - length <= self.CHUNK)
+            if of_positions
+            else length in (0, written)
             for states, of_positions in zip(self.layers, self.of_positions, strict=True)
         )
 
