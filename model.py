@@ -216,11 +216,12 @@ class Attention(nn.Module):
         k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K*D) -> (B, T, K, D)
         v = self.v_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K*D) -> (B, T, K, D)
         q, k = apply_rotary_emb(self.q_norm(q), cos, sin), apply_rotary_emb(self.k_norm(k), cos, sin)
-        lengths = None
+        lengths, block_table = None, None
         if cache is not None:
             (k, v), lengths = cache.update(self.layer, k, v), cache.lengths + T  # (B, S, K, D)
+            block_table = cache.block_table
         out = attention(
-            q, k, v, self.mask_spec, softmax_scale=self.softmax_scale, cache_seqlens=lengths,
+            q, k, v, self.mask_spec, softmax_scale=self.softmax_scale, cache_seqlens=lengths, block_table=block_table,
             alibi_slopes=self.alibi_slopes,
         )  # fmt: skip  # (B, T, H, D)
         if self.gate:

@@ -17,9 +17,11 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from training.deprecated_names import RENAMED
 
+MAX_BATCH = 32  # sequences that --prompts and --chat generate at a time; others wait
 RUNS = Path(os.environ.get("HEED_RUNS") or Path(__file__).resolve().parent / "runs")
 
 
@@ -27,10 +29,11 @@ def parse_args() -> argparse.Namespace:
     """The command line."""
     p = argparse.ArgumentParser(description="Generate text with a trained model.", allow_abbrev=False)
     p.add_argument("--prompt", default="", help="text to continue; - reads standard input; default: a new document")
+    p.add_argument("--prompts", type=Path, metavar="FILE", help="continue each line of a file, all as one batch")
     p.add_argument("--run", type=Path, help="folder of the run; default: the newest under runs/")
     p.add_argument("--checkpoint", default="best", help="best, latest or a step such as step-000500; default: best")
     p.add_argument("--max-new-tokens", type=int, default=200, help="tokens per sample, at most; default: 200")
-    p.add_argument("--num-samples", type=int, default=1, help="samples, generated as one batch; default: 1")
+    p.add_argument("--num-samples", type=int, default=1, help="samples per prompt, as one batch; default: 1")
     p.add_argument("--temperature", type=float, default=0.8, help="below 1 sharper, above 1 flatter; default: 0.8")
     p.add_argument("--top-k", type=int, default=0, help="sample from the k most likely tokens; default: 0, all")
     p.add_argument("--top-p", type=float, default=1.0, help="sample from the fewest tokens that sum to p; default: 1")
@@ -60,6 +63,7 @@ from torch import Tensor  # noqa: E402
 
 from data import chat_format  # noqa: E402
 from data.tokenizer import Tokenizer, TokenizerError  # noqa: E402
+from inference.continuous_batching import ContinuousBatch, stream_batch  # noqa: E402
 from inference.engine import make_engine  # noqa: E402
 from inference.huge_pages import use_huge_pages  # noqa: E402
 from inference.quantize import quantize  # noqa: E402
@@ -102,7 +106,8 @@ def generate(
         logits = engine(rows[:, cached:end], cache)  # (B, V); the prefill of the prompt has one row
         if end == len(prompt):
             cache, logits = cache.repeat(num_samples), logits.expand(num_samples, -1)
-        token = sampling.sample(logits, seen, random)  # (B, 1)
+        uniform = torch.rand(num_samples, 1, generator=random, dtype=torch.float32, device=device)
+        token = sampling.sample(logits, seen, uniform)  # (B, 1)
         text[:, end : end + 1] = token
         seen.scatter_(1, token, True)
         cached = end
@@ -120,10 +125,9 @@ def stream_generate(
     """Yield (sample, text) for every generated token; the texts of one sample, joined, continue the prompt.
 
     A sample ends at an end token (of a document or a turn), before a stop string, or after `max_new_tokens` tokens;
-    `whole_lines` leaves out an incomplete last line. The prompt is text or its tokens; an empty one begins a new
-    document. Raises TokenizerError if the tokenizer cannot encode the prompt.
+    `whole_lines` leaves out an incomplete last line. Raises TokenizerError if the tokenizer cannot encode the prompt.
     """
-    ids = (tokenizer.bos_tokens + tokenizer.encode(prompt) if isinstance(prompt, str) else prompt) or [tokenizer.eot]
+    ids = tokenizer.encode_prompt(prompt)
     texts = [GeneratedText(tokenizer, stop, ids, whole_lines) for _ in range(num_samples)]
     steps = generate(model, ids, max_new_tokens=max_new_tokens, num_samples=num_samples, sampling=sampling, seed=seed)
     for number, step in enumerate(steps, 1):
@@ -157,18 +161,12 @@ def load(run: Path, checkpoint: str = "best") -> tuple[GPT, Tokenizer]:
     return model, Tokenizer.load(run / "tokenizer.json")
 
 
-def print_samples(
-    model: GPT, tokenizer: Tokenizer, prompt: str | Sequence[int], sampling: SamplingParams, args: argparse.Namespace
-) -> str:
-    """Print the prompt, if it is text, and its continuations; a single sample is streamed. Returns the first sample."""
-    shown = prompt if isinstance(prompt, str) else ""
-    stream, texts = args.num_samples == 1, [shown] * args.num_samples
+def print_samples(prompts: list[str], samples: Iterator[tuple[int, str]]) -> str:
+    """Print the prompt and the continuation of every sample; a single one is streamed. Returns the first sample."""
+    stream, texts = len(prompts) == 1, list(prompts)
     num_tokens, first, start = 0, 0.0, time.perf_counter()
-    print(shown if stream else "", end="", flush=True)
-    for sample, text in stream_generate(
-        model, tokenizer, prompt, max_new_tokens=args.max_new_tokens, num_samples=args.num_samples, sampling=sampling,
-        seed=args.seed, stop=args.stop, whole_lines=args.whole_lines,
-    ):  # fmt: skip
+    print(texts[0] if stream else "", end="", flush=True)
+    for sample, text in samples:
         num_tokens, first = num_tokens + 1, first or time.perf_counter() - start
         texts[sample] += text
         print(text if stream else "", end="", flush=True)
@@ -177,6 +175,17 @@ def print_samples(
     speed = f"{num_tokens / seconds:,.0f} tok/s, TTFT {first * 1000:,.0f} ms"
     print(f"[{num_tokens} tokens in {seconds:.2f} s: {speed}]", file=sys.stderr)
     return texts[0]
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a file that are not empty. Raises ValueError if there are none."""
+    try:
+        prompts = [line for line in path.read_text(encoding="utf-8").split("\n") if line]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--prompts {path}: cannot be read as text ({error})") from None
+    if not prompts:
+        raise ValueError(f"--prompts {path}: has no line that is not empty")
+    return prompts
 
 
 def main(args: argparse.Namespace) -> None:
@@ -189,6 +198,9 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"{got}: both must be at least 1")
     if args.system and not args.chat:
         raise ValueError(f"system = {args.system!r}: needs --chat")
+    if args.prompts and (args.prompt or args.chat or args.interactive):
+        raise ValueError(f"--prompts {args.prompts}: excludes --prompt, --chat and --interactive")
+    prompts = read_prompts(args.prompts) if args.prompts else []
     model, tokenizer = load(args.run or newest_run(), args.checkpoint)
     kind = args.quantize or ("bf16" if has_bf16(model.model.cos.device) else "none")
     if kind != "none":
@@ -199,12 +211,24 @@ def main(args: argparse.Namespace) -> None:
     # Half of the context is kept free for the answer, or a quarter if the last message is long.
     half, quarter = (min(args.max_new_tokens, model.config.context // part) for part in (2, 4))
 
+    options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "sampling": sampling, "seed": args.seed}
+    options |= {"stop": args.stop, "whole_lines": args.whole_lines}
+    texts = [prompt for prompt in prompts or [""] for _ in range(args.num_samples)]
+    if prompts or args.chat:  # in a chat, a turn finds the keys and values of earlier ones in the cache
+        batch = ContinuousBatch(model, min(MAX_BATCH, len(texts)))
+    if prompts:
+        print_samples(texts, stream_batch(batch, tokenizer, texts, **options))
+        return
+
     def answer(prompt: str) -> None:
-        rendered: str | list[int] = prompt
-        if args.chat:
-            room = model.config.context - quarter
-            rendered = chat_format.render_prompt(tokenizer, [*turns, ("user", prompt)], room, half - quarter)
-        turns.extend([("user", prompt), ("assistant", print_samples(model, tokenizer, rendered, sampling, args))])
+        if not args.chat:
+            samples = stream_generate(model, tokenizer, prompt, num_samples=args.num_samples, **options)
+            print_samples([prompt] * args.num_samples, samples)
+            return
+        room = model.config.context - quarter
+        rendered = chat_format.render_prompt(tokenizer, [*turns, ("user", prompt)], room, half - quarter)
+        samples = stream_batch(batch, tokenizer, [rendered] * args.num_samples, **options)
+        turns.extend([("user", prompt), ("assistant", print_samples(texts, samples))])
 
     if not (args.interactive or (args.chat and not args.prompt)):
         answer(sys.stdin.read() if args.prompt == "-" else args.prompt)

@@ -76,6 +76,12 @@ class Tokenizer:
         """The ids of `text`. Raises TokenizerError for lone surrogates, and (char) for an unseen character."""
         return self.encode_batch([text])[0]
 
+    def encode_prompt(self, prompt: str | Sequence[int]) -> list[int]:
+        """The ids of a text to be continued, which may be given as ids; an empty one begins a new document. Raises like
+        `encode`."""
+        ids = self.bos_tokens + self.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        return ids or [self.eot]
+
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """The ids of each text, on all cores. Raises like `encode`."""
         try:

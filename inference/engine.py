@@ -136,7 +136,7 @@ class CppEngine:
         decode_step.library(self.weights, self.cache_dtype)  # raises here, not in the first call
         decoder = model.model
         self.layers = (decode_step.Layer * config.n_layer)()
-        self.cache: KVCache | None = None  # the one that the rows of `layers` point to
+        self.cache: list[tuple[Tensor, ...]] = []  # the states of the cache that the rows of `layers` point to
         C, H, K, D, F = config.n_embd, config.n_head, config.n_kv_head, config.head_dim, config.n_ffn
         in_attention = {"q": (H * D * (2 if config.gate else 1), C), "k": (K * D, C), "v": (K * D, C), "o": (C, H * D)}
         in_mlp = {"gate": (F, C), "up": (F, C), "down": (C, F)}
@@ -173,23 +173,23 @@ class CppEngine:
 
     def _point_to(self, cache: KVCache) -> None:
         """Let C++ read and write this cache from now on. Raises ValueError: it is not one of this model."""
-        dtype, B = cache.layers[0][0].dtype, len(cache.lengths)
+        dtype, rows = cache.layers[0][0].dtype, len(cache.layers[0][0])
         for row, (keys, values) in zip(self.layers, cache.layers, strict=True):
             for name, x in (("keys", keys), ("values", values)):
-                check_tensor(name, x, dtype, B, keys.shape[1], self.model.K, self.model.D)
+                check_tensor(name, x, dtype, rows, keys.shape[1], self.model.K, self.model.D)
                 setattr(row, name, x.data_ptr())
             row.slots = keys.shape[1]
-        self.cache = cache
+        self.cache, self.model.cache_rows = cache.layers, rows
 
     def __call__(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        if cache is not self.cache:
+        if cache.layers is not self.cache:
             self._point_to(cache)
         library = decode_step.library(self.weights, cache.layers[0][0].dtype)
         logits = torch.empty(len(tokens), self.model.V, dtype=torch.float32)  # (B, V)
         *chunks, last = tokens.split(max(1, ROWS // len(tokens)), dim=1)
         for chunk in chunks:
-            decode_step.decode(library, self.model, chunk, cache.lengths, None)
+            decode_step.decode(library, self.model, chunk, cache.rows, cache.lengths, None)
             cache.advance(chunk.shape[1])
-        decode_step.decode(library, self.model, last, cache.lengths, logits)
+        decode_step.decode(library, self.model, last, cache.rows, cache.lengths, logits)
         cache.advance(last.shape[1])
         return logits

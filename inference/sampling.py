@@ -31,11 +31,11 @@ class SamplingParams:
             if not holds:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be {right}")
 
-    def sample(self, logits: Tensor, seen: Tensor, random: torch.Generator) -> Tensor:
+    def sample(self, logits: Tensor, seen: Tensor, uniform: Tensor) -> Tensor:
         """Sample one token per row, (B, 1), by inverting the cumulative distribution at a random point.
 
-        logits: (B, V) fp32. seen: (B, V) bool, tokens of the text so far. random: the random number generator. Raises
-        ValueError if a row of logits has NaN or infinity, or nothing to choose.
+        logits: (B, V) fp32. seen: (B, V) bool, tokens of the text so far. uniform: (B, 1) random numbers from [0, 1).
+        Raises ValueError if a row of logits has NaN or infinity, or nothing to choose.
         """
         if not bool(logits.amax(1).isfinite().all()):
             raise ValueError("the logits are not finite numbers: the weights are damaged, or overflow in this dtype")
@@ -43,9 +43,7 @@ class SamplingParams:
         if self.greedy:
             return probabilities.argmax(1, keepdim=True)
         sums = probabilities.cumsum(1)  # torch.multinomial needs V random numbers per row
-        point = torch.rand(len(sums), 1, generator=random, dtype=sums.dtype, device=sums.device)
-        part = 1 - point  # above 0: no token of probability 0
-        return torch.searchsorted(sums, part * sums[:, -1:])
+        return torch.searchsorted(sums, (1 - uniform) * sums[:, -1:])  # 1 - uniform > 0: no token of probability 0
 
     def probabilities(self, logits: Tensor, seen: Tensor) -> Tensor:
         """Sampling probabilities (B, V) from fp32 logits (B, V). seen: (B, V) bool, tokens of the text so far."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 import torch
@@ -26,10 +27,14 @@ class KVCache:
         again with every token, and have fp32 at least."""
         context = min(config.context, max_seq_len or config.context)
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)  # (B,) tokens written
+        self.rows = torch.arange(batch, device=device)  # (B,) row of the tensors in `layers` that a sequence has
+        self.selected = False  # see `select`
         self.layers: list[tuple[Tensor, ...]] = []  # of attention: keys and values
+        # keys and values, (rows, S, K, D), not the states of zoo/
+        self.of_positions = [config.letter(layer) in "LS" for layer in range(config.n_layer)]
         for layer in range(config.n_layer):
             shapes = config.mixer(layer).state_shapes(config, layer, batch, context)
-            kept = dtype if config.letter(layer) in "LS" else torch.promote_types(dtype, torch.float32)
+            kept = dtype if self.of_positions[layer] else torch.promote_types(dtype, torch.float32)
             self.layers.append(tuple(torch.zeros(shape, dtype=kept, device=device) for shape in shapes))
 
     def positions(self, T: int) -> Tensor:
@@ -37,19 +42,25 @@ class KVCache:
         return self.lengths[:, None] + torch.arange(T, device=self.lengths.device)
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k and v (B, T, K, D) at the next T positions of a layer. Returns its buffers, (B, S, K, D)."""
+        """Write k and v (B, T, K, D) at the next T positions of a layer. Returns its buffers, (rows, S, K, D)."""
         keys, values = self.layers[layer]
-        B, T = k.shape[:2]
-        slots = self.positions(T) % keys.shape[1]  # (B, T)
-        rows = torch.arange(B, device=k.device)[:, None]  # (B, 1)
+        slots = self.positions(k.shape[1]) % keys.shape[1]  # (B, T)
+        rows = self.rows[:, None]  # (B, 1)
         keys[rows, slots] = k.to(keys.dtype)
         values[rows, slots] = v.to(values.dtype)
         return keys, values
 
+    def states(self, layer: int) -> tuple[Tensor, ...]:
+        """The states of a layer, (B, ...) each."""
+        return tuple(state[self.rows] if self.selected else state for state in self.layers[layer])
+
     def replace(self, layer: int, *states: Tensor) -> None:
         """Overwrite the states of a layer."""
         for old, new in zip(self.layers[layer], states, strict=True):
-            old.copy_(new)
+            if self.selected:
+                old[self.rows] = new.to(old.dtype)
+            else:
+                old.copy_(new)
 
     def advance(self, T: int) -> None:
         """Move on by T tokens, after all layers were updated."""
@@ -62,7 +73,42 @@ class KVCache:
 
     def repeat(self, times: int) -> KVCache:
         """A cache of times * B sequences, each sequence `times` times in a row: one prefill serves many samples."""
-        copy = object.__new__(KVCache)
-        copy.lengths = self.lengths.repeat_interleave(times)
-        copy.layers = [tuple(state.repeat_interleave(times, 0) for state in states) for states in self.layers]
-        return copy
+        cache = copy(self)
+        cache.lengths = self.lengths.repeat_interleave(times)
+        cache.layers = [tuple(state.repeat_interleave(times, 0) for state in states) for states in self.layers]
+        cache.rows = torch.arange(len(cache.lengths), device=self.rows.device)
+        return cache
+
+    def select(self, rows: Tensor, lengths: Tensor) -> KVCache:
+        """A cache of some of the sequences, in any order, that shares the memory of this one.
+
+        rows: (B,) int64, their numbers. lengths: (B,) int64, how many tokens each holds.
+        """
+        cache = copy(self)
+        cache.rows, cache.lengths, cache.selected = rows, lengths, True
+        return cache
+
+    @property
+    def block_table(self) -> Tensor | None:
+        """Selected rows, for kernels.attention: the row of a sequence is its only page, (B, 1), so nothing is copied."""
+        return self.rows[:, None].int() if self.selected else None  # (B,) -> (B, 1)
+
+    def keeps(self, length: int, written: int) -> bool:
+        """Whether a sequence that has `written` tokens can go back to its first `length`. A ring buffer keeps what a
+        window needs for the last CHUNK tokens only, a state what it needs for the next one."""
+        return all(
+            (written <= states[0].shape[1] or written - length <= self.CHUNK)
+            if of_positions
+            else length in (0, written)
+            for states, of_positions in zip(self.layers, self.of_positions, strict=True)
+        )
+
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """Let a row begin with the first `length` tokens of another one, which `keeps` them; 0 empties it."""
+        for states, of_positions in zip(self.layers, self.of_positions, strict=True):
+            for state in states:
+                if of_positions:
+                    size = min(length, state.shape[1])
+                    state[target, :size] = state[source, :size]
+                else:
+                    state[target] = state[source] if length else 0

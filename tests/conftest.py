@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import io
+import json
 import os
 import runpy
 import subprocess
@@ -97,6 +98,21 @@ def runs(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
     train_here(
         where, "shakespeare", "--name=songs", *SMALL, f"--data.source={text}", "--train.steps=30", "--train.num_evals=2"
     )
+    return where
+
+
+@pytest.fixture(scope="session")
+def chat_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one small run trained on conversations, `assistant`."""
+    where = tmp_path_factory.mktemp("chat-runs")
+    roles, texts = ("user", "assistant") * 2, ("what is {} plus one?", "it is {}.", "and two more?", "then {}.")
+    rows = (
+        {"messages": [{"role": role, "content": text.format(n)} for role, text in zip(roles, texts, strict=True)]}
+        for n in range(300)
+    )
+    (where / "chat.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    data = ("--data.format=chat", f"--data.source={where / 'chat.jsonl'}", "--model.context=128")
+    train_here(where, "shakespeare", "--name=assistant", *SMALL, *data, "--train.steps=30", "--train.num_evals=1")
     return where
 
 

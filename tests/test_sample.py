@@ -5,8 +5,9 @@ import torch
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process as theirs
 
+from data import chat_format
 from data.tokenizer import EOT, Tokenizer
-from inference.engine import EagerEngine
+from inference.engine import CppEngine, EagerEngine
 from inference.stop_strings import GeneratedText
 from model import KVCache
 from sample import SamplingParams, generate, load, stream_generate
@@ -60,14 +61,13 @@ def test_greedy_has_probability_one_for_the_most_likely_token():
 
 
 @pytest.mark.parametrize("number", [0.0, 1 - 2**-24])  # the first and the last of torch.rand
-def test_token_with_probability_zero_is_never_sampled(number, monkeypatch):
+def test_token_with_probability_zero_is_never_sampled(number):
     logits = torch.randn(64, 5000, generator=torch.Generator().manual_seed(0))
     logits[:, :10] = logits[:, -10:] = float("-inf")
     seen, sampling = torch.zeros(64, 5000, dtype=torch.bool), SamplingParams(temperature=1.0)
     sums = sampling.probabilities(logits, seen).cumsum(1)[:, -1]
     assert (sums < 1).any() and (sums > 1).any()  # rounded sums differ from 1
-    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, number))
-    drawn = sampling.sample(logits, seen, torch.Generator())
+    drawn = sampling.sample(logits, seen, torch.full((64, 1), number))
     assert drawn.min() >= 10 and drawn.max() < 4990
 
 
@@ -316,3 +316,60 @@ def test_whole_lines_flag_and_renamed_flag(runs, sample_py):
     assert plain.startswith(whole.rstrip("\n")) and len(whole) < len(plain)
     done = sample_py("--tokens=5", where=runs)
     assert (done.returncode, done.stderr) == (2, "sample.py: --tokens: renamed to --max-new-tokens\n")
+
+
+# Several prompts, and chats -------------------------------------------------------------------------------------------
+
+
+def test_each_line_of_a_file_is_continued_in_one_batch(runs, sample_py, tmp_path):
+    prompts = ["Song", "the 3 birds", "Song 7: the"]
+    (tmp_path / "prompts.txt").write_text("Song\n\nthe 3 birds\nSong 7: the\n")
+    words = ("--greedy", "--max-new-tokens", "30")
+    done = sample_py("--prompts", str(tmp_path / "prompts.txt"), *words, where=runs)
+    assert done.returncode == 0, done.stderr
+    texts = [sample_py("--prompt", prompt, *words, where=runs).stdout.removesuffix("\n") for prompt in prompts]
+    assert done.stdout == f"\n{'-' * 60}\n".join(texts) + "\n"
+    assert "90 tokens in" in done.stderr
+    two = sample_py("--prompts", str(tmp_path / "prompts.txt"), *words, "--num-samples=2", where=runs)
+    assert two.stdout == f"\n{'-' * 60}\n".join(text for text in texts for _ in range(2)) + "\n"
+
+
+def test_a_chat_prefills_only_what_is_new(chat_runs, sample_py, monkeypatch):
+    model, tokenizer = load(chat_runs / "assistant")
+    turns, sizes, expected = [], [], ""
+    questions = ["what is 7 plus one?", "and two more?", "what is 9 plus one?"]
+    for question in questions:
+        turns.append(("user", question))
+        prompt = chat_format.render_prompt(tokenizer, turns, model.config.context - 12)
+        parts = stream_generate(
+            model, tokenizer, prompt, max_new_tokens=12, sampling=SamplingParams(greedy=True), whole_lines=True
+        )
+        turns.append(("assistant", "".join(text for _, text in parts)))
+        sizes.append(len(prompt))
+        expected += f"> {turns[-1][1]}\n"
+    appended, call = [], CppEngine.__call__
+    monkeypatch.setattr(CppEngine, "__call__", lambda self, x, kv: (appended.append(x.shape[1]), call(self, x, kv))[1])
+    words = ("--chat", "--greedy", "--whole-lines", "--max-new-tokens=12")
+    done = sample_py(*words, where=chat_runs, stdin="\n".join(questions))
+    assert done.stdout == expected + "> \n"
+    prompts = [size for size in appended if size > 1]
+    assert prompts[0] == sizes[0] and len(prompts) == 3
+    assert all(new < 20 < whole for new, whole in zip(prompts[1:], sizes[1:], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("words", "content", "message"),
+    [
+        ([], None, "cannot be read as text"),
+        ([], b"\xff\xfe", "cannot be read as text"),
+        ([], b"\n\n", "has no line that is not empty"),
+        (["--chat"], b"Song\n", "excludes --prompt, --chat and --interactive"),
+        (["--prompt", "Song"], b"Song\n", "excludes --prompt, --chat and --interactive"),
+    ],
+)
+def test_unusable_prompt_files_are_one_line(runs, sample_py, tmp_path, words, content, message):
+    if content is not None:
+        (tmp_path / "prompts.txt").write_bytes(content)
+    done = sample_py("--prompts", str(tmp_path / "prompts.txt"), *words, where=runs)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("sample.py: --prompts ") and message in done.stderr

@@ -59,13 +59,14 @@ class BigBird(AttentionProjections):
             rows = BLOCK
             q, k, v = (F.pad(y, (0, 0, 0, 0, 0, -T % BLOCK)) for y in (q, k, v))
             positions = torch.arange(q.shape[1], device=x.device).expand(B, -1)
+            row = torch.arange(B, device=x.device)
         else:  # the first query may be anywhere in its block: gather for each
             rows = 1
             k, v = cache.update(self.layer, k, v)
-            positions = cache.positions(T)
+            positions, row = cache.positions(T), cache.rows
         last = positions[:, rows - 1 :: rows]  # (B, T / rows) of each group's queries
         pages = self.blocks[last // BLOCK]  # (B, T / rows, blocks), ascending: a query's own block is the last
-        pages = pages + torch.arange(B, device=x.device)[:, None, None] * (k.shape[1] // BLOCK)
+        pages = pages + row[:, None, None] * (k.shape[1] // BLOCK)
         lengths = (self.count[last // BLOCK] - 1) * BLOCK + last % BLOCK + 1
         q = q.unflatten(1, (-1, rows)).flatten(0, 1).to(k.dtype)  # (B * T / rows, rows, H, D)
         k, v = (y.unflatten(1, (-1, BLOCK)).flatten(0, 1) for y in (k, v))  # (B * S / BLOCK, BLOCK, K, D)

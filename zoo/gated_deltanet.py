@@ -56,7 +56,7 @@ class GatedDeltaNet(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
         (B, T, _), H, D = x.shape, self.n_head, self.head_dim
-        S, tail = (None, None) if cache is None else cache.layers[self.layer]
+        S, tail = (None, None) if cache is None else cache.states(self.layer)
         qkv, z = self.in_proj_qkvz(x).view(B, T, H, 4, D).split((3, 1), 3)  # (B, T, H, 3 and 1, D)
         b, a = upcast(self.in_proj_ba(x)).view(B, T, H, 2).unbind(3)  # (B, T, H) each
         qkv, tail = causal_conv(qkv.transpose(2, 3).flatten(2), self.conv1d.weight, tail)  # (B, T, 3 * H * D)

@@ -79,7 +79,7 @@ class RWKV7(nn.Module):
         return 4 * config.n_head * config.head_dim**2
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
-        S, last = (None, None) if cache is None else cache.layers[self.layer]
+        S, last = (None, None) if cache is None else cache.states(self.layer)
         x, dtype = upcast(x), x.dtype
         before = F.pad(x, (0, 0, 1, -1)) if last is None else torch.cat((last, x[:, :-1]), 1)  # (B, T, C)
         xr, xw, xk, xv, xa, xg = torch.lerp(x, before, upcast(self.x_rwkvag)).to(self.w0.dtype)  # (B, T, C) each

@@ -25,6 +25,7 @@ struct Model {
     const float* norm;
     Matrix embed, head;
     const Layer* layer;
+    int64_t cache_rows;
 };
 
 // 1. Operations -----------------------------------------------------------------------------------------------------
@@ -97,6 +98,9 @@ static void attend(const float* q, int64_t pitch, const E* keys, const E* values
     }
 }
 
+// A row attends to n positions in so many parts, whatever the batch and the number of threads.
+static int64_t parts_of(int64_t n) { return std::clamp<int64_t>(n / 64, 1, 16); }
+
 // One head's share y (D) of n parts, whose numbers begin m.H heads apart.
 static void join(const Drawn& parts, int64_t n, int64_t h, const Model& m, float* y) {
     float largest = -INFINITY, total = 0;
@@ -112,17 +116,18 @@ static void join(const Drawn& parts, int64_t n, int64_t h, const Model& m, float
 
 // 2. The model ------------------------------------------------------------------------------------------------------
 
-// 0, or 1 for no token, one that is not in the vocabulary, or a position beyond the context or the cache. Without `logits`, the cache
-// alone is filled. W is what the weights are stored in, E what the cache is: the compiler's command line says it
+// 0, or 1 for no token, one that is not in the vocabulary, a position beyond the context or the cache, or a row beyond the
+// cache. Sequence b is row rows[b] of the cache, which holds lengths[b] tokens of it. Without `logits`, the cache alone is
+// filled. W is what the weights are stored in, E what the cache is: the compiler's command line says it
 // (-DWEIGHTS -DCACHE).
-extern "C" int heed_decode(const Model& m, int64_t B, int64_t T, const int64_t* tokens, const int64_t* lengths,
-                            float* logits, int64_t threads) {
+extern "C" int heed_decode(const Model& m, int64_t B, int64_t T, const int64_t* tokens, const int64_t* rows,
+                           const int64_t* lengths, float* logits, int64_t threads) {
     if (B * T == 0) return 1;
     for (int64_t i = 0; i < B * T; i++)
         if (tokens[i] < 0 || tokens[i] >= m.V) return 1;
     for (int64_t b = 0; b < B; b++) {
         int64_t end = lengths[b] + T;
-        if (lengths[b] < 0 || end > m.context) return 1;
+        if (lengths[b] < 0 || end > m.context || rows[b] < 0 || rows[b] >= m.cache_rows) return 1;
         for (const Layer* l = m.layer; l < m.layer + m.layers; l++)  // a ring must hold the window of the first new token
             if (end > l->slots && !(l->window && l->window + T - 1 <= l->slots)) return 1;
     }
@@ -132,7 +137,7 @@ extern "C" int heed_decode(const Model& m, int64_t B, int64_t T, const int64_t* 
     Buffer<float> x(all * m.C), y(all * m.C), q(all * Q), k(all * KV), v(all * KV), a(all * m.H * D), f(all * m.F),
         g(all * m.F);
     Columns<W> columns(IN_TILES<W> && all >= MANY ? all : 0, std::max({m.C, m.H * D, m.F}));
-    int64_t drawn_rows = (T < MANY ? all : B) * threads;
+    int64_t most = parts_of(*std::max_element(lengths, lengths + B) + T), drawn_rows = (T < MANY ? all : B) * most;
     Buffer<float> largest(drawn_rows * m.H), total(drawn_rows * m.H), values(drawn_rows * m.H * D);
 #pragma omp parallel num_threads(threads)
     {
@@ -163,23 +168,28 @@ extern "C" int heed_decode(const Model& m, int64_t B, int64_t T, const int64_t* 
                 float scale = m.embed.scale ? m.embed.scale[tokens[r]] : 1;
                 x[r * m.C + c] = float(((const W*)m.embed.weight)[tokens[r] * m.C + c]) * scale;
             }
-        // Each row's share of the cache, row by row. Where one thread would have a row more than another, they share every
-        // row's positions instead.
+        // Each row's share of the cache. The threads take turns at the parts of its positions.
         auto attend_rows = [&](const Layer& l) {
-            int64_t split = R % threads ? threads : 1, per = R / B;
-            auto drawn = [&](int64_t part) {
-                return Drawn{&largest[part * m.H], &total[part * m.H], &values[part * m.H * D]};
+            int64_t per = R / B, me = omp_get_thread_num();
+            auto drawn = [&](int64_t r, int64_t part) {
+                int64_t i = r * most + part;
+                return Drawn{&largest[i * m.H], &total[i * m.H], &values[i * m.H * D]};
             };
-            Part parts(R * split);
-            for (int64_t i = parts.from; i < parts.to; i++) {
-                int64_t r = i / split, end = lengths[r / per] + skipped + r % per + 1, cache = r / per * l.slots * KV;
-                int64_t begin = l.window ? std::max<int64_t>(0, end - l.window) : 0, n = end - begin;
-                attend(&q[r * Q], Q / m.H, (E*)l.keys + cache, (E*)l.values + cache, l, m,
-                       begin + n * (i % split) / split, begin + n * (i % split + 1) / split, drawn(i));
+            auto end = [&](int64_t r) { return lengths[r / per] + skipped + r % per + 1; };
+            auto size = [&](int64_t r) { return l.window ? std::min(l.window, end(r)) : end(r); };
+            for (int64_t r = 0; r < R; r++) {
+                int64_t n = size(r), begin = end(r) - n, parts = parts_of(n), cache = rows[r / per] * l.slots * KV;
+                for (int64_t part = 0; part < parts; part++)
+                    if ((r + part) % threads == me)
+                        attend(&q[r * Q], Q / m.H, (E*)l.keys + cache, (E*)l.values + cache, l, m,
+                               begin + n * part / parts, begin + n * (part + 1) / parts, drawn(r, part));
             }
 #pragma omp barrier
             Part joined(R * m.H);
-            for (int64_t i = joined.from; i < joined.to; i++) join(drawn(i / m.H * split), split, i % m.H, m, &a[i * D]);
+            for (int64_t i = joined.from; i < joined.to; i++) {
+                int64_t r = i / m.H;
+                join(drawn(r, 0), parts_of(size(r)), i % m.H, m, &a[i * D]);
+            }
         };
         for (const Layer* l = m.layer; l < m.layer + m.layers; l++) {
 #pragma omp barrier
@@ -197,7 +207,7 @@ extern "C" int heed_decode(const Model& m, int64_t B, int64_t T, const int64_t* 
                     continue;
                 }
                 int64_t from = r * KV + (h - m.H) * D;
-                int64_t to = (r / T * l->slots + position % l->slots) * KV + (h - m.H) * D;
+                int64_t to = (rows[r / T] * l->slots + position % l->slots) * KV + (h - m.H) * D;
                 place(&k[from], l->norm_k, m, position, &k[from]);
                 for (int64_t d = 0; d < D; d++) ((E*)l->keys)[to + d] = E(k[from + d]);
                 for (int64_t d = 0; d < D; d++) ((E*)l->values)[to + d] = E(v[from + d]);
@@ -220,7 +230,7 @@ extern "C" int heed_decode(const Model& m, int64_t B, int64_t T, const int64_t* 
                 int64_t parts = B * m.K % threads ? threads : 1, group = m.H / m.K, pitch = Q / m.H;
                 Part mine(B * m.K * parts);
                 for (int64_t i = mine.from; i < mine.to; i++) {
-                    int64_t b = i / parts / m.K, h = i / parts % m.K, cache = b * l->slots * KV + h * D;
+                    int64_t b = i / parts / m.K, h = i / parts % m.K, cache = rows[b] * l->slots * KV + h * D;
                     Sequence<E> sequence{(E*)l->keys + cache, (E*)l->values + cache, lengths[b], T, l->slots, KV, D, l->window};
                     sequence.attend(&q[b * T * Q + h * group * pitch], Q, pitch, &a[(b * T * m.H + h * group) * D], m.H * D,
                                     Part(group * ((T + 31) / 32), 1, i % parts, parts));

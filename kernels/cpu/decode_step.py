@@ -32,6 +32,7 @@ class Model(Structure):
         ("embed", Matrix),
         ("head", Matrix),
         ("layer", POINTER(Layer)),
+        ("cache_rows", c_int64),
     )
 
 
@@ -40,9 +41,12 @@ def library(weights: torch.dtype, cache: torch.dtype) -> ctypes.CDLL:
     return cpu.library("decode_step", WEIGHTS=weights, CACHE=cache)
 
 
-def decode(found: ctypes.CDLL, model: Model, tokens: Tensor, lengths: Tensor, logits: Tensor | None) -> None:
-    """tokens (B, T) int64 after those that the cache holds, lengths (B,) int64 -> the next one's logits (B, V) fp32, or
-    None.
+def decode(
+    found: ctypes.CDLL, model: Model, tokens: Tensor, rows: Tensor, lengths: Tensor, logits: Tensor | None
+) -> None:
+    """tokens (B, T) int64 after those that the cache holds -> the next one's logits (B, V) fp32, or None.
+
+    rows, lengths (B,) int64: the row of the cache that a sequence has, and how many tokens it holds.
 
     Writes keys and values into the cache that `model` points to.
 
@@ -52,8 +56,9 @@ def decode(found: ctypes.CDLL, model: Model, tokens: Tensor, lengths: Tensor, lo
     """
     (B, T), tokens = tokens.shape, tokens.contiguous()
     check_tensor("tokens", tokens, torch.int64, B, T)
+    check_tensor("rows", rows, torch.int64, B)
     check_tensor("lengths", lengths, torch.int64, B)
     if logits is not None:
         check_tensor("logits", logits, torch.float32, B, model.V)
-    if cpu.call(found.heed_decode, model, B, T, tokens, lengths, logits):
+    if cpu.call(found.heed_decode, model, B, T, tokens, rows, lengths, logits):
         raise IndexError(f"needs tokens from 0 to {model.V - 1}, 1 to {model.context} of them, and room in the cache")

@@ -52,38 +52,59 @@ template <class X> using Sums = std::conditional_t<std::is_same_v<X, int16_t>, I
 
 // 2. A tile: some rows of the matrix by some rows of x ---------------------------------------------------------------
 
+constexpr int REGISTERS = LANES == 16 ? 32 : 16;
+// U of a tile: sums of whole numbers are exact in any order
+template <class X, int SIZE> constexpr int SUMS = !std::is_same_v<X, int16_t> ? 2 : SIZE > 3 ? 1 : 4;
 template <class W> constexpr int AHEAD = sizeof(W) == 1 ? 4096 : sizeof(W) == 2 && !PAIRS ? 1024 : 0;  // bytes, by trial
-template <class W> constexpr int LINE = std::max(4, 64 / (LANES * int(sizeof(W))));  // vectors in a line of the cache
 
-// out[n][m] = row n of w (N, columns) times row m of x (M, columns): each load serves several multiplications. U sums of each
-// take turns, so that no addition waits for the last one.
+// out[n][m] = row n of w (N, columns) times row m of x (M, columns): each load serves several multiplications.
+//
+// A product has the same bits in a tile of any size, so what a sequence gets does not depend on the others in its batch. It
+// is always U sums, of every U-th vector each, added up at the end. They are computed side by side, so that no addition
+// waits for the last one, or one after another where there are not enough registers.
 template <int N, int M, int U, class W, class X>
 [[gnu::always_inline]] static inline void tile(const W* w, const X* x, int64_t columns, float (&out)[N][M]) {
-    Sums<X> sums[N][M][U] = {};
-    int64_t c = 0;
-    for (; c + U * PACK<X> <= columns; c += U * PACK<X>) {
-        if (AHEAD<W> && N == 1)  // narrow weights go by faster than the hardware calls the next
-            for (int64_t byte = 0; byte < U * PACK<X> * int64_t(sizeof(W)); byte += 64)
-                __builtin_prefetch((const char*)(w + c) + AHEAD<W> + byte);
-        for (int u = 0; u < U; u++) {
+    constexpr int SIDES = N * M * U + N + 1 > REGISTERS ? 1 : U;
+    int64_t whole = columns / PACK<X> * PACK<X>;
+    Sums<X> totals[N][M];
+    for (int first = 0; first < U; first += SIDES) {
+        Sums<X> sums[N][M][SIDES] = {};
+        auto step = [&](int64_t c, int side) {
             decltype(pack(w, X())) ws[N];
-            for (int n = 0; n < N; n++) ws[n] = pack(w + n * columns + c + u * PACK<X>, X());
+            for (int n = 0; n < N; n++) ws[n] = pack(w + n * columns + c, X());
             for (int m = 0; m < M; m++) {
-                auto xs = pack(x + m * columns + c + u * PACK<X>, X());
+                auto xs = pack(x + m * columns + c, X());
                 if (N > 1 && M > 1) HOLD(xs);
                 for (int n = 0; n < N; n++) {
                     if (N > 1 && M > 1) HOLD(ws[n]);
-                    multiply(sums[n][m][u], ws[n], xs);
+                    multiply(sums[n][m][side], ws[n], xs);
                 }
             }
+        };
+        int64_t c = first * PACK<X>;
+        for (; c + SIDES * PACK<X> <= whole; c += U * PACK<X>) {
+            if (AHEAD<W> && N == 1)  // narrow weights go by faster than the hardware calls the next
+                for (int64_t byte = 0; byte < U * PACK<X> * int64_t(sizeof(W)); byte += 64)
+                    __builtin_prefetch((const char*)(w + c) + AHEAD<W> + byte);
+            for (int side = 0; side < SIDES; side++) step(c + side * PACK<X>, side);
         }
+        for (int side = 0; side < SIDES - 1; side++)
+            if (c + side * PACK<X> < whole) step(c + side * PACK<X>, side);
+        for (int n = 0; n < N; n++)
+            for (int m = 0; m < M; m++)
+                for (int side = 0; side < SIDES; side++) {
+                    if (first + side) totals[n][m] += sums[n][m][side];
+                    else totals[n][m] = sums[n][m][side];
+                    HOLD(totals[n][m]);  // g++ would add up in another order
+                }
     }
     for (int n = 0; n < N; n++)
         for (int m = 0; m < M; m++) {
-            for (int u = 1; u < U; u++) sums[n][m][0] += sums[n][m][u];
-            out[n][m] = sum(sums[n][m][0]);
-            for (int64_t rest = c; rest < columns; rest++)
+            out[n][m] = sum(totals[n][m]);
+            for (int64_t rest = whole; rest < columns; rest++) {
                 out[n][m] += float(w[n * columns + rest]) * float(x[m * columns + rest]);
+                HOLD(out[n][m]);
+            }
         }
 }
 
@@ -106,14 +127,15 @@ template <class X> struct Rows {  // x of a product, as it is multiplied; row r 
     const float* scale;
 };
 
-template <int N, int M, int U, class W, class X>
+template <int N, int M, class W, class X>
 static inline void put(const Product& p, const Rows<X>& rows, const W* w, const float* scale, int64_t n, int64_t r) {
     float out[N][M];
-    tile<N, M, U>(w, rows.x + r * p.columns, p.columns, out);
+    tile<N, M, SUMS<X, N * M>>(w, rows.x + r * p.columns, p.columns, out);
     for (int i = 0; i < N; i++)
         for (int j = 0; j < M; j++) {
             float& y = p.y[(r + j) * p.rows + n + i];
             float factor = (scale ? scale[n + i] : 1) * (rows.scale ? rows.scale[r + j] : 1);
+            HOLD(factor);
             y = (p.add ? y : 0) + out[i][j] * factor;
         }
 }
@@ -126,9 +148,9 @@ template <int N, class W, class X>
     int64_t r = 0, share = (bytes * 4 / p.R + 63) / 64 * 64;
     for (; r + 4 <= p.R; r += 4, next += share) {
         for (int64_t byte = 0; byte < share; byte += 64) __builtin_prefetch(next + byte);
-        put<N, 4, 1>(p, rows, w, scale, n, r);
+        put<N, 4>(p, rows, w, scale, n, r);
     }
-    for (; r < p.R; r++) put<N, 1, N == 1 ? LINE<W> : 2>(p, rows, w, scale, n, r);
+    for (; r < p.R; r++) put<N, 1>(p, rows, w, scale, n, r);
 }
 
 // This thread's share of the matrix, whose rows are read once each. One row of x wants them in the order of memory;

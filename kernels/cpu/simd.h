@@ -65,8 +65,14 @@ static inline float sum(Floats v) {  // four at a time: additions one after anot
     typedef float Four __attribute__((vector_size(16)));
     Four fours[LANES / 4];
     std::memcpy(fours, &v, sizeof v);
-    for (int i = 1; i < LANES / 4; i++) fours[0] += fours[i];
-    return (fours[0][0] + fours[0][1]) + (fours[0][2] + fours[0][3]);
+    for (int i = 1; i < LANES / 4; i++) {
+        fours[0] += fours[i];
+        HOLD(fours[0]);
+    }
+    float low = fours[0][0] + fours[0][1], high = fours[0][2] + fours[0][3];
+    HOLD(low);
+    HOLD(high);
+    return low + high;
 }
 
 #if defined(__AVX512F__)  // one instruction, which g++ 12 does not find by itself
@@ -141,9 +147,16 @@ static inline float largest(Floats v) {
     return most;
 }
 
-// n numbers of p become f of them.
+// n numbers of p become f of them. The last ones are computed in vectors as well: the bits of a number do not depend on
+// its place.
 template <class F> static inline void each(float* p, int64_t n, F f) {
-    lanes(n, [&](int64_t i, auto v) { store(p + i, decltype(v)(f(load<decltype(v)>(p + i)))); });
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) store(p + i, Floats(f(load(p + i))));
+    if (i == n) return;
+    Floats last{};
+    std::memcpy(&last, p + i, (n - i) * 4);
+    last = f(last);
+    std::memcpy(p + i, &last, (n - i) * 4);
 }
 
 struct Part {

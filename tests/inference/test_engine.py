@@ -112,7 +112,7 @@ def test_a_piece_that_wants_no_logits_fills_the_cache_all_the_same():
     tokens, seen, real = torch.randint(0, 97, (1, 520)), [], decode_step.decode
     one, other = KVCache(model.config, 1), KVCache(model.config, 1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decode_step, "decode", lambda *a: (seen.append((a[2].shape[1], a[4] is None)), real(*a))[1])
+        patch.setattr(decode_step, "decode", lambda *a: (seen.append((a[2].shape[1], a[5] is None)), real(*a))[1])
         CppEngine(model)(tokens, one)
     assert seen == [(256, True), (256, True), (8, False)]
     for piece in tokens.split(20, dim=1):
@@ -139,16 +139,48 @@ def test_ring_buffer_and_bf16_cache_equal_torch():
         torch.testing.assert_close(mine[:, :20], yours[:, :20], atol=0.02, rtol=0.02)
 
 
+@pytest.mark.parametrize(("kind", "batch"), [("fp32", 40), ("bf16", 31), ("int8", 31)])
+@pytest.mark.parametrize("without", WITHOUT if X86 else ["nothing"])
 @torch.inference_mode()
-def test_number_of_threads_does_not_change_the_result():
+def test_logits_have_the_same_bits_whatever_the_batch_and_the_threads(
+    kind, batch, without, monkeypatch, clear_compiled
+):
+    clear_compiled()
+    monkeypatch.setattr(build, "FLAGS", [*build.FLAGS, *WITHOUT[without]])
+    before = torch.get_num_threads()
+    for flags in (LONG["plain"], LONG["odd sizes"], LONG["wide"]):
+        model = randomized(dataclasses.replace(TINY, context=420, **flags))
+        if kind != "fp32":
+            quantize(model, kind)
+        run = CppEngine(model)
+        lengths = torch.randint(1, 400, (batch,))
+        texts = [torch.randint(0, 97, (1, n + 3)) for n in lengths.tolist()]
+        alone = []
+        for text in texts:
+            cache = KVCache(model.config, 1, dtype=run.cache_dtype)
+            run(text[:, :-3], cache)
+            alone.append(torch.stack([run(token, cache)[0] for token in text[:, -3:].split(1, dim=1)]))
+        try:
+            torch.set_num_threads(3)
+            cache, rows = KVCache(model.config, batch + 2, dtype=run.cache_dtype), torch.randperm(batch + 2)[:batch]
+            for row, text in zip(rows, texts, strict=True):
+                run(text[:, :-3], cache.select(row[None], torch.tensor([0])))
+            news = torch.cat([text[:, -3:] for text in texts])  # (B, 3)
+            together = [run(news[:, n : n + 1], cache.select(rows, lengths + n)) for n in range(3)]
+        finally:
+            torch.set_num_threads(before)
+        assert torch.equal(torch.stack(together, 1), torch.stack(alone)), flags
+
+
+@torch.inference_mode()
+def test_more_threads_than_rows_and_heads():
     model, tokens, before = randomized(TINY), torch.randint(0, 97, (3, 9)), torch.get_num_threads()
     try:
-        for threads in (1, 3, 40):  # 40: more than heads and rows
-            torch.set_num_threads(threads)
-            got = CppEngine(model)(tokens, KVCache(model.config, 3))
-            torch.testing.assert_close(got, model(tokens)[:, -1], atol=2e-5, rtol=2e-5)
+        torch.set_num_threads(40)
+        got = CppEngine(model)(tokens, KVCache(model.config, 3))
     finally:
         torch.set_num_threads(before)
+    torch.testing.assert_close(got, model(tokens)[:, -1], atol=2e-5, rtol=2e-5)
 
 
 def test_out_of_range_tokens_raise():

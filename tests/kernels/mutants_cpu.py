@@ -93,23 +93,26 @@ MUTANTS["decode_step.cpp"] = [
     ("attend: another head's keys", "h / group * D, &queries", "h % m.K * D, &queries"),
     ("attend: another head's values", "stride + h / group * D;", "stride + h % m.K * D;"),
     ("attend: queries not scaled", "* pitch + d] * scale", "* pitch + d]"),
-    ("attend: the newest key is hidden", "+ r % per + 1, cache", "+ r % per, cache"),
-    ("attend: a window of one too many", "end - l.window)", "end - l.window - 1)"),
+    ("attend: the newest key is hidden", "+ r % per + 1; };", "+ r % per; };"),
+    ("attend: a window of one too many", "std::min(l.window, end(r))", "std::min(l.window + 1, end(r))"),
     (
-        "attend: a position falls between two threads",
-        "(i % split + 1) / split",
-        "(i % split + 1) / split - (split > 1)",
+        "attend: a position falls between two parts",
+        "(part + 1) / parts, drawn",
+        "(part + 1) / parts - (parts > 1), drawn",
     ),
+    ("attend: the cache of another sequence", "rows[r / per] * l.slots", "r / per * l.slots"),
     ("attend: the gate's other side", "1 + std::exp(-q[", "1 + std::exp(q["),
     ("join: parts as if their largest scores were equal", "parts.largest[i * m.H + h] - largest)", "0)"),
     ("join: of one part alone", "total += parts", "total = parts"),
     ("heads: turned by cos twice", "* sin[d];", "* cos[d];"),
+    ("heads: put into the cache of another sequence", "rows[r / T] * l->slots", "r / T * l->slots"),
     ("heads: put into the next slot", "+ position % l->slots) * KV", "+ (position + 1) % l->slots) * KV"),
     ("swiglu: the sigmoid's other side", "v / (1 + exp(-v))", "v / (1 + exp(v))"),
     ("the residual stream is lost", "m.H * D, true}", "m.H * D, false}"),
     ("another token's logits", "(b * T + T - 1) * m.C", "b * T * m.C"),
     ("another token's queries in the last layer", "(b * T + T - 1) * Q", "b * T * Q"),
     ("the last layer's positions are the first token's", "skipped = T - 1;", "skipped = 0;"),
+    ("prefill: the cache of another sequence", "cache = rows[b] * l->slots", "cache = b * l->slots"),
     ("prefill: a head's queries fall between two threads", "1, i % parts, parts)", "1, i % parts, parts + 1)"),
 ]
 MUTANTS["prefill.h"] = [
@@ -172,12 +175,13 @@ def layers() -> None:
 @torch.inference_mode()
 def decode_step() -> None:
     """Models with GQA, a gate and a window, several chunks of positions long, whose ring goes round: in steps of a few
-    tokens and of many, one sequence and three, one key head that two threads share."""
+    tokens and of many, one sequence and three, one key head that two threads share, rows of the cache in any order."""
     for flags, batch, piece in (({}, 3, 50), ({}, 3, 10), ({"n_kv_head": 1}, 1, 200)):
         config = dataclasses.replace(TINY, n_layer=3, context=900, window=100, layer_pattern="SL", gate=True, **flags)
         model = randomized(config)
         tokens = torch.randint(0, 97, (batch, 800), generator=torch.Generator().manual_seed(0))
-        expected, cache, read = logits(model, tokens), KVCache(model.config, batch), CppEngine(model)
+        expected, cache, read = logits(model, tokens), KVCache(model.config, batch + 1), CppEngine(model)
+        cache = cache.select(torch.arange(batch).flip(0) + (batch > 1), torch.zeros(batch, dtype=torch.long))
         for end in range(piece, 801, piece):
             got = read(tokens[:, end - piece : end], cache)
             torch.testing.assert_close(got.double(), expected[:, end - 1], atol=3e-5, rtol=3e-5)

@@ -115,6 +115,23 @@ def test_the_choice_of_a_backend_is_a_constant_of_the_graph(monkeypatch):
     assert torch.compile(chosen, fullgraph=True, backend="eager")(torch.zeros(1)) == 11
 
 
+@pytest.mark.parametrize("config", [TINY, WINDOWED], ids=["full", "window"])
+@torch.no_grad()
+def test_a_batch_of_selected_rows_decodes_with_a_row_as_a_page(in_triton, config):
+    model, rows, lengths = randomized(config), [3, 0, 1], [7, 19, 2]
+    tokens = torch.randint(97, (3, 20), generator=torch.Generator().manual_seed(2))
+    expected = torch.stack([logits[n] for n, logits in zip(lengths, model(tokens), strict=True)])
+    in_triton()
+    cache = KVCache(config, 4)
+    for row, length, text in zip(rows, lengths, tokens, strict=True):
+        model(text[None, :length], cache.select(torch.tensor([row]), torch.tensor([0])))
+    before = in_triton.calls["decode"]
+    following = torch.stack([text[n] for n, text in zip(lengths, tokens, strict=True)])[:, None]  # (B, 1)
+    got = model(following, cache.select(torch.tensor(rows), torch.tensor(lengths)))[:, 0]
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    assert in_triton.calls["decode"] == before + 2
+
+
 def test_autocast_reaches_the_kernels():
     q, k, v = (torch.randn(1, 9, 2, 16, requires_grad=True) for _ in range(3))
     with torch.autocast("cpu", torch.bfloat16):
