@@ -202,15 +202,13 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"--prompts {args.prompts}: excludes --prompt, --chat and --interactive")
     prompts = read_prompts(args.prompts) if args.prompts else []
     model, tokenizer = load(args.run or newest_run(), args.checkpoint)
-    kind = args.quantize or ("bf16" if has_bf16(model.model.cos.device) else "none")
-    if kind != "none":
+    if (kind := args.quantize or ("bf16" if has_bf16(model.model.cos.device) else "none")) != "none":
         quantize(model, kind)
     if args.chat:
         chat_format.special_tokens(tokenizer)  # raises if there are none
     turns = [("system", args.system)] if args.system else []  # of the chat so far
     # Half of the context is kept free for the answer, or a quarter if the last message is long.
     half, quarter = (min(args.max_new_tokens, model.config.context // part) for part in (2, 4))
-
     options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "sampling": sampling, "seed": args.seed}
     options |= {"stop": args.stop, "whole_lines": args.whole_lines}
     texts = [prompt for prompt in prompts or [""] for _ in range(args.num_samples)]

@@ -123,7 +123,7 @@ def test_generation_past_the_context(graphs, monkeypatch):
 
 def test_the_engine_and_precision_of_a_gpu(monkeypatch):
     gpu = types.SimpleNamespace(device=torch.device("cuda", 0))
-    model = types.SimpleNamespace(model=types.SimpleNamespace(cos=gpu, norm=torch.nn.RMSNorm(2)))
+    model = types.SimpleNamespace(model=types.SimpleNamespace(cos=gpu, norm=torch.nn.RMSNorm(2)), config=TINY)
     assert isinstance(make_engine(model), CudaGraphEngine)
     for capability, bf16 in (((9, 0), True), ((7, 5), False)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
