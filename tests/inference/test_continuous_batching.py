@@ -256,3 +256,18 @@ def test_a_stream_that_is_closed_frees_its_rows():
     next(stream)
     stream.close()
     assert batch.idle and sorted(batch.free) == [0, 1]
+
+
+@pytest.mark.parametrize("pattern", ["DL", "WL", "BL"])
+def test_states_of_other_mixers_have_rows_too(pattern):
+    """A row is used again by the third sequence, and the second passes the context of 64."""
+    gate = pattern == "DL"
+    model = randomized(dataclasses.replace(TINY, context=64, layer_pattern=pattern, gate=gate), seed=2)
+    batch = ContinuousBatch(model, 2)
+    sequences = {
+        Sequence(torch.randint(0, 97, (n,)).tolist(), GREEDY): length for n, length in ((20, 4), (5, 80), (9, 8))
+    }
+    expected = {sequence: alone(model, sequence, length) for sequence, length in sequences.items()}
+    for sequence in sequences:
+        batch.add(sequence)
+    assert finish(batch, sequences) == expected
