@@ -125,7 +125,7 @@ class CppEngine:
         config = model.config
         check_supported(config, SUPPORTED)
         if others := set(config.layer_pattern) - set("LS"):
-            raise cpu.Unavailable(f"heed's C++ for inference has attention alone, layer_pattern has {min(others)}")
+            raise cpu.Unavailable(f"heed's C++ does not support the layers {min(others)} of model.layer_pattern")
         self.kept: list[Tensor] = []  # keeps the tensors behind the pointers alive
         matrices = [m for m in model.modules() if hasattr(m, "codes") or isinstance(m, nn.Linear | nn.Embedding)]
         types: set[Any] = {(m.codes if hasattr(m, "codes") else m.weight).dtype for m in matrices}

@@ -126,10 +126,10 @@ def test_fused_layers_around_it(letter, dtype):
 def test_engine_for_cpu_refuses_it_by_name(letter, capfd):
     engine._warn_once.cache_clear()
     model = randomized(change("L" + letter))
-    with pytest.raises(cpu.Unavailable, match=f"layer_pattern has {letter}"):
+    with pytest.raises(cpu.Unavailable, match=f"the layers {letter} of model.layer_pattern"):
         engine.CppEngine(model)
     assert isinstance(engine.make_engine(model), engine.EagerEngine)
-    assert f"layer_pattern has {letter}" in capfd.readouterr().err
+    assert f"the layers {letter} of model.layer_pattern" in capfd.readouterr().err
 
 
 @LETTERS
