@@ -36,7 +36,7 @@ class Matmuls(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is torch.ops.aten.mm.default:
             self.made += 1
-            slow = 10 if self.made in (1, 2, 5, 8) else 1
+            slow = 10 if self.made in (1, 2, 3, 8) else 1
             self.now += slow * {torch.float32: 6.0, torch.bfloat16: 2.0}[args[0].dtype]
         return function(*args, **(kwargs or {}))
 
