@@ -180,12 +180,11 @@ def print_samples(prompts: list[str], samples: Iterator[tuple[int, str]]) -> str
 def read_prompts(path: Path) -> list[str]:
     """The lines of a file that are not empty. Raises ValueError if there are none."""
     try:
-        prompts = [line for line in path.read_text(encoding="utf-8").split("\n") if line]
+        if prompts := [line for line in path.read_text(encoding="utf-8").split("\n") if line]:
+            return prompts
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--prompts {path}: cannot be read as text ({error})") from None
-    if not prompts:
-        raise ValueError(f"--prompts {path}: has no line that is not empty")
-    return prompts
+    raise ValueError(f"--prompts {path}: has no line that is not empty")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -202,15 +201,16 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"--prompts {args.prompts}: excludes --prompt, --chat and --interactive")
     prompts = read_prompts(args.prompts) if args.prompts else []
     model, tokenizer = load(args.run or newest_run(), args.checkpoint)
-    if (kind := args.quantize or ("bf16" if has_bf16(model.model.cos.device) else "none")) != "none":
+    kind = args.quantize or ("bf16" if has_bf16(model.model.cos.device) else "none")
+    if kind != "none":
         quantize(model, kind)
     if args.chat:
         chat_format.special_tokens(tokenizer)  # raises if there are none
     turns = [("system", args.system)] if args.system else []  # of the chat so far
     # Half of the context is kept free for the answer, or a quarter if the last message is long.
     half, quarter = (min(args.max_new_tokens, model.config.context // part) for part in (2, 4))
-    options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "sampling": sampling, "seed": args.seed}
-    options |= {"stop": args.stop, "whole_lines": args.whole_lines}
+    options: dict[str, Any] = {name: getattr(args, name) for name in ("max_new_tokens", "seed", "stop", "whole_lines")}
+    options["sampling"] = sampling
     texts = [prompt for prompt in prompts or [""] for _ in range(args.num_samples)]
     if prompts or args.chat:  # in a chat, a turn finds the keys and values of earlier ones in the cache
         batch = ContinuousBatch(model, min(MAX_BATCH, len(texts)))
@@ -223,8 +223,8 @@ def main(args: argparse.Namespace) -> None:
             samples = stream_generate(model, tokenizer, prompt, num_samples=args.num_samples, **options)
             print_samples([prompt] * args.num_samples, samples)
             return
-        room = model.config.context - quarter
-        rendered = chat_format.render_prompt(tokenizer, [*turns, ("user", prompt)], room, half - quarter)
+        talk, room = [*turns, ("user", prompt)], model.config.context - quarter
+        rendered = chat_format.render_prompt(tokenizer, talk, room, half - quarter)
         samples = stream_batch(batch, tokenizer, [rendered] * args.num_samples, **options)
         turns.extend([("user", prompt), ("assistant", print_samples(texts, samples))])
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from data.chat_format import common_prefix
 from data.tokenizer import Tokenizer
-from inference.engine import make_engine
+from inference.engine import CudaGraphEngine, make_engine
 from inference.sampling import SamplingParams
 from inference.stop_strings import GeneratedText
 from model import GPT, KVCache
@@ -76,7 +76,9 @@ class ContinuousBatch:
     def __init__(self, model: GPT, max_sequences: int) -> None:
         self.context, self.device = model.config.context, model.model.cos.device
         self.engine = make_engine(model)
-        self.cache = KVCache(model.config, max_sequences, device=self.device, dtype=self.engine.cache_dtype)
+        graph = isinstance(self.engine, CudaGraphEngine)  # it steps one view of the cache, padded with a spare row
+        self.cache = KVCache(model.config, max_sequences + graph, device=self.device, dtype=self.engine.cache_dtype)
+        self.padded = self._view([max_sequences] * max_sequences, [0] * max_sequences) if graph else None
         self.seen = torch.zeros(max_sequences, model.config.vocab_size, dtype=torch.bool, device=self.device)
         self.cached: list[list[int]] = [[] for _ in range(max_sequences)]  # tokens whose keys and values a row holds
         self.free = deque(range(max_sequences))  # rows without a sequence, the least recently used first
@@ -133,11 +135,20 @@ class ContinuousBatch:
         tokens = [self._pending(sequence)[:size] for sequence in sequences]
         rows = [sequence.row for sequence in sequences]
         lengths = [len(self.cached[row]) for row in rows]
-        view = self.cache.select(*(torch.tensor(x, device=self.device) for x in (rows, lengths)))
-        logits = self.engine(torch.tensor(tokens, device=self.device), view)
         for row, new in zip(rows, tokens, strict=True):
             self.cached[row] += new
-        return logits
+        if size > 1 or self.padded is None:
+            return self.engine(torch.tensor(tokens, device=self.device), self._view(rows, lengths))
+        spare = len(self.cached) - len(rows)
+        view = self._view(rows + [len(self.cached)] * spare, lengths + [0] * spare)
+        self.padded.rows.copy_(view.rows)
+        self.padded.lengths.copy_(view.lengths)
+        logits = self.engine(torch.tensor(tokens + [[0]] * spare, device=self.device), self.padded)
+        return logits[: len(rows)].clone()  # the next call overwrites them
+
+    def _view(self, rows: list[int], lengths: list[int]) -> KVCache:
+        """Some rows of the cache, which hold so many tokens."""
+        return self.cache.select(torch.tensor(rows, device=self.device), torch.tensor(lengths, device=self.device))
 
     def _admit(self) -> Sequence | None:
         """The next waiting sequence, if there is one and a row is free. Its row begins with the longest prefix of its

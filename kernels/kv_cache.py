@@ -90,7 +90,7 @@ class KVCache:
 
     @property
     def block_table(self) -> Tensor | None:
-        """Selected rows, for kernels.attention: a sequence's row is its only page, (B, 1), so nothing is copied."""
+        """Selected rows, for kernels.attention: the row of a sequence is its only page, so nothing is copied."""
         return self.rows[:, None].int() if self.selected else None  # (B,) -> (B, 1)
 
     def keeps(self, length: int, written: int) -> bool:

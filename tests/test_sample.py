@@ -94,13 +94,13 @@ def test_invalid_sampling_params_raise(how):
 def test_logits_that_are_not_finite_raise(how):
     sampling, seen = SamplingParams(**how), torch.zeros(2, 9, dtype=torch.bool)
     seen[:, 3] = True
-    good, random = torch.randn(2, 9, generator=torch.Generator().manual_seed(0)) * 1e4, torch.Generator().manual_seed(0)
-    assert sampling.sample(good, seen, random).max() < 9
+    good, uniform = torch.randn(2, 9, generator=torch.Generator().manual_seed(0)) * 1e4, torch.rand(2, 1)
+    assert sampling.sample(good, seen, uniform).max() < 9
     for bad in (float("nan"), float("inf")):
         with pytest.raises(ValueError, match="the logits are not finite"):
-            sampling.sample(good.index_fill(1, torch.tensor([4]), bad), seen, random)
+            sampling.sample(good.index_fill(1, torch.tensor([4]), bad), seen, uniform)
     with pytest.raises(ValueError, match="the logits are not finite"):
-        sampling.sample(torch.full_like(good, float("-inf")), seen, random)
+        sampling.sample(torch.full_like(good, float("-inf")), seen, uniform)
 
 
 # Tokens -------------------------------------------------------------------------------------------------------------

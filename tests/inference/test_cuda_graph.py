@@ -15,10 +15,13 @@ from torch.utils._pytree import tree_leaves
 
 import kernels
 import sample
+from inference import continuous_batching
+from inference.continuous_batching import ContinuousBatch, Sequence
 from inference.engine import CudaGraphEngine, EagerEngine, make_engine
 from inference.sampling import SamplingParams
 from model import KVCache
 from tests.conftest import TINY, randomized
+from tests.inference.test_continuous_batching import alone, finish
 from training import device
 
 
@@ -129,3 +132,19 @@ def test_the_engine_and_precision_of_a_gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
         assert device.has_bf16(gpu.device) == bf16
     assert not device.has_bf16(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("config", [TINY, WINDOWED, STATES], ids=["full", "windowed", "states"])
+def test_a_batch_that_sequences_join_and_leave_is_one_graph(graphs, config, monkeypatch):
+    model = randomized(config, seed=3)
+    monkeypatch.setattr(continuous_batching, "make_engine", CudaGraphEngine)
+    monkeypatch.setattr("sample.make_engine", EagerEngine)
+    torch.manual_seed(0)
+    prompts = [torch.randint(0, 97, (length,)).tolist() for length in (1, 5, 30, 7, 31, 2)]
+    tokens = {Sequence(prompt, SamplingParams(greedy=True)): 9 * n + 3 for n, prompt in enumerate(prompts)}
+    expected = {sequence: alone(model, sequence, count) for sequence, count in tokens.items()}
+    batch = ContinuousBatch(model, max_sequences=3)
+    for sequence in tokens:
+        batch.add(sequence)
+    assert finish(batch, tokens) == expected
+    assert len(graphs) == 1

@@ -92,8 +92,14 @@ def test_a_cache_and_weights_that_do_not_fit_the_engine():
     run, tokens = CppEngine(randomized(TINY)), torch.zeros(2, 3, dtype=torch.long)
     with pytest.raises(ValueError, match="tokens is torch"):
         run(tokens.int(), KVCache(TINY, 2))
-    with pytest.raises(ValueError, match="lengths is"):
+    with pytest.raises(ValueError, match="rows is"):
         run(tokens, KVCache(TINY, 3))
+    two = torch.tensor([0, 1])
+    with pytest.raises(ValueError, match="lengths is"):
+        run(tokens, KVCache(TINY, 3).select(two, torch.tensor([0])))
+    for rows in (two - 1, two + 2):
+        with pytest.raises(IndexError, match="room in the cache"):
+            run(tokens, KVCache(TINY, 3).select(rows, two))
     with pytest.raises(ValueError, match="keys is"):
         run(tokens, KVCache(dataclasses.replace(TINY, n_kv_head=1), 2))
     mixed = KVCache(TINY, 2)
@@ -144,7 +150,7 @@ def test_the_default_dtype_changes_nothing(default_dtype):
         with torch.inference_mode():
             run, cache = make_engine(model.eval()), KVCache(TINY, 2)
             logits = [run(piece, cache) for piece in tokens.split(5, dim=1)]
-            token = SamplingParams().sample(logits[-1], logits[-1] > 9, torch.Generator().manual_seed(1))
+            token = SamplingParams().sample(logits[-1], logits[-1] > 9, torch.full((2, 1), 0.3, dtype=torch.float32))
         return [*model.parameters(), q.grad, v.grad, *logits, token]
 
     other = copy.deepcopy(model)
