@@ -82,8 +82,7 @@ class CudaGraphEngine:
 
     A step launches hundreds of small kernels, which takes the host longer than the GPU needs to run them. A CUDA graph
     launches all of them at once. It is possible since a step has the same shapes at every position, and lengths and
-    positions are read on the GPU. A prompt is processed eagerly, and so are selected
-    rows of a cache, which change from step to step.
+    positions are read on the GPU. A prompt is processed eagerly.
     """
 
     def __init__(self, model: GPT) -> None:
@@ -92,7 +91,7 @@ class CudaGraphEngine:
         self.cache: KVCache | None = None  # of the captured graph, which writes to its memory
 
     def __call__(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        if tokens.shape[1] > 1 or cache.selected:  # a graph has the rows of one cache
+        if tokens.shape[1] > 1:
             return self.eager(tokens, cache)
         if self.cache is not cache:
             self._capture(tokens, cache)
