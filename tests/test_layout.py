@@ -104,3 +104,11 @@ def test_help_does_not_import_torch():
     code += "except SystemExit: print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.endswith("False\n")
+
+
+def test_imports_are_light():
+    """torch's compiler and Triton take seconds to import: only what uses them does."""
+    heavy = ["torch._dynamo", "triton", "datasets", "wandb"]
+    code = f"import sys, train; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr

@@ -44,6 +44,8 @@ def test_every_field_can_be_overridden():
                 "batch_tokens",
                 "context",
                 "rope_theta",
+                "n_expert",
+                "n_expert_active",
             ):
                 continue  # fields that must change together: see the next test
             changed = getattr(getattr(load("shakespeare", overrides), section), name)
@@ -54,7 +56,8 @@ def test_override_fields_that_change_together():
     pairs = {
         "model.n_head": "8", "model.n_kv_head": "8", "model.layer_pattern": "SL", "model.window": "5",
         "model.yarn_factor": "2", "model.yarn_original_context": "64", "model.context": "128",
-        "model.rope_theta": "500", "train.batch_tokens": "1280", "name": "other",
+        "model.rope_theta": "500", "model.n_expert": "4", "model.n_expert_active": "2",
+        "train.batch_tokens": "1280", "name": "other",
     }  # fmt: skip
     changed = load("shakespeare", pairs)
     assert (changed.model.n_kv_head, changed.model.window, changed.model.yarn_factor) == (8, 5, 2.0)
