@@ -32,17 +32,19 @@ def scan(
         beta: (B, T, H), in [0, 1], for the delta rule, whose keys have length 1; None: u_t = v_t.
         state: (B, H, N, P), S before the first token; None: zero.
         size: tokens per chunk, at most.
+        Without beta, H may be several dimensions, and they broadcast: queries and keys that all heads share are
+        (B, T, 1, N), and G queries of each of K heads (B, T, K, G, N) read keys (B, T, K, 1, N).
     Returns:
         out (B, T, H, P), and S after the last token.
     """
-    (B, T, H, N), P = q.shape, v.shape[3]
+    T, N, P = q.shape[1], q.shape[-1], v.shape[-1]
     n = -(-T // size)  # chunks, of equal length
     L = -(-T // n)
 
     def split(x: Tensor) -> Tensor:
         """(B, T, H, D) -> (n, B, H, L, D), padded with zeros: tokens that do not change S."""
-        x = upcast(x) if n * L == T else F.pad(upcast(x), (0, 0, 0, 0, 0, n * L - T))
-        return x.view(B, n, L, H, -1).permute(1, 0, 3, 2, 4).contiguous()
+        x = upcast(x) if n * L == T else F.pad(upcast(x), (0, 0) * (x.ndim - 2) + (0, n * L - T))
+        return x.unflatten(1, (n, L)).movedim((1, 2), (0, -2)).contiguous()
 
     with torch.autocast(q.device.type, enabled=False):
         q, k, v, log = split(q), split(k), split(v), split(decay[..., None]).cumsum(-2)  # log: since the chunk began
@@ -50,7 +52,8 @@ def scan(
         future = torch.ones(L, L, dtype=torch.bool, device=q.device).triu(1)
         mask = (log - log.mT).masked_fill_(future, -math.inf).exp_()  # (n, B, H, L, L) decay from token s to token t
         early, late = log.exp(), (whole - log).exp() * k
-        S = q.new_zeros(B, H, N, P) if state is None else upcast(state)
+        heads = torch.broadcast_shapes(*(x.shape[1:-2] for x in (k, v, log)))  # (B, H)
+        S = q.new_zeros(*heads, N, P) if state is None else upcast(state)
         if beta is None:
             values, recalls = v.unbind(), [None] * n
         else:  # (I + A) u = beta (v - early S^T k), A = tril(beta k k^T mask, -1): solved for both terms, S comes later
@@ -65,7 +68,7 @@ def scan(
             updates.append(u)
             S = factor * S + key @ u
         out = (early * q) @ torch.stack(states) + (q @ k.mT * mask) @ torch.stack(updates)  # (n, B, H, L, P)
-    return out.permute(1, 0, 3, 2, 4).reshape(B, n * L, H, P)[:, :T], S
+    return out.movedim((0, -2), (1, 2)).flatten(1, 2)[:, :T], S
 
 
 def upcast(x: Tensor) -> Tensor:

@@ -66,6 +66,20 @@ def test_any_split_into_calls_and_chunks_gives_the_same(delta):
     torch.testing.assert_close(scan(*tokens), recurrence(*tokens, zeros), atol=1e-13, rtol=0)
 
 
+def test_heads_broadcast():
+    """Queries and keys that all heads share; queries in groups, each with one key, value and decay."""
+    q, k, v, decay, _, state = inputs()
+    one_q, one_k = q[:, :, :1], k[:, :, :1]
+    for S, first in ((state, state), (None, torch.zeros_like(state))):
+        expected = recurrence(one_q.expand_as(q), one_k.expand_as(k), v, decay, None, first)
+        torch.testing.assert_close(scan(one_q, one_k, v, decay, None, S, 16), expected, atol=1e-13, rtol=0)
+    groups = torch.stack((q, q + 1), 3)  # (B, T, K, G, N)
+    out, S = scan(groups, k[:, :, :, None], v[:, :, :, None], decay[:1, :, :, None], size=16)
+    for g in range(2):
+        expected = recurrence(groups[:, :, :, g], k, v, decay[:1], None, torch.zeros_like(state))
+        torch.testing.assert_close((out[:, :, :, g], S[:, :, 0]), expected, atol=1e-13, rtol=0)
+
+
 def test_strong_decay_in_fp32():
     """Up to e^-160 per token: the decay over a chunk, and its inverse, are outside the range of fp32. The tolerance is
     the rounding of a sum of 64 such logarithms."""
