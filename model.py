@@ -19,6 +19,7 @@ from kernels import CAUSAL, MaskSpec, attention
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.kv_cache import KVCache
 from zoo import MIXERS
+from zoo.attention_projections import AttentionProjections
 from zoo.mixture_of_experts import MixtureOfExperts, load_balancing_loss
 from zoo.positions import POSITIONS, alibi_slopes, position_embedding
 
@@ -71,7 +72,8 @@ class ModelConfig:
     """keys that a sliding-window layer attends to, the query's own included; needed if layer_pattern has an S"""
     layer_pattern: str = "L"
     """repeated over the layers: L attends to the whole context, S to a sliding window ("SSSL": three S, one L); other
-    letters replace attention: B is BigBird, D is Gated DeltaNet, W is RWKV-7 (zoo/)"""
+    letters replace attention: B is BigBird, D is Gated DeltaNet, K is linear attention, M is Mamba-2, P is Performer, T
+    is retention, W is RWKV-7 (zoo/)"""
     qk_norm: bool = True
     """normalize queries and keys (QK-norm); false is Llama's attention"""
     gate: bool = False
@@ -112,9 +114,11 @@ class ModelConfig:
         must(active, "n_expert_active", "must be from 1 to model.n_expert, or 0 without experts")
         must(self.router_aux_loss_coef >= 0.0, "router_aux_loss_coef", "must be at least 0")
         must(self.positions in POSITIONS, "positions", f"must be {', '.join(POSITIONS[:-1])} or {POSITIONS[-1]}")
-        for field, value in (("positions", "alibi"), ("scale_scores", False), ("gate", True)):
-            ignored = "B" in self.layer_pattern and getattr(self, field) == value
-            must(not ignored, field, "BigBird, B in layer_pattern, does not support it")
+        for letter, mixer in MIXERS.items():
+            if letter in self.layer_pattern and issubclass(mixer, AttentionProjections):
+                for field, value in (("positions", "alibi"), ("scale_scores", False), ("gate", True)):
+                    why = f"{mixer.__name__}, {letter} in layer_pattern, does not support it"
+                    must(getattr(self, field) != value, field, why)
         must(self.rope_theta > 1.0, "rope_theta", "must be above 1")
         must(self.norm_eps > 0.0, "norm_eps", "must be above 0")
         must(self.yarn_factor >= 1.0, "yarn_factor", "must be at least 1")

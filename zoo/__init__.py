@@ -15,10 +15,18 @@ from typing import Any
 
 from zoo.bigbird import BigBird
 from zoo.gated_deltanet import GatedDeltaNet
+from zoo.linear_attention import LinearAttention
+from zoo.mamba2 import Mamba2
+from zoo.performer import Performer
+from zoo.retention import Retention
 from zoo.rwkv7 import RWKV7
 
 MIXERS: dict[str, type[Any]] = {
     "B": BigBird,
     "D": GatedDeltaNet,
+    "K": LinearAttention,
+    "M": Mamba2,
+    "P": Performer,
+    "T": Retention,
     "W": RWKV7,
 }

@@ -1,4 +1,4 @@
-"""Queries, keys and values as model.Attention computes them, for mixers that differ in which keys a query reads.
+"""Queries, keys and values as model.Attention computes them, for mixers that weigh the keys in another way.
 
 Their parameters have its names and shapes, so weights that were trained with attention can be loaded. There is no gate.
 """

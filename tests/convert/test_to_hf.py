@@ -207,6 +207,7 @@ def test_model_card_has_the_licence_of_a_public_text(tmp_path):
             {"layer_pattern": "D", "gate": True},
             r"model.layer_pattern = 'D': transformers generates only with a layer L",
         ),
+        ({"layer_pattern": "LM"}, r"model.layer_pattern = 'LM': heed does not export M"),
         ({"gate": True, "qk_norm": False}, r"model.gate with model.qk_norm = False: no class"),
         ({"positions": "alibi"}, r"model.positions = 'alibi': heed exports RoPE alone"),
         ({"scale_scores": False}, r"model.scale_scores = False: no class"),

@@ -268,7 +268,7 @@ def test_a_stream_that_is_closed_frees_its_rows():
     assert batch.idle and sorted(batch.free) == [0, 1]
 
 
-@pytest.mark.parametrize("pattern", ["DL", "WL", "BL"])
+@pytest.mark.parametrize("pattern", ["DL", "WL", "BL", "KL", "ML", "PL", "TL"])
 def test_states_of_other_mixers_have_rows_too(pattern):
     """A row is used again by the third sequence, and the second passes the context of 64."""
     gate = pattern == "DL"

@@ -66,7 +66,8 @@ def test_repeat_and_reset(letter):
     logits = model(following, copies)
     whole = model(torch.cat((tokens.repeat_interleave(3, 0), following), 1))[:, -1:]
     torch.testing.assert_close(logits, whole, atol=1e-4, rtol=1e-4)
-    assert torch.equal(logits[0], logits[2]) and torch.equal(logits[3], logits[5])
+    # Not bit for bit: torch may round the last elements of a tensor in another way.
+    torch.testing.assert_close(logits[[0, 3]], logits[[2, 5]], atol=1e-5, rtol=0)
     torch.testing.assert_close(
         model(following[:2], cache), whole[[0, 4]], atol=1e-4, rtol=1e-4
     )  # not changed by copies
