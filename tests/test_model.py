@@ -283,7 +283,7 @@ def test_parameters_and_flops_equal_the_counted_ones(flags):
         ({"window": 4}, "model.window = 4: has no effect"),
         ({"positions": "relative"}, "model.positions = 'relative': must be rope, none, sinusoidal, learned or alibi"),
         ({"positions": "alibi", "yarn_factor": 2.0}, "model.yarn_factor = 2.0: goes with positions = 'rope'"),
-        ({"layer_pattern": "BL", "positions": "alibi"}, "model.positions = 'alibi': BigBird"),
+        ({"layer_pattern": "BL", "positions": "alibi"}, "model.positions = 'alibi': BigBird, B in layer_pattern, does"),
         ({"n_expert": 4}, "model.n_expert_active = 0: must be from 1 to model.n_expert"),
         ({"n_expert": 4, "n_expert_active": 5}, "model.n_expert_active = 5: must be from 1 to model.n_expert"),
         ({"n_expert_active": 2}, "model.n_expert_active = 2: must be from 1 to model.n_expert, or 0 without"),
