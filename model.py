@@ -71,7 +71,8 @@ class ModelConfig:
     """keys that a sliding-window layer attends to, the query's own included; needed if layer_pattern has an S"""
     layer_pattern: str = "L"
     """repeated over the layers: L attends to the whole context, S to a sliding window ("SSSL": three S, one L); other
-    letters replace attention: B is BigBird, D is Gated DeltaNet, W is RWKV-7 (zoo/)"""
+    letters replace attention: A is additive attention, B is BigBird, C is a short convolution, D is Gated DeltaNet,
+    Q is a top-k memory, R is an LSTM, W is RWKV-7 (zoo/)"""
     qk_norm: bool = True
     """normalize queries and keys (QK-norm); false is Llama's attention"""
     gate: bool = False

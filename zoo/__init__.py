@@ -18,12 +18,20 @@ here imports model.py.
 
 from typing import Any
 
+from zoo.additive_attention import AdditiveAttention
 from zoo.bigbird import BigBird
 from zoo.gated_deltanet import GatedDeltaNet
+from zoo.lstm import LSTM
 from zoo.rwkv7 import RWKV7
+from zoo.short_conv import ShortConv
+from zoo.topk_memory import TopKMemory
 
 MIXERS: dict[str, type[Any]] = {
+    "A": AdditiveAttention,
     "B": BigBird,
+    "C": ShortConv,
     "D": GatedDeltaNet,
+    "Q": TopKMemory,
+    "R": LSTM,
     "W": RWKV7,
 }
