@@ -19,7 +19,6 @@ from kernels import CAUSAL, MaskSpec, attention
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.kv_cache import KVCache
 from zoo import MIXERS
-from zoo.attention_projections import AttentionProjections
 from zoo.mixture_of_experts import MixtureOfExperts, load_balancing_loss
 from zoo.positions import POSITIONS, alibi_slopes, position_embedding
 
@@ -72,8 +71,8 @@ class ModelConfig:
     """keys that a sliding-window layer attends to, the query's own included; needed if layer_pattern has an S"""
     layer_pattern: str = "L"
     """repeated over the layers: L attends to the whole context, S to a sliding window ("SSSL": three S, one L); other
-    letters replace attention: B is BigBird, D is Gated DeltaNet, K is linear attention, M is Mamba-2, P is Performer, T
-    is retention, W is RWKV-7 (zoo/)"""
+    letters replace attention: A is additive attention, B BigBird, C a short convolution, D Gated DeltaNet, K linear
+    attention, M Mamba-2, P Performer, Q a top-k memory, R an LSTM, T retention, W RWKV-7 (zoo/)"""
     qk_norm: bool = True
     """normalize queries and keys (QK-norm); false is Llama's attention"""
     gate: bool = False
@@ -114,11 +113,10 @@ class ModelConfig:
         must(active, "n_expert_active", "must be from 1 to model.n_expert, or 0 without experts")
         must(self.router_aux_loss_coef >= 0.0, "router_aux_loss_coef", "must be at least 0")
         must(self.positions in POSITIONS, "positions", f"must be {', '.join(POSITIONS[:-1])} or {POSITIONS[-1]}")
-        for letter, mixer in MIXERS.items():
-            if letter in self.layer_pattern and issubclass(mixer, AttentionProjections):
-                for field, value in (("positions", "alibi"), ("scale_scores", False), ("gate", True)):
-                    why = f"{mixer.__name__}, {letter} in layer_pattern, does not support it"
-                    must(getattr(self, field) != value, field, why)
+        for letter in self.layer_pattern:
+            for field, value in getattr(MIXERS.get(letter), "unsupported", {}).items():
+                why = f"{MIXERS[letter].__name__}, {letter} in layer_pattern, does not support it"
+                must(getattr(self, field) != value, field, why)
         must(self.rope_theta > 1.0, "rope_theta", "must be above 1")
         must(self.norm_eps > 0.0, "norm_eps", "must be above 0")
         must(self.yarn_factor >= 1.0, "yarn_factor", "must be at least 1")
@@ -193,6 +191,7 @@ class Attention(nn.Module):
     out as in Qwen3-Next: a head's D query rows, then its D gate rows.
     """
 
+    keeps_keys = True  # see zoo/__init__.py
     alibi_slopes: Tensor | None
 
     def __init__(self, config: ModelConfig, layer: int) -> None:

@@ -23,6 +23,8 @@ from zoo.scan import scan, upcast
 class LinearAttention(AttentionProjections):
     """The mechanism above, with the heads of model.Attention."""
 
+    keeps_keys = False  # but a state
+
     @staticmethod
     def state_shapes(config: Any, layer: int, batch: int, context: int) -> list[tuple[int, ...]]:
         """S with z as its last column, for each group of query heads."""

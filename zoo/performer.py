@@ -31,6 +31,7 @@ FEATURES = 2  # for each dimension of a head
 class Performer(AttentionProjections):
     """The mechanism above, with the heads of model.Attention."""
 
+    keeps_keys = False  # but a state
     w: Tensor
 
     def __init__(self, config: Any, layer: int) -> None:

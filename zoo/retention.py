@@ -25,6 +25,8 @@ from zoo.scan import scan, upcast
 class Retention(AttentionProjections):
     """The mechanism above, with the heads of model.Attention."""
 
+    keeps_keys = False  # but a state
+
     def __init__(self, config: Any, layer: int) -> None:
         super().__init__(config, layer)
         self.g_proj = nn.Linear(config.n_embd, config.n_head * config.head_dim, bias=False)
