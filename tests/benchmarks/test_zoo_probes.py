@@ -20,7 +20,7 @@ from benchmarks.zoo import (
     training_time,
 )
 from kernels import attention
-from model import KVCache
+from model import GPT, KVCache
 from tests.conftest import TINY, randomized
 
 
@@ -45,6 +45,18 @@ def test_norm_of_the_jacobian():
     found = saturation.jacobian_norm(scores.softmax(1))
     torch.testing.assert_close(found, jacobians.flatten(1).norm(dim=1), atol=1e-9, rtol=1e-6)
     assert found[0] == pytest.approx(math.sqrt(6) / 7)  # of 7 equal weights
+
+
+def test_small_queries_begin_as_a_scale(text, monkeypatch):
+    monkeypatch.setattr(characters, "SOURCE", str(text))
+    monkeypatch.setattr(saturation, "WIDTH", 128)
+    scaled, small, unscaled = (
+        saturation.training(saturation.VARIANTS[name], 64, seed=0, steps=20)
+        for name in ("scaled", "unscaled, small q_proj", "unscaled")
+    )
+    for measure in ("loss at 5%", "largest weight before"):  # the loss of the first step
+        assert small[measure] == pytest.approx(scaled[measure], rel=1e-4)
+        assert abs(unscaled[measure] - scaled[measure]) > 0.01
 
 
 def test_similarity_is_the_mean_over_pairs():
@@ -77,6 +89,20 @@ def test_entropy():
     rows = torch.tensor([[1.0, 0.0], [0.25, 0.75]])
     expected = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75)) / math.log(2)
     assert entropy_collapse.entropy(rows[None, None]) == pytest.approx(expected)
+
+
+def test_a_diverged_model(text, monkeypatch):
+    monkeypatch.setattr(characters, "SOURCE", str(text))
+    loss, calls = GPT.loss, []
+
+    def diverges(model, x, y):
+        calls.append(0)
+        return loss(model, x, y) * (math.nan if len(calls) == 8 else 1)
+
+    monkeypatch.setattr(GPT, "loss", diverges)
+    found = entropy_collapse.measure("pre-norm", "plain", layers=2, lr=1e-2, seed=0, steps=20)
+    assert found["loss at 25%"] < found["loss at 0%"]
+    assert math.isnan(found["loss at 50%"]) and math.isnan(found["loss at 100%"])
 
 
 @torch.no_grad()
