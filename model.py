@@ -71,7 +71,8 @@ class ModelConfig:
     """keys that a sliding-window layer attends to, the query's own included; needed if layer_pattern has an S"""
     layer_pattern: str = "L"
     """repeated over the layers: L attends to the whole context, S to a sliding window ("SSSL": three S, one L); other
-    letters replace attention: B is BigBird, D is Gated DeltaNet, W is RWKV-7 (zoo/)"""
+    letters replace attention: A is additive attention, B is BigBird, C is a short convolution, D is Gated DeltaNet,
+    Q is a top-k memory, R is an LSTM, W is RWKV-7 (zoo/)"""
     qk_norm: bool = True
     """normalize queries and keys (QK-norm); false is Llama's attention"""
     gate: bool = False
@@ -112,9 +113,10 @@ class ModelConfig:
         must(active, "n_expert_active", "must be from 1 to model.n_expert, or 0 without experts")
         must(self.router_aux_loss_coef >= 0.0, "router_aux_loss_coef", "must be at least 0")
         must(self.positions in POSITIONS, "positions", f"must be {', '.join(POSITIONS[:-1])} or {POSITIONS[-1]}")
-        for field, value in (("positions", "alibi"), ("scale_scores", False), ("gate", True)):
-            ignored = "B" in self.layer_pattern and getattr(self, field) == value
-            must(not ignored, field, "BigBird, B in layer_pattern, does not support it")
+        for letter in self.layer_pattern:
+            for field, value in getattr(MIXERS.get(letter), "unsupported", {}).items():
+                why = f"{MIXERS[letter].__name__}, {letter} in layer_pattern, does not support it"
+                must(getattr(self, field) != value, field, why)
         must(self.rope_theta > 1.0, "rope_theta", "must be above 1")
         must(self.norm_eps > 0.0, "norm_eps", "must be above 0")
         must(self.yarn_factor >= 1.0, "yarn_factor", "must be at least 1")
@@ -189,6 +191,7 @@ class Attention(nn.Module):
     out as in Qwen3-Next: a head's D query rows, then its D gate rows.
     """
 
+    keeps_keys = True  # see zoo/__init__.py
     alibi_slopes: Tensor | None
 
     def __init__(self, config: ModelConfig, layer: int) -> None:

@@ -14,7 +14,7 @@ class KVCache:
 
     Layers call `update`; the caller calls `advance` once per step. The cache of a sliding-window layer is a ring
     buffer: slot = position modulo its size, large enough that `CHUNK` new tokens overwrite nothing they attend to.
-    Layers of zoo/ keep states in place of keys and values, and call `replace`.
+    Layers without `keeps_keys` keep states in place of keys and values, and call `replace`.
     """
 
     CHUNK = 256  # maximum number of tokens in one call of the model
@@ -29,12 +29,12 @@ class KVCache:
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)  # (B,) tokens written
         self.rows = torch.arange(batch, device=device)  # (B,) row of the tensors in `layers` that a sequence has
         self.selected = False  # see `select`
-        self.layers: list[tuple[Tensor, ...]] = []  # of attention: keys and values
-        # keys and values, (rows, S, K, D), not the states of zoo/
-        self.of_positions = [config.letter(layer) in "LS" for layer in range(config.n_layer)]
-        for layer in range(config.n_layer):
-            shapes = config.mixer(layer).state_shapes(config, layer, batch, context)
-            kept = dtype if self.of_positions[layer] else torch.promote_types(dtype, torch.float32)
+        self.layers: list[tuple[Tensor, ...]] = []
+        mixers = [config.mixer(layer) for layer in range(config.n_layer)]
+        self.keeps_keys = [getattr(mixer, "keeps_keys", False) for mixer in mixers]  # (rows, S, K, D), not states
+        for layer, mixer in enumerate(mixers):
+            shapes = mixer.state_shapes(config, layer, batch, context)
+            kept = dtype if self.keeps_keys[layer] else torch.promote_types(dtype, torch.float32)
             self.layers.append(tuple(torch.zeros(shape, dtype=kept, device=device) for shape in shapes))
 
     def positions(self, T: int) -> Tensor:
@@ -51,7 +51,7 @@ class KVCache:
         return keys, values
 
     def states(self, layer: int) -> tuple[Tensor, ...]:
-        """The states of a layer, (B, ...) each."""
+        """The states of a layer, or its keys and values, (B, ...) each."""
         return tuple(state[self.rows] if self.selected else state for state in self.layers[layer])
 
     def replace(self, layer: int, *states: Tensor) -> None:
@@ -97,17 +97,15 @@ class KVCache:
         """Whether a sequence that has `written` tokens can go back to its first `length`. A ring buffer keeps what a
         window needs for the last CHUNK tokens only, a state what it needs for the next one."""
         return all(
-            (written <= states[0].shape[1] or written - length <= self.CHUNK)
-            if of_positions
-            else length in (0, written)
-            for states, of_positions in zip(self.layers, self.of_positions, strict=True)
+            (written <= states[0].shape[1] or written - length <= self.CHUNK) if keeps_keys else length in (0, written)
+            for states, keeps_keys in zip(self.layers, self.keeps_keys, strict=True)
         )
 
     def copy_row(self, source: int, target: int, length: int) -> None:
         """Let a row begin with the first `length` tokens of another one, which `keeps` them; 0 empties it."""
-        for states, of_positions in zip(self.layers, self.of_positions, strict=True):
+        for states, keeps_keys in zip(self.layers, self.keeps_keys, strict=True):
             for state in states:
-                if of_positions:
+                if keeps_keys:
                     size = min(length, state.shape[1])
                     state[target, :size] = state[source, :size]
                 else:

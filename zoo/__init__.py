@@ -4,8 +4,13 @@ A mixer is a module of the layer's number with
 
 - `forward(x, cos, sin, cache)`: (B, T, C) -> (B, T, C), causal; the same path with and without a cache;
 - `state_shapes(config, layer, batch, context)`: shapes of what it keeps between tokens, which KVCache allocates;
-- `multiply_adds(config)`: per token, besides those with its weights, for training/flops.py;
-- `init_own_weights()`: initial values that differ from those of GPT.init_weights.
+- `multiply_adds(config)`: per token at full context, besides those with its weights, for training/flops.py;
+
+and, if it needs them,
+
+- `init_own_weights()`: initial values that differ from those of GPT.init_weights;
+- `keeps_keys = True`: it keeps the keys and values of all positions (KVCache.update), not a state (KVCache.replace);
+- `unsupported`: names of ModelConfig's fields and values of them that it would ignore.
 
 Other parts of a layer are here, too: mixture_of_experts.py for the feed-forward network, positions.py for RoPE. Nothing
 here imports model.py.
@@ -13,12 +18,20 @@ here imports model.py.
 
 from typing import Any
 
+from zoo.additive_attention import AdditiveAttention
 from zoo.bigbird import BigBird
 from zoo.gated_deltanet import GatedDeltaNet
+from zoo.lstm import LSTM
 from zoo.rwkv7 import RWKV7
+from zoo.short_conv import ShortConv
+from zoo.topk_memory import TopKMemory
 
 MIXERS: dict[str, type[Any]] = {
+    "A": AdditiveAttention,
     "B": BigBird,
+    "C": ShortConv,
     "D": GatedDeltaNet,
+    "Q": TopKMemory,
+    "R": LSTM,
     "W": RWKV7,
 }

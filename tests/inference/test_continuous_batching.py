@@ -15,6 +15,7 @@ from inference.sampling import SamplingParams
 from model import GPT, KVCache
 from sample import generate, stream_generate
 from tests.conftest import TINY, randomized
+from zoo import MIXERS
 
 GREEDY = SamplingParams(greedy=True)
 FULL = dataclasses.replace(TINY, context=64)
@@ -268,11 +269,11 @@ def test_a_stream_that_is_closed_frees_its_rows():
     assert batch.idle and sorted(batch.free) == [0, 1]
 
 
-@pytest.mark.parametrize("pattern", ["DL", "WL", "BL"])
-def test_states_of_other_mixers_have_rows_too(pattern):
+@pytest.mark.parametrize("letter", MIXERS)
+def test_states_of_other_mixers_have_rows_too(letter):
     """A row is used again by the third sequence, and the second passes the context of 64."""
-    gate = pattern == "DL"
-    model = randomized(dataclasses.replace(TINY, context=64, layer_pattern=pattern, gate=gate), seed=2)
+    config = dataclasses.replace(TINY, context=64, layer_pattern=letter + "L", gate=letter == "D")
+    model = randomized(config, seed=2)
     batch = ContinuousBatch(model, 2)
     sequences = {
         Sequence(torch.randint(0, 97, (n,)).tolist(), GREEDY): length for n, length in ((20, 4), (5, 80), (9, 8))

@@ -23,6 +23,7 @@ from model import KVCache
 from tests.conftest import TINY, randomized
 from tests.inference.test_continuous_batching import alone, finish
 from training import device
+from zoo import MIXERS
 
 
 class Graph(TorchDispatchMode):
@@ -74,6 +75,7 @@ def graphs(monkeypatch):
 
 
 STATES = dataclasses.replace(TINY, layer_pattern="DL")
+MIXED = dataclasses.replace(TINY, n_layer=len(MIXERS), layer_pattern="".join(MIXERS))
 WINDOWED = dataclasses.replace(TINY, window=5, layer_pattern="SL", gate=True)
 
 
@@ -82,6 +84,7 @@ WINDOWED = dataclasses.replace(TINY, window=5, layer_pattern="SL", gate=True)
     [
         (TINY, False, [5, *[1] * 22, 2, *[1] * 3]),
         (STATES, False, [5, *[1] * 22, 2, *[1] * 3]),
+        (MIXED, False, [5, *[1] * 22, 2, *[1] * 3]),
         (WINDOWED, False, [5, *[1] * 22, 2, *[1] * 3]),
         (WINDOWED, True, [5, 1, 1, 2, 1]),
     ],
@@ -134,7 +137,7 @@ def test_the_engine_and_precision_of_a_gpu(monkeypatch):
     assert not device.has_bf16(torch.device("cpu"))
 
 
-@pytest.mark.parametrize("config", [TINY, WINDOWED, STATES], ids=["full", "windowed", "states"])
+@pytest.mark.parametrize("config", [TINY, WINDOWED, STATES, MIXED], ids=["full", "windowed", "states", "mixed"])
 def test_a_batch_that_sequences_join_and_leave_is_one_graph(graphs, config, monkeypatch):
     model = randomized(config, seed=3)
     monkeypatch.setattr(continuous_batching, "make_engine", CudaGraphEngine)
