@@ -41,7 +41,7 @@ def points(scale: str, seeds: int) -> list[Point]:
 
 @torch.inference_mode()
 def measure(member: str, context: int, batch: int) -> dict[str, float]:
-    config = dataclasses.replace(members.config(member, BASE), context=context)
+    config = dataclasses.replace(members.config(member, BASE), context=context)  # a window does not grow
     torch.manual_seed(0)
     engine, cache = EagerEngine(GPT(config).eval()), KVCache(config, batch)
     states = [state for layer in cache.layers for state in layer]

@@ -25,7 +25,7 @@ from benchmarks.zoo import members
 from benchmarks.zoo.decoding import BASE, SAME
 from benchmarks.zoo.pictures import Panel, curves, draw
 from benchmarks.zoo.results import Point, Row, groups, markdown
-from kernels import attention
+from kernels import attention, cpu
 from model import GPT
 from training.apply_fused_layers import apply_fused_layers
 
@@ -42,7 +42,8 @@ def points(scale: str, seeds: int) -> list[Point]:
     lengths = {"full": LENGTHS, "short": LENGTHS[::2], "quick": (32, 64)}[scale]
     least = 64 if scale == "quick" else TOKENS
     kinds = [(name, TORCH) for name in members.MEMBERS if name not in SAME]
-    kinds.insert(1, (members.BASELINE, CPP))
+    if cpu.trains(torch.float32):
+        kinds.insert(1, (members.BASELINE, CPP))
     return [
         {"member": name, "implementation": implementation, "length": length, "tokens": max(least, length)}
         for length in lengths
@@ -51,7 +52,7 @@ def points(scale: str, seeds: int) -> list[Point]:
 
 
 def measure(member: str, implementation: str, length: int, tokens: int) -> dict[str, float]:
-    config = dataclasses.replace(members.config(member, BASE), context=length, vocab_size=256)
+    config = dataclasses.replace(members.config(member, BASE), context=length, vocab_size=256)  # a window does not grow
     torch.manual_seed(0)
     model = GPT(config)
     if implementation == CPP:
