@@ -27,14 +27,14 @@ def curves(rows: list[Row], names: Sequence[str], x: str, y: str) -> Curves:
 
 
 def draw(path: Path, grid: Sequence[Sequence[Panel]]) -> None:
-    """Write a PNG with rows of panels, the legend in the first one."""
+    """Write a PNG with rows of panels, and the legend of the first one."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     columns = len(grid[0])
-    size = (max(4 * columns, 6), 3.5 * len(grid))
+    size = (2 + 4 * columns, 3.5 * len(grid))
     figure, axes = plt.subplots(len(grid), columns, figsize=size, squeeze=False, layout="constrained")
     for axis, panel in zip(axes.flat, (panel for row in grid for panel in row), strict=True):
         for number, (name, (x, y)) in enumerate(panel.curves.items()):
@@ -44,6 +44,6 @@ def draw(path: Path, grid: Sequence[Sequence[Panel]]) -> None:
             axis.set_xscale("log", base=2)
         if "y" in panel.log:
             axis.set_yscale("log")
-    axes[0, 0].legend(fontsize="small")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     figure.savefig(path, dpi=80)
     plt.close(figure)
