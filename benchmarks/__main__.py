@@ -13,13 +13,17 @@ python -m benchmarks tiles [KERNEL]          GPU: search tile sizes, print rows 
 python -m benchmarks data [--megabytes N]    CPU: text to tokens to batches, against datasets.map and nanoGPT
 python -m benchmarks step RECIPE             CPU or GPU: tokens per second and MFU of a training step
 python -m benchmarks scaling [--out DIR]     CPU or GPU: time and memory of a training step against model sizes
+python -m benchmarks zoo [EXPERIMENT ...]    CPU: attention and its alternatives: recall, copying, text, decoding, ...
 """
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+
+from benchmarks.zoo import EXPERIMENTS
 
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
@@ -62,6 +66,17 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     gpu.add_argument("--text", type=Path, metavar="FILE", help="tiny Shakespeare, nanoGPT's input.txt")
     for command in (kernels, tiles, gpu):
         command.add_argument("--dry-run", action="store_true", help="without a GPU: tiny shapes, no timing")
+    zoo = commands.add_parser("zoo", help="attention against the other token mixers, with equal parameters")
+    zoo.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help=f"of {', '.join(EXPERIMENTS)}; default: all")
+    zoo.add_argument("--only", nargs="+", default=[], metavar="MEMBER", help="names or letters of layer_pattern")
+    zoo.add_argument("--seeds", type=int, default=1, help="of each point; default: 1")
+    zoo.add_argument("--jobs", type=int, help="processes of one thread each; default: one per core")
+    zoo.add_argument("--minutes", type=float, default=math.inf, help="start nothing more after; default: no limit")
+    zoo.add_argument("--out", type=Path, default=Path("zoo-results"), metavar="DIR", help="for CSV, table and plot of "
+        "each experiment; a run continues with the points that are missing there; default: zoo-results")  # fmt: skip
+    size = zoo.add_mutually_exclusive_group()
+    size.add_argument("--short", action="store_true", help="fewer points and steps: a first look")
+    size.add_argument("--quick", action="store_true", help="tiny sizes, to test the code")
     sample = commands.add_parser("inference", help="tokens per second against other engines and the roofline")
     sample.add_argument("--only", nargs="+", default=[], metavar="NAME", help="only these engines; default: all")
     sample.add_argument("--sizes", nargs="+", default=[], metavar="SIZE", help="model sizes; default: all")
@@ -131,6 +146,24 @@ def gpu_benchmark(a: argparse.Namespace) -> int:
     return run.run(a.out.resolve(), a.only, a.minutes, nanogpt, text, a.dry_run)
 
 
+def zoo_benchmark(a: argparse.Namespace) -> int:
+    """Run `python -m benchmarks zoo`. Raises ValueError for invalid arguments."""
+    import torch
+
+    from benchmarks.zoo import members, run
+
+    check_names("zoo", a.experiments, EXPERIMENTS)
+    check_names("--only", a.only, [*members.MEMBERS, *{m["layer_pattern"]: 0 for m in members.MEMBERS.values()}])
+    jobs = torch.get_num_threads() if a.jobs is None else a.jobs
+    for option, value in (("--seeds", a.seeds), ("--jobs", jobs)):
+        if value < 1:
+            raise ValueError(f"{option} {value}: must be at least 1")
+    if not a.minutes > 0:
+        raise ValueError(f"--minutes {a.minutes:g}: must be above 0")
+    scale = "quick" if a.quick else "short" if a.short else "full"
+    return run.run(a.experiments, a.out, scale, a.only, a.seeds, jobs, a.minutes)
+
+
 def check_names(option: str, asked: list[str], names: Iterable[str]) -> None:
     """Raise ValueError for an unknown name."""
     for name in asked:
@@ -160,6 +193,8 @@ def main(a: argparse.Namespace) -> int:
         return data.run(a.megabytes, a.turns, a.quick)
     if a.command == "gpu":
         return gpu_benchmark(a)
+    if a.command == "zoo":
+        return zoo_benchmark(a)
     if a.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
     elif not a.bound:
