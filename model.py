@@ -67,6 +67,8 @@ class ModelConfig:
     """use the token embedding as the output head"""
     dropout: float = 0.0
     """probability of zeroing an activation after the embedding, each attention and each feed-forward, in training"""
+    attention_dropout: float = 0.0
+    """probability of zeroing a weight of attention's softmax, in training"""
     window: int = 0
     """keys that a sliding-window layer attends to, the query's own included; needed if layer_pattern has an S"""
     layer_pattern: str = "L"
@@ -102,7 +104,8 @@ class ModelConfig:
         must(self.vocab_size >= 0, "vocab_size", "must be at least 1, or 0 for the tokenizer's size")
         must(self.n_head % self.n_kv_head == 0, "n_kv_head", f"must divide model.n_head = {self.n_head}")
         must(self.head_dim % 2 == 0, "head_dim", "must be even: RoPE rotates pairs of dimensions")
-        must(0.0 <= self.dropout < 1.0, "dropout", "must be at least 0 and below 1")
+        for field in ("dropout", "attention_dropout"):
+            must(0.0 <= getattr(self, field) < 1.0, field, "must be at least 0 and below 1")
         letters = ["L", "S", *MIXERS]
         known = bool(self.layer_pattern) and set(self.layer_pattern) <= set(letters)
         must(known, "layer_pattern", f"must consist of {', '.join(letters[:-1])} and {letters[-1]}")
@@ -117,6 +120,8 @@ class ModelConfig:
             for field, value in getattr(MIXERS.get(letter), "unsupported", {}).items():
                 why = f"{MIXERS[letter].__name__}, {letter} in layer_pattern, does not support it"
                 must(getattr(self, field) != value, field, why)
+        softmax = set(self.layer_pattern) <= {"L", "S"}
+        must(not self.attention_dropout or softmax, "attention_dropout", "goes with the layers L and S only")
         must(self.rope_theta > 1.0, "rope_theta", "must be above 1")
         must(self.norm_eps > 0.0, "norm_eps", "must be above 0")
         must(self.yarn_factor >= 1.0, "yarn_factor", "must be at least 1")
@@ -198,7 +203,7 @@ class Attention(nn.Module):
         super().__init__()
         C, H, K, D = config.n_embd, config.n_head, config.n_kv_head, config.head_dim
         self.layer, self.head_dim, self.gate, self.mask_spec = layer, D, config.gate, config.mask_spec(layer)
-        self.softmax_scale = D**-0.5 if config.scale_scores else 1.0
+        self.softmax_scale, self.dropout = D**-0.5 if config.scale_scores else 1.0, config.attention_dropout
         self.register_buffer("alibi_slopes", alibi_slopes(H) if config.positions == "alibi" else None, persistent=False)
         self.q_proj = nn.Linear(C, H * D * (2 if config.gate else 1), bias=False)
         self.k_proj = nn.Linear(C, K * D, bias=False)
@@ -228,7 +233,7 @@ class Attention(nn.Module):
             block_table = cache.block_table
         out = attention(
             q, k, v, self.mask_spec, softmax_scale=self.softmax_scale, cache_seqlens=lengths, block_table=block_table,
-            alibi_slopes=self.alibi_slopes,
+            alibi_slopes=self.alibi_slopes, dropout_p=self.dropout if self.training else 0.0,
         )  # fmt: skip  # (B, T, H, D)
         if self.gate:
             out = out * gate.sigmoid()

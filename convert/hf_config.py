@@ -35,6 +35,7 @@ SAME = {  # heed's name of a field: name in config.json
     "n_ffn": "intermediate_size",
     "tie_embeddings": "tie_word_embeddings",
     "norm_eps": "rms_norm_eps",
+    "attention_dropout": "attention_dropout",
 }
 LAYER_TYPES = {"L": "full_attention", "S": "sliding_attention", "D": "linear_attention"}
 NEEDED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "quantization_config": None}
@@ -126,6 +127,7 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
         raise ValueError("config.json: mlp_only_layers: must list every layer, heed does not support experts")
 
     defaults = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "num_key_value_heads": hf.get(SAME["n_head"])}
+    defaults["attention_dropout"] = 0.0
     defaults |= {"num_experts": hf.get("num_local_experts"), "router_aux_loss_coef": 0.001}  # as transformers 5 saves
     if kind == "llama" and hf.get("hidden_size") and hf.get(SAME["n_head"]):
         defaults["head_dim"] = hf["hidden_size"] // hf[SAME["n_head"]]
@@ -133,6 +135,7 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
     for ours, theirs in (EXPERTS if kind == "qwen3_moe" else SAME).items():
         value = hf.get(theirs) if hf.get(theirs) is not None else defaults.get(theirs)
         expected = type(getattr(ModelConfig(), ours))
+        value = float(value) if expected is float and type(value) is int else value  # as 0
         if type(value) is not expected:
             raise ValueError(f"config.json: {theirs} = {value!r}: must be of type {expected.__name__}")
         fields[ours] = value

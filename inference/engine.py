@@ -21,8 +21,8 @@ from model import GPT, KVCache, ModelConfig
 ROWS = KVCache.CHUNK  # tokens of all sequences in one C++ call, which reads the weights once for all of them
 SUPPORTED = {  # fields of ModelConfig that the C++ files compute
     "vocab_size", "context", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_ffn", "tie_embeddings",
-    "dropout", "window", "layer_pattern", "gate", "rope_theta", "yarn_factor", "yarn_original_context", "norm_eps",
-    "router_aux_loss_coef",
+    "dropout", "attention_dropout", "window", "layer_pattern", "gate", "rope_theta", "yarn_factor",
+    "yarn_original_context", "norm_eps", "router_aux_loss_coef",
 }  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from kernels import cpu
 from kernels.cpu import bindings
 from kernels.cpu.blockwise_attention import BLOCK, block_mask, blocks_attention, spans
+from kernels.dropout import draw_seed
 from kernels.gpu_choices import faster_backend, gpu_capability
 from kernels.reference_attention import (
     CAUSAL,
@@ -49,6 +50,8 @@ def attention(
     document_ids: Tensor | DocumentBounds | None = None,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
     backend: str | None = None,
     return_lse: bool = False,
 ) -> Any:
@@ -69,6 +72,10 @@ def attention(
             section 3).
         sinks: (H,) fp32: an additional score in every row's softmax, without a value (gpt-oss: arXiv 2508.10925,
             section 2.3).
+        dropout_p: probability of zeroing an attention weight; the other weights are divided by 1 - dropout_p. For
+            training. The log-sum-exp is that of all weights.
+        dropout_seed: (2,) int32: which weights are zeroed is a function of it, the same for every backend (see
+            kernels/dropout.py). Default: drawn from torch's generator.
         backend: None chooses; a name is used, or is an error if it cannot run this call.
         return_lse: also return the log-sum-exp of each row's scores, sink included, (B, T, H), in at least fp32.
     Returns:
@@ -78,11 +85,12 @@ def attention(
     """
     # The start of a document identifies it.
     ids = document_ids.first if isinstance(document_ids, DocumentBounds) else document_ids
-    _check(q, k, v, cache_seqlens, block_table, ids, alibi_slopes, sinks)
+    _check(q, k, v, cache_seqlens, block_table, ids, alibi_slopes, sinks, dropout_p, dropout_seed)
+    drops = dropout_p > 0
     extras = return_lse or mask_spec.softcap is not None or sinks is not None
     plain = cache_seqlens is None and document_ids is None and alibi_slopes is None and not extras
     whole = plain and mask_spec.causal and q.shape[1] == k.shape[1]
-    maskless = plain and mask_spec.window is None and (whole or not mask_spec.causal)  # a fast path of SDPA
+    maskless = plain and not drops and mask_spec.window is None and (whole or not mask_spec.causal)  # fast in SDPA
     if torch.is_autocast_enabled(q.device.type):  # as torch's own attention does
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     if backend is None:
@@ -91,15 +99,20 @@ def attention(
             backend = faster_backend(q.device, q.shape[-1], torch.is_grad_enabled() and q.requires_grad)
         if backend == "flash" and cache_seqlens is not None:
             backend = "decode"
-        if backend == "cpp" and not (whole and q.dtype in (torch.float32, torch.bfloat16)):
+        if backend == "cpp" and (drops or not (whole and q.dtype in (torch.float32, torch.bfloat16))):
             backend = "blocks"
         if backend in ("cpp", "blocks") and not (plain and q.requires_grad and q.shape[1] <= k.shape[1]):
             backend = "sdpa"
-        if backend == "sdpa" and extras:
+        if backend == "sdpa" and (extras or drops):
             backend = "reference"
     if backend not in BACKENDS:
         raise ValueError(f"backend = {backend!r} is not one of {', '.join(BACKENDS)}")
     softmax_scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    seed = None
+    if drops:
+        if backend in ("sdpa", "cpp", "decode"):
+            raise ValueError(f"backend = {backend!r} does not support dropout_p; reference, blocks and flash do")
+        seed = draw_seed(q.device) if dropout_seed is None else dropout_seed
 
     if backend == "cpp":
         if not whole:
@@ -111,7 +124,7 @@ def attention(
             raise ValueError(
                 "backend = 'blocks' supports causal masks and windows only, with at most as many queries as keys"
             )
-        return blocks_attention(q, k, v, mask_spec, softmax_scale)
+        return blocks_attention(q, k, v, mask_spec, softmax_scale, dropout_p, seed)
     if backend in ("flash", "decode") and not torch.compiler.is_compiling():
         _need_triton(backend, q.device)
     if backend == "flash":
@@ -119,7 +132,8 @@ def attention(
             raise ValueError("backend = 'flash' computes whole sequences; for a cache (cache_seqlens) use 'decode'")
         from kernels.triton.flash_attention import flash_attention
 
-        out, lse = flash_attention(q, k, v, mask_spec, softmax_scale, document_ids, alibi_slopes, sinks)
+        extra = document_ids, alibi_slopes, sinks, dropout_p, seed
+        out, lse = flash_attention(q, k, v, mask_spec, softmax_scale, *extra)
     elif backend == "decode":
         if cache_seqlens is None:
             raise ValueError("backend = 'decode' needs a cache: pass cache_seqlens")
@@ -137,7 +151,8 @@ def attention(
             if mask_spec.softcap is not None or sinks is not None:
                 raise ValueError("backend = 'sdpa' supports neither softcap nor sinks")
             return _sdpa(q, k, v, mask_spec, softmax_scale, cache_seqlens, ids, alibi_slopes)
-        out, lse, _ = reference_attention(q, k, v, mask_spec, softmax_scale, cache_seqlens, ids, alibi_slopes, sinks)
+        extra = ids, alibi_slopes, sinks, dropout_p, seed
+        out, lse, _ = reference_attention(q, k, v, mask_spec, softmax_scale, cache_seqlens, *extra)
     return (out, lse) if return_lse else out
 
 
@@ -223,6 +238,8 @@ def _check(
     document_ids: Tensor | None,
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
 ) -> None:
     """Raise ValueError for mismatched shapes; nothing here synchronizes with the device."""
     fits = q.ndim == 4 == k.ndim and k.shape == v.shape and q.shape[3] == k.shape[3]
@@ -252,3 +269,10 @@ def _check(
     for name, x in (("alibi_slopes", alibi_slopes), ("sinks", sinks)):
         if x is not None and x.shape != q.shape[2:3]:
             raise ValueError(f"{name} has shape {tuple(x.shape)}; must be one number per query head, ({q.shape[2]},)")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p = {dropout_p}: must be at least 0 and below 1")
+    if dropout_p > 0 and cache_seqlens is not None:
+        raise ValueError(f"dropout_p = {dropout_p} is for training, without a cache (cache_seqlens)")
+    if dropout_seed is not None and (dropout_seed.shape != (2,) or dropout_seed.dtype != torch.int32):
+        got = f"{tuple(dropout_seed.shape)} and dtype {dropout_seed.dtype}"
+        raise ValueError(f"dropout_seed has shape {got}; must be two words, (2,) int32")

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.dropout import dropout
+
 IGNORE_INDEX = -100  # targets with this value do not contribute to the loss, as in torch
 
 
@@ -108,6 +110,8 @@ def reference_attention(
     document_ids: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """softmax(q k^T * scale) v, computed in at least fp32 (Vaswani et al. 2017, section 3.2.1).
 
@@ -115,8 +119,10 @@ def reference_attention(
         q: (B, T, H, D); k, v: (B, S, K, D) with K dividing H (GQA: Ainslie et al. 2023).
         mask_spec, cache_seqlens, document_ids: see `attention_mask`.
         alibi_slopes, sinks: (H,), see `kernels.attention`.
+        dropout_p, dropout_seed: see `kernels.attention`; without a cache.
     Returns:
-        out (B, T, H, D) in q's dtype, the log-sum-exp of each row's scores (B, T, H), and the weights (B, H, T, S).
+        out (B, T, H, D) in q's dtype, the log-sum-exp of each row's scores (B, T, H), and the weights (B, H, T, S)
+        before dropout.
         A row without a key has out 0, weights 0 and log-sum-exp -inf, or with sinks the sink.
     """
     B, T, H, D = q.shape
@@ -135,6 +141,7 @@ def reference_attention(
     if sinks is not None:
         lse = torch.logaddexp(lse, sinks.to(dtype)[:, None])
     weights = (scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None]).exp()  # without a key all weights are 0
-    weighed = weights.view(B, K, H // K, T, S)  # h -> k, g
+    read = weights if dropout_seed is None else dropout(weights, dropout_p, dropout_seed, S - T, 0)
+    weighed = read.view(B, K, H // K, T, S)  # h -> k, g
     out = torch.einsum("bkgts,bskd->btkgd", weighed, v.to(dtype)).reshape(B, T, H, D)  # k, g -> h
     return out.to(q.dtype), lse.transpose(1, 2), weights  # (B, H, T) -> (B, T, H)

@@ -140,7 +140,7 @@ FLAGS = {
     "no qk-norm": {"qk_norm": False},
     "gate": {"gate": True},
     "yarn": {"yarn_factor": 4.0, "yarn_original_context": 80},
-    "dropout": {"dropout": 0.5},
+    "dropout": {"dropout": 0.5, "attention_dropout": 0.5},
     "no positions, unscaled": {"positions": "none", "scale_scores": False},
     "sinusoidal": {"positions": "sinusoidal"},
     "learned positions": {"positions": "learned"},
@@ -234,8 +234,9 @@ def test_initial_loss_is_uniform_and_every_weight_is_initialized():
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-def test_dropout_applies_in_training_only():
-    config = change(dropout=0.4, n_layer=1)
+@pytest.mark.parametrize("field", ["dropout", "attention_dropout"])
+def test_dropout_applies_in_training_only(field):
+    config = change(n_layer=1, **{field: 0.4})
     model = randomized(config)
     tokens = torch.randint(0, 97, (1, 32))
     with torch.no_grad():
@@ -278,6 +279,15 @@ def test_parameters_and_flops_equal_the_counted_ones(flags):
         ({"context": 0}, "model.context = 0: must be at least 1"),
         ({"head_dim": 15}, "model.head_dim = 15: must be even"),
         ({"dropout": 1.0}, "model.dropout = 1.0: must be at least 0 and below 1"),
+        ({"attention_dropout": -0.1}, "model.attention_dropout = -0.1: must be at least 0 and below 1"),
+        (
+            {"layer_pattern": "LB", "attention_dropout": 0.1},
+            "model.attention_dropout = 0.1: goes with the layers L and S",
+        ),
+        (
+            {"layer_pattern": "D", "attention_dropout": 0.1},
+            "model.attention_dropout = 0.1: goes with the layers L and S",
+        ),
         ({"layer_pattern": "SXL"}, "model.layer_pattern = 'SXL': must consist of L, S, A, B, C, D"),
         ({"layer_pattern": "SL"}, "model.window = 0: must be at least 1"),
         ({"window": 4}, "model.window = 4: has no effect"),

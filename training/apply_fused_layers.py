@@ -2,7 +2,8 @@
 
 `apply_fused_layers(model)` replaces the `forward` of every layer and of the last norm from outside. Results
 and gradients are those of model.py: tests/training/test_apply_fused_layers.py compares them in fp64 for every supported
-flag. A layer of zoo/ keeps its mixer as it is, and one with experts its feed-forward networks; the rest is fused.
+flag. A layer of zoo/ keeps its mixer as it is, one with experts its feed-forward networks, and one with dropout of the
+attention weights its attention, in training; the rest is fused.
 """
 
 import functools
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inference.engine import SUPPORTED, check_supported
-from kernels import cpu
+from kernels import cpu, preferred
 from kernels.cpu import bindings, fused_layers
 from kernels.cpu.fused_layers import PackedWeight
 from model import GPT, Attention, Block, Decoder, FeedForward, KVCache
@@ -55,7 +56,8 @@ def apply_fused_layers(model: GPT) -> None:
 
 
 def optimize_layers(model: GPT, machine: Machine) -> str:
-    """Apply the machine's layer implementation to the model, in place. Returns a log line if that is not possible."""
+    """Apply the machine's layer implementation to the model, in place. Returns log lines about what is not possible."""
+    notes = []
     if machine.layer_impl == "compiled":
         for layer in model.model.layers:
             layer.compile()  # all layers share the compiled code of the first
@@ -63,8 +65,12 @@ def optimize_layers(model: GPT, machine: Machine) -> str:
         try:
             apply_fused_layers(model)
         except cpu.Unavailable as reason:
-            return f"layers eager ({reason})"
-    return ""
+            notes.append(f"layers eager ({reason})")
+    backend, _ = preferred(machine.device)
+    if model.config.attention_dropout and backend in ("cpp", "sdpa"):
+        other = "blocks" if backend == "cpp" else "reference"
+        notes.append(f"attention {other} in training ({backend} does not support model.attention_dropout)")
+    return "\n".join(notes)
 
 
 def fused_rms_norm(norm: nn.RMSNorm, x: Tensor) -> Tensor:
@@ -91,7 +97,7 @@ class FusedBlock:
         if cache is not None:
             return Block.forward(block, x, cos, sin, cache)
         dropout = block.dropout if block.training else 0.0
-        if isinstance(block.self_attn, Attention):
+        if isinstance(block.self_attn, Attention) and not (block.training and block.self_attn.dropout):
             x = self.attend(block.self_attn, x, cos, sin, dropout)
         else:
             mixed = block.self_attn(fused_rms_norm(block.input_layernorm, x), cos, sin, None)

@@ -1,7 +1,7 @@
 """`--init-from RUN`: start a run from another run's weights. `--resume` keeps what the run was started from.
 
 From RUN come the weights, the tokenizer (the text is tokenized with it) and the shape of the model. The new run keeps
-its own context and dropout, which fit any weights except learned positions, and starts at step 0 with new optimizers.
+its own context and dropouts, which fit any weights except learned positions, and starts at step 0 with new optimizers.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from training import checkpoint, run_folder
 from training.checkpoint import CheckpointError
 from training.config import Config, ConfigError
 
-FREE = ("context", "dropout")  # fields of [model] that the new run decides
+FREE = ("context", "dropout", "attention_dropout")  # fields of [model] that the new run decides
 
 
 def config_for_init(config: Config, run: Path, given: dict[str, str]) -> Config:
@@ -31,7 +31,7 @@ def config_for_init(config: Config, run: Path, given: dict[str, str]) -> Config:
         if section == "model" or (section, name) == ("data", "tokenizer"):
             asked, has = (getattr(getattr(c, section), name) for c in (config, taken))
             if asked != has:
-                free = " and ".join(f"model.{f}" for f in FREE)
+                free = ", ".join(f"model.{f}" for f in FREE)
                 raise ConfigError(f"--{section}.{name} {asked}: {config.init_from} has {has}; only {free} may differ")
     return taken
 

@@ -10,6 +10,7 @@ import itertools
 import math
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -21,12 +22,13 @@ import kernels
 from benchmarks.gpu.part import Task
 from kernels import CAUSAL, FULL, MaskSpec, attention, document_bounds
 from kernels.cross_entropy import linear_cross_entropy
+from kernels.dropout import dropout
 from kernels.reference_attention import attention_mask, relative_positions
 from model import GPT, KVCache, ModelConfig
 
 DRY = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if DRY else "cuda")
-SCALE = 0.3
+SCALE, DROPOUT = 0.3, 0.2
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-3}  # as in tests/kernels
 
 FLAGS: dict[str, dict[str, Any]] = {
@@ -38,6 +40,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "documents": {"documents": True},
     "slopes": {"slopes": True},
     "sinks": {"sinks": True},
+    "dropout": {"dropped": True},
     "everything": {"mask": MaskSpec(True, 200, 2.0), "documents": True, "slopes": True, "sinks": True},
 }
 SHAPES = [  # B, T, S, H, K, D: aligned, ragged, more queries than keys, odd head size, one query, large heads
@@ -121,7 +124,7 @@ def full_of_nan(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def naive(
     q: Tensor, k: Tensor, v: Tensor, mask_spec: MaskSpec, documents: Tensor | None, slopes: Tensor | None,
-    sinks: Tensor | None, cache_seqlens: Tensor | None = None,
+    sinks: Tensor | None, cache_seqlens: Tensor | None = None, seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The definition in the inputs' own dtype, every step rounded to it: out and log-sum-exp."""
     B, T, H, D = q.shape
@@ -139,13 +142,15 @@ def naive(
     if sinks is not None:
         lse = torch.logaddexp(lse, sinks.to(q.dtype)[:, None])
     weights = (scores - lse.masked_fill(lse.isneginf(), 0.0)[..., None]).exp()
+    if seed is not None:
+        weights = dropout(weights, DROPOUT, seed, S - T, 0)
     out = torch.einsum("bkgts,bskd->btkgd", weights.view(B, K, H // K, T, S), v).reshape(B, T, H, D)
     return out, lse.transpose(1, 2)
 
 
 def flash(
     shape: tuple[int, ...], dtype: torch.dtype, mask: MaskSpec = CAUSAL, documents: bool = False, slopes: bool = False,
-    sinks: bool = False,
+    sinks: bool = False, dropped: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """out, log-sum-exp and all gradients of flash attention."""
     B, T, S, H, K, D = shape
@@ -159,6 +164,7 @@ def flash(
     extras = [normal(H).abs() if slopes else None, normal(H) if sinks else None]
     ids = torch.randint(0, 2 + S // 40, (B, S), generator=g, device=DEVICE).sort(1).values if documents else None
     weight, weight_lse = normal(B, T, H, D), normal(B, T, H)
+    seed = torch.tensor([T, S], dtype=torch.int32, device=DEVICE) if dropped else None
 
     def results(function: Callable[..., tuple[Tensor, Tensor]], kind: torch.dtype) -> list[Tensor]:
         leaves = [x.detach().to(kind).requires_grad_() for x in inputs]
@@ -176,11 +182,13 @@ def flash(
     ) -> tuple[Tensor, Tensor]:
         bounds = None if ids is None else document_bounds(ids)
         options = {"alibi_slopes": slopes, "sinks": sinks, "document_ids": bounds, "softmax_scale": SCALE}
+        options |= {"dropout_p": DROPOUT, "dropout_seed": seed} if dropped else {}
         return attention(q, k, v, mask, **options, backend="flash", return_lse=True)
 
     with patch.object(torch, "empty", full_of_nan(torch.empty)):
         ours, again = results(heed, dtype), results(heed, dtype)
-    row = compare(f"{shape}", results(naive, torch.float64), results(naive, dtype), ours, TOLERANCE[dtype])
+    plain = partial(naive, seed=seed)
+    row = compare(f"{shape}", results(plain, torch.float64), results(plain, dtype), ours, TOLERANCE[dtype])
     same = all(a.equal(b) for a, b in zip(ours, again, strict=True))
     return row | {"same_bits": same, "ok": row["ok"] and same}
 

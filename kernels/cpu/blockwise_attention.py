@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from kernels.dropout import dropout
 from kernels.reference_attention import MaskSpec
 
 BLOCK = 64  # queries: with fewer, matmuls are too small to be efficient; with more, more masked scores are computed
@@ -37,7 +38,10 @@ def block_mask(mask_spec: MaskSpec, at: int, R: int, low: int, high: int, device
     return mask if mask_spec.window is None else mask & (distance.abs() < mask_spec.window)
 
 
-def blocks_attention(q: Tensor, k: Tensor, v: Tensor, mask_spec: MaskSpec, softmax_scale: float) -> Tensor:
+def blocks_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask_spec: MaskSpec, softmax_scale: float, dropout_p: float,
+    dropout_seed: Tensor | None
+) -> Tensor:  # fmt: skip
     """q (B, T, H, D), k and v (B, S, K, D) -> (B, T, H, D), as `kernels.attention`; T at most S, no softcap.
 
     Scores are rounded to the dtype of the matmuls; the softmax is computed in at least fp32.
@@ -55,6 +59,8 @@ def blocks_attention(q: Tensor, k: Tensor, v: Tensor, mask_spec: MaskSpec, softm
         bias = torch.zeros(R, high - low, dtype=q.dtype).masked_fill(hidden, float("-inf")).repeat(H // K, 1)
         scores = torch.baddbmm(bias, block, k[:, low:high].mT)  # (G * R, keys) + (B * K, G * R, D) (B * K, D, keys)
         weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32))  # (B * K, G * R, keys)
+        if dropout_seed is not None:  # (B * K, G * R, keys) -> (B, H, R, keys), K, G -> H
+            weights = dropout(weights.view(B, H, R, -1), dropout_p, dropout_seed, at, low).view_as(weights)
         weighed = torch.bmm(weights.to(v.dtype), v[:, low:high])  # -> (B * K, G * R, D)
         out.append(weighed.view(B, H, R, D))  # K, G -> H
     return torch.cat(out, dim=2).transpose(1, 2)  # (B, H, T, D) -> (B, T, H, D)

@@ -15,6 +15,9 @@ weights p = exp(s - lse), output o, and incoming gradients do and dlse:
 
     dv = p^T do    dp = do v^T    delta = rowsum(do * o) - dlse    ds = p * (dp - delta)    dq = ds k    dk = ds^T q
 
+With dropout of the weights, r = 1 / (1 - probability) for those that are kept and 0 for others: o = (r * p) v,
+dv = (r * p)^T do and dp = r * (do v^T). The rest is the same. All kernels compute the mask (kernels/dropout.py).
+
 Blocks that are fully masked are skipped. Scores are in base 2, since the hardware has an exp2 instruction: the scale
 includes log2(e).
 
@@ -30,6 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.dropout import dropped_numbers
 from kernels.reference_attention import DocumentBounds, MaskSpec, document_bounds
 from kernels.triton.tiles import FLASH_FP32, INTERPRETED, tile
 
@@ -40,7 +44,7 @@ LN2 = tl.constexpr(math.log(2))
 def flash_attention(
     q: Tensor, k: Tensor, v: Tensor, mask_spec: MaskSpec, softmax_scale: float,
     document_ids: Tensor | DocumentBounds | None = None, alibi_slopes: Tensor | None = None,
-    sinks: Tensor | None = None,
+    sinks: Tensor | None = None, dropout_p: float = 0.0, dropout_seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention over whole sequences, differentiable. The arguments are those of `kernels.attention`.
 
@@ -49,6 +53,7 @@ def flash_attention(
         document_ids: one number per document, from lengths: torch.repeat_interleave(lengths); or their
             `document_bounds`, computed once for all layers.
         alibi_slopes, sinks: (H,), converted to fp32.
+        dropout_seed: (2,) int32; None is no dropout.
     Returns:
         out (B, T, H, D) in q's dtype and the log-sum-exp (B, T, H) in fp32, base e, sink included; both are
         differentiable. A row without a key has out 0 and log-sum-exp -inf, or the sink.
@@ -64,8 +69,9 @@ def flash_attention(
         first, last = document_ids if isinstance(document_ids, DocumentBounds) else document_bounds(document_ids)
     alibi_slopes, sinks = (None if x is None else x.float().contiguous() for x in (alibi_slopes, sinks))
     return _forward_op(
-        q, k, v, mask_spec.causal, mask_spec.window, mask_spec.softcap, softmax_scale, first, last, alibi_slopes, sinks
-    )
+        q, k, v, mask_spec.causal, mask_spec.window, mask_spec.softcap, softmax_scale, dropout_p, first, last,
+        alibi_slopes, sinks, dropout_seed,
+    )  # fmt: skip
 
 
 # 1. Shared device functions -----------------------------------------------------------------------------------------
@@ -107,6 +113,31 @@ def accurate_tanh(x):  # type: ignore[no-untyped-def]
     square = x * x
     near = x * (945 + square * (105 + square)) / (945 + square * (420 + square * 15))
     return tl.where(tl.abs(x) < 0.6, near, 2 * tl.sigmoid(2 * x) - 1)
+
+
+@triton.jit
+def _row_hashes(seed, head, query):  # type: ignore[no-untyped-def]
+    """Salt and factor of each row, in the shape of `query`: see kernels/dropout.py."""
+    head, query = head.to(tl.uint32), query.to(tl.uint32)
+    salt = _mix(_mix(_mix(tl.load(seed).to(tl.uint32)) + head) + query)
+    factor = _mix(_mix(_mix(tl.load(seed + 1).to(tl.uint32)) + head) + query)
+    return salt, factor | 1
+
+
+@triton.jit
+def _kept(row, key, DROPPED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Which weights dropout keeps, by the hashes of their rows. DROPPED: how many of the 2**32 numbers drop one."""
+    salt, factor = row
+    number = _mix((salt ^ key.to(tl.uint32)) * factor)
+    return number.to(tl.int32, bitcast=True) >= DROPPED - 2147483648
+
+
+@triton.jit
+def _mix(x):  # type: ignore[no-untyped-def]
+    """`kernels.dropout.mix` of uint32 numbers."""
+    x = (x ^ (x >> 16)) * 0x85EBCA6B
+    x = (x ^ (x >> 13)) * 0xC2B2AE35
+    return x ^ (x >> 16)
 
 
 @triton.jit
@@ -177,10 +208,10 @@ def _store(rows, x, at, stride, limit, start, BLOCK: tl.constexpr, D: tl.constex
 
 @triton.jit
 def _forward(  # type: ignore[no-untyped-def]
-    q, k, v, first, last, slopes, sinks, out, lse, scale, T, S, H,
+    q, k, v, first, last, slopes, sinks, seed, out, lse, scale, T, S, H,
     q_b, q_t, q_h, k_b, k_s, k_h, v_b, v_s, v_h,
     G: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr,
+    DROPPED: tl.constexpr, RESCALE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of M queries of one head."""
     start = (tl.num_programs(0) - 1 - tl.program_id(0)) * M  # late queries have the most keys: start with them
@@ -191,6 +222,7 @@ def _forward(  # type: ignore[no-untyped-def]
 
     queries = _load(q, b * q_b + h * q_h, q_t, T, start, M, D, BLOCK_D)  # (M, BLOCK_D)
     slope = None if slopes is None else tl.load(slopes + h)
+    row = None if seed is None else _row_hashes(seed, b * H + h, query)
     begin, end = None, None
     if first is not None:
         begin = tl.load(first + b * S + query, mask=query < S, other=0)  # (M, 1)
@@ -220,10 +252,14 @@ def _forward(  # type: ignore[no-untyped-def]
             weight = tl.exp2(score - base[:, None])
             rescale = tl.exp2(top - base)
             total = total * rescale + tl.sum(weight, 1)
+            if seed is not None:
+                weight = tl.where(_kept(row, key, DROPPED), weight, 0.0)
             values = _load(v, b * v_b + h // G * v_h, v_s, S, here, N, D, BLOCK_D)  # (N, BLOCK_D)
             sums = tl.dot(weight.to(values.dtype), values, sums * rescale[:, None], input_precision="ieee")
             top = higher
 
+    if seed is not None:
+        sums *= RESCALE
     _store(sums / tl.where(total == 0, 1.0, total)[:, None], out, (b * T * H + h) * D, H * D, T, start, M, D, BLOCK_D)
     tl.store(lse + of_row, (top + tl.log2(total)) * LN2, mask=t < T)  # no key: -inf
 
@@ -233,10 +269,10 @@ def _forward(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _dq(  # type: ignore[no-untyped-def]
-    q, k, v, first, last, slopes, out, lse, dout, dlse, dq, delta, dslopes, scale, T, S, H,
+    q, k, v, first, last, slopes, seed, out, lse, dout, dlse, dq, delta, dslopes, scale, T, S, H,
     q_b, q_t, q_h, k_b, k_s, k_h, v_b, v_s, v_h,
     G: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr,
+    DROPPED: tl.constexpr, RESCALE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Gradient and delta of M queries of one head, and their contributions to the gradient of the head's slope."""
     start = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
@@ -254,6 +290,7 @@ def _dq(  # type: ignore[no-untyped-def]
     tl.store(delta + of_row, d, mask=t < T)
 
     slope = None if slopes is None else tl.load(slopes + h)
+    row = None if seed is None else _row_hashes(seed, b * H + h, query)
     begin, end = None, None
     if first is not None:
         begin = tl.load(first + b * S + query, mask=query < S, other=0)  # (M, 1)
@@ -269,6 +306,8 @@ def _dq(  # type: ignore[no-untyped-def]
         key = (here + tl.arange(0, N))[None, :]
         score, tanh = _scores(product, query, key, begin, end, slope, scale, S, CAUSAL, WINDOW, SOFTCAP)
         dweight = tl.dot(douts, tl.trans(values), input_precision="ieee")  # (M, BLOCK_D) (BLOCK_D, N) -> (M, N)
+        if seed is not None:
+            dweight = tl.where(_kept(row, key, DROPPED), dweight * RESCALE, 0.0)
         dscore = tl.exp2(score - base[:, None]) * (dweight - d[:, None])
         if slopes is not None:
             distance_sums += tl.sum(dscore * tl.abs(query - key), 1)
@@ -283,10 +322,10 @@ def _dq(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _dkdv(  # type: ignore[no-untyped-def]
-    q, k, v, first, last, slopes, lse, delta, dout, dk, dv, scale, T, S, H,
+    q, k, v, first, last, slopes, seed, lse, delta, dout, dk, dv, scale, T, S, H,
     q_b, q_t, q_h, k_b, k_s, k_h, v_b, v_s, v_h,
     G: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr,
+    DROPPED: tl.constexpr, RESCALE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Gradients of N keys and values of one head. The matrices of weights are transposed: (N, M)."""
     start, K = tl.program_id(0) * N, H // G
@@ -316,13 +355,21 @@ def _dkdv(  # type: ignore[no-untyped-def]
         weight = tl.exp2(score - _base(lse, of_row, t < T)[None, :])
         douts = _load(dout, (b * T * H + h) * D, H * D, T, here, M, D, BLOCK_D)  # (M, BLOCK_D)
         d = tl.load(delta + of_row, mask=t < T, other=0.0)  # early: loaded late it makes Triton 3.6 spill
-        dvalues = tl.dot(weight.to(douts.dtype), douts, dvalues, input_precision="ieee")  # (N, M) (M, BLOCK_D)
+        dropped = weight
+        if seed is not None:
+            kept = _kept(_row_hashes(seed, b * H + h, query), key, DROPPED)
+            dropped = tl.where(kept, weight, 0.0)
+        dvalues = tl.dot(dropped.to(douts.dtype), douts, dvalues, input_precision="ieee")  # (N, M) (M, BLOCK_D)
         dweight = tl.dot(values, tl.trans(douts), input_precision="ieee")  # (N, BLOCK_D) (BLOCK_D, M) -> (N, M)
+        if seed is not None:
+            dweight = tl.where(kept, dweight * RESCALE, 0.0)
         dscore = weight * (dweight - d[None, :])
         if SOFTCAP is not None:
             dscore *= 1 - tanh * tanh
         dkeys = tl.dot(dscore.to(queries.dtype), queries, dkeys, input_precision="ieee")  # (N, M) (M, BLOCK_D)
 
+    if seed is not None:
+        dvalues *= RESCALE
     _store(dkeys * scale, dk, (b * S * K + kv) * D, K * D, S, start, N, D, BLOCK_D)
     _store(dvalues, dv, (b * S * K + kv) * D, K * D, S, start, N, D, BLOCK_D)
 
@@ -338,16 +385,18 @@ def _base(lse, of_row, real):  # type: ignore[no-untyped-def]
 
 
 def _arguments(
-    kernel: str, q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, softcap: float | None
-) -> tuple[list[int], dict[str, Any]]:
+    kernel: str, q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, softcap: float | None,
+    dropout_p: float,
+) -> tuple[list[int], dict[str, Any]]:  # fmt: skip
     """The trailing arguments of every kernel: sizes and strides, and constants including the tile."""
     D, t = q.shape[3], tile(kernel, q.shape[3], q.device)
     if q.dtype == torch.float32 and t != INTERPRETED:
         t = FLASH_FP32[min(size for size in FLASH_FP32 if size >= D)]
     numbers = [q.shape[1], k.shape[1], q.shape[2], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]]
     constants = {
-        "G": q.shape[2] // k.shape[2], "D": D, "CAUSAL": causal, "WINDOW": window, "SOFTCAP": softcap, "M": t.M,
-        "N": t.N, "BLOCK_D": max(triton.next_power_of_2(D), 16), "num_warps": t.warps, "num_stages": t.stages,
+        "G": q.shape[2] // k.shape[2], "D": D, "CAUSAL": causal, "WINDOW": window, "SOFTCAP": softcap,
+        "DROPPED": dropped_numbers(dropout_p), "RESCALE": 1 / (1 - dropout_p), "M": t.M, "N": t.N,
+        "BLOCK_D": max(triton.next_power_of_2(D), 16), "num_warps": t.warps, "num_stages": t.stages,
     }  # fmt: skip
     return numbers, constants
 
@@ -355,22 +404,23 @@ def _arguments(
 @torch.library.custom_op("heed::flash_forward", mutates_args=())
 def _forward_op(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, softcap: float | None, softmax_scale: float,
-    first: Tensor | None, last: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None,
+    dropout_p: float, first: Tensor | None, last: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None,
+    seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    numbers, constants = _arguments("flash_forward", q, k, v, causal, window, softcap)
+    numbers, constants = _arguments("flash_forward", q, k, v, causal, window, softcap, dropout_p)
     grid = (triton.cdiv(q.shape[1], constants["M"]), q.shape[2], q.shape[0])
-    _forward[grid](q, k, v, first, last, alibi_slopes, sinks, out, lse, softmax_scale, *numbers, **constants)
+    _forward[grid](q, k, v, first, last, alibi_slopes, sinks, seed, out, lse, softmax_scale, *numbers, **constants)
     return out, lse
 
 
 @torch.library.custom_op("heed::flash_backward", mutates_args=())
 def _backward_op(
     dout: Tensor, dlse: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, causal: bool,
-    window: int | None, softcap: float | None, softmax_scale: float, first: Tensor | None, last: Tensor | None,
-    alibi_slopes: Tensor | None, sinks: Tensor | None,
+    window: int | None, softcap: float | None, softmax_scale: float, dropout_p: float, first: Tensor | None,
+    last: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None, seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv, and the gradients of alibi_slopes and sinks, empty tensors if those are None."""
     B, T, H, _ = q.shape
@@ -380,7 +430,7 @@ def _backward_op(
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     delta = torch.empty(B, T, H, dtype=torch.float32, device=q.device)
     of_rows = None if alibi_slopes is None else torch.empty_like(delta)
-    numbers, constants = _arguments("flash_dq", q, k, v, causal, window, softcap)
+    numbers, constants = _arguments("flash_dq", q, k, v, causal, window, softcap, dropout_p)
     _dq[(triton.cdiv(T, constants["M"]), H, B)](
         q,
         k,
@@ -388,6 +438,7 @@ def _backward_op(
         first,
         last,
         alibi_slopes,
+        seed,
         out,
         lse,
         dout,
@@ -399,9 +450,9 @@ def _backward_op(
         *numbers,
         **constants,
     )
-    numbers, constants = _arguments("flash_dkdv", q, k, v, causal, window, softcap)
+    numbers, constants = _arguments("flash_dkdv", q, k, v, causal, window, softcap, dropout_p)
     _dkdv[(triton.cdiv(S, constants["N"]), K, B)](
-        q, k, v, first, last, alibi_slopes, lse, delta, dout, dk, dv, softmax_scale, *numbers, **constants
+        q, k, v, first, last, alibi_slopes, seed, lse, delta, dout, dk, dv, softmax_scale, *numbers, **constants
     )
     dslopes = q.new_empty(0) if of_rows is None else of_rows.sum((0, 1))  # (B, T, H) -> (H,)
     # A sink's weight is exp(sink - lse). It has no value: dp = 0.
@@ -416,23 +467,23 @@ def _(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 @_backward_op.register_fake
 def _(dout: Tensor, dlse: Tensor, out: Tensor, lse: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    alibi_slopes, sinks = rest[-2:]
+    alibi_slopes, sinks, _ = rest[-3:]
     gradients = [x.new_empty(x.shape) for x in rest[:3]]
     return *gradients, *(dout.new_empty(0) if x is None else lse.new_empty(x.shape) for x in (alibi_slopes, sinks))
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, *ctx.plain, first, last, alibi_slopes, sinks = inputs
-    ctx.save_for_backward(*output, q, k, v, first, last, alibi_slopes, sinks)
+    q, k, v, *ctx.plain, first, last, alibi_slopes, sinks, seed = inputs
+    ctx.save_for_backward(*output, q, k, v, first, last, alibi_slopes, sinks, seed)
 
 
 def _backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
-    out, lse, q, k, v, first, last, alibi_slopes, sinks = ctx.saved_tensors
+    out, lse, q, k, v, first, last, alibi_slopes, sinks, seed = ctx.saved_tensors
     dq, dk, dv, dslopes, dsinks = _backward_op(
-        dout, dlse, out, lse, q, k, v, *ctx.plain, first, last, alibi_slopes, sinks
+        dout, dlse, out, lse, q, k, v, *ctx.plain, first, last, alibi_slopes, sinks, seed
     )
-    nothing = [None] * 6  # causal, window, softcap, scale, first, last
-    return dq, dk, dv, *nothing, None if alibi_slopes is None else dslopes, None if sinks is None else dsinks
+    nothing = [None] * 7  # causal, window, softcap, scale, dropout_p, first, last
+    return dq, dk, dv, *nothing, None if alibi_slopes is None else dslopes, None if sinks is None else dsinks, None
 
 
 _forward_op.register_autograd(_backward, setup_context=_keep)

@@ -33,6 +33,13 @@ def test_config_of_transformers_4():
     assert (stretched.yarn_factor, stretched.yarn_original_context, stretched.rope_theta) == (4.0, 32768, 1e6)
 
 
+def test_dropout_of_attention_weights():
+    config = dataclasses.replace(TINY, attention_dropout=0.25)
+    assert to_hf(config)["attention_dropout"] == 0.25
+    assert from_hf(to_hf(config)) == config
+    assert from_hf(to_hf(config) | {"attention_dropout": 0}).attention_dropout == 0.0
+
+
 CONFIG = to_hf(dataclasses.replace(TINY, **YARN)) | {"rope_scaling": None}
 
 

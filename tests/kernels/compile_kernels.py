@@ -64,10 +64,12 @@ BF16 = torch.bfloat16
 def flash_case(D: int, extras: str) -> None:
     """Forward and backward, 8 query heads on 2 key/value heads."""
     q, k, v = (torch.empty(2, 1024, heads, D, dtype=BF16, requires_grad=True) for heads in (8, 2, 2))
-    documents = None if extras == "plain" else torch.zeros(2, 1024, dtype=torch.int64)
-    pattern = CAUSAL if extras == "plain" else MaskSpec(True, 256, 30.0 if extras == "everything" else None)
+    plain = extras in ("plain", "dropout")
+    documents = None if plain else torch.zeros(2, 1024, dtype=torch.int64)
+    pattern = CAUSAL if plain else MaskSpec(True, 256, 30.0 if extras == "everything" else None)
     slopes, sinks = (torch.zeros(8, requires_grad=True) if extras == "everything" else None for _ in range(2))
-    out, _ = flash_attention.flash_attention(q, k, v, pattern, 0.1, documents, slopes, sinks)
+    dropout = (0.1, torch.zeros(2, dtype=torch.int32)) if extras == "dropout" else (0.0, None)
+    out, _ = flash_attention.flash_attention(q, k, v, pattern, 0.1, documents, slopes, sinks, *dropout)
     out.backward(torch.empty_like(out))
 
 
@@ -94,6 +96,8 @@ def jobs() -> Iterator[tuple[Any, ...]]:
     for target, D in itertools.product(TARGETS, (256, 128, 64)):
         for extras in EXTRAS if target == "sm_90" and D != 256 else EXTRAS[:1]:
             yield target, flash_case, D, extras
+    for target in TARGETS:
+        yield target, flash_case, 128, "dropout"
     for target, D in itertools.product(TARGETS, (256, 128, 64)):
         yield target, decode_case, D, 1, "plain"
         if D == 128:

@@ -70,6 +70,37 @@ MUTANTS: list[tuple[str, str, str] | tuple[str, str, str, int]] = [
     ("rows without keys pass on what comes back", 'd = tl.where(base == float("inf"), 0.0, d)', "pass"),
     ("slopes and sinks read as if they lay together", "x.float().contiguous()", "x.float()"),
     ("rows past the end have weights", 'mask=real, other=float("inf"))', "mask=real, other=-99.0)"),
+    # dropout: which weights
+    ("dropout: queries from the first one's position", "seed, b * H + h, query)", "seed, b * H + h, query - S + T)", 3),
+    ("dk/dv: query and key swapped", "(seed, b * H + h, query), key", "(seed, b * H + h, key), query"),
+    ("the same mask for all heads", "+ head) + query)", ") + query)", 2),
+    ("the same mask for all sequences", "_row_hashes(seed, b * H + h", "_row_hashes(seed, h", 3),
+    ("dk/dv: the mask of another head", "(seed, b * H + h, query), key", "(seed, b * H + kv, query), key"),
+    ("a word of the seed not used", "tl.load(seed + 1)", "tl.load(seed)"),
+    ("an even factor", "return salt, factor | 1", "return salt, factor"),
+    ("the largest numbers drop", "bitcast=True) >= DROPPED - 2147483648", "bitcast=True) < 2147483648 - DROPPED"),
+    ("another hash", "x >> 13", "x >> 12"),
+    # dropout: what becomes of them
+    ("forward: nothing dropped", "weight = tl.where(_kept(row, key, DROPPED), weight, 0.0)", "pass"),
+    (
+        "dropped before the log-sum-exp",
+        """            total = total * rescale + tl.sum(weight, 1)
+            if seed is not None:
+                weight = tl.where(_kept(row, key, DROPPED), weight, 0.0)
+""",
+        """            if seed is not None:
+                weight = tl.where(_kept(row, key, DROPPED), weight, 0.0)
+            total = total * rescale + tl.sum(weight, 1)
+""",
+    ),
+    ("forward: the kept not scaled", "sums *= RESCALE", "pass"),
+    ("dq: nothing dropped", "tl.where(_kept(row, key, DROPPED), dweight * RESCALE, 0.0)", "dweight * RESCALE"),
+    ("dq: the kept not scaled", "DROPPED), dweight * RESCALE, 0.0)", "DROPPED), dweight, 0.0)"),
+    ("dv: nothing dropped", "dropped = tl.where(kept, weight, 0.0)", "pass"),
+    ("dv: the kept not scaled", "dvalues *= RESCALE", "pass"),
+    ("dk: nothing dropped", "tl.where(kept, dweight * RESCALE, 0.0)", "dweight * RESCALE"),
+    ("dk: the kept not scaled", "tl.where(kept, dweight * RESCALE, 0.0)", "tl.where(kept, dweight, 0.0)"),
+    ("dk: no delta for dropped weights", "dscore = weight * (dweight", "dscore = dropped * (dweight"),
 ]  # fmt: skip
 
 
@@ -82,15 +113,16 @@ def probe(flash_attention) -> None:
         return empty(*shape, **how).fill_(math.nan)
 
     cases = [  # in the order in which all mutants together are seen soonest
-        # B, T, S, pattern, documents, slopes, sinks
-        (1, 21, 3, CAUSAL, False, False, False),
-        (1, 36, 18, MaskSpec(False, None, 1.0), False, True, True),
-        (1, 40, 40, MaskSpec(False, 14), False, False, True),
-        (1, 40, 40, FULL, True, False, False),
-        (1, 36, 37, MaskSpec(True, 9), True, False, False),
-        (2, 20, 36, CAUSAL, False, False, False),
+        # B, T, S, pattern, documents, slopes, sinks, dropout
+        (1, 21, 3, CAUSAL, False, False, False, 0.0),
+        (1, 36, 18, MaskSpec(False, None, 1.0), False, True, True, 0.0),
+        (1, 40, 40, MaskSpec(False, 14), False, False, True, 0.0),
+        (1, 40, 40, FULL, True, False, False, 0.0),
+        (1, 36, 37, MaskSpec(True, 9), True, False, False, 0.0),
+        (2, 20, 36, CAUSAL, False, False, False, 0.4),
     ]
-    for B, T, S, pattern, with_documents, with_slopes, with_sinks in cases:
+    seed = torch.tensor([1, 2], dtype=torch.int32)
+    for B, T, S, pattern, with_documents, with_slopes, with_sinks, p in cases:
         inputs = [
             torch.randn(shape, generator=g, dtype=torch.float64) for shape in ((B, T, 4, 8), (B, S, 2, 8), (B, S, 4, 8))
         ]
@@ -98,6 +130,7 @@ def probe(flash_attention) -> None:
             torch.rand(8, generator=g)[::2] if with_slopes else None,
             torch.randn(8, generator=g)[::2] if with_sinks else None,
         ]
+        dropout = (p, seed) if p else (0.0, None)
         documents = (torch.arange(S) * 5 // S).expand(B, S) if with_documents else None
         weight, weight_lse = torch.randn(B, T, 4, 8, generator=g), torch.randn(B, T, 4, generator=g)
         results = []
@@ -107,9 +140,9 @@ def probe(flash_attention) -> None:
             v = v[:, :, ::2]  # so that values do not lie as keys do
             with patch.object(torch, "empty", full_of_nan):
                 if function is flash_attention:
-                    out, lse = flash_attention(q, k, v, pattern, 0.5, documents, slopes, sinks)
+                    out, lse = flash_attention(q, k, v, pattern, 0.5, documents, slopes, sinks, *dropout)
                 else:
-                    out, lse, _ = reference_attention(q, k, v, pattern, 0.5, None, documents, slopes, sinks)
+                    out, lse, _ = reference_attention(q, k, v, pattern, 0.5, None, documents, slopes, sinks, *dropout)
                 # What comes back for the log-sum-exp of nothing may well be NaN: of logaddexp it is.
                 weights = [weight, weight_lse.masked_fill(lse.isneginf(), math.nan)]
                 torch.autograd.backward((out, lse), [w.to(x.dtype) for w, x in zip(weights, (out, lse), strict=True)])

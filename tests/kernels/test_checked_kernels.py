@@ -26,9 +26,9 @@ def test_flash(pattern, T, S, dtype):
     packed, sinks, slopes = draw((B, S, (H + 2 * K), D), (H,), (H,), dtype=dtype)
     q, k, v = packed.requires_grad_().split([H, K, K], 2)  # not contiguous
     documents = torch.arange(S).expand(B, S) // 11
-    extras = [x.float().requires_grad_() for x in (slopes, sinks)]
+    extras, seed = [x.float().requires_grad_() for x in (slopes, sinks)], torch.tensor([1, 2], dtype=torch.int32)
     with checked() as kernels:
-        out, lse = flash_attention(q[:, S - T :], k, v, pattern, 0.3, documents, *extras)
+        out, lse = flash_attention(q[:, S - T :], k, v, pattern, 0.3, documents, *extras, 0.3, seed)
         (out.float().square().sum() + lse.sum()).backward()
         flash_attention(q[:, S - T :], k, v, pattern, 0.3)[0].sum().backward()
     assert len(kernels) == 6

@@ -4,6 +4,7 @@ The bound is FlashAttention's: at most twice the error of the same computation i
 small absolute term. Outputs are full of NaN before the kernels write them. Tiles are 16 x 16: 40 x 50 crosses borders.
 """
 
+import functools
 import math
 
 import pytest
@@ -12,11 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import CAUSAL, FULL, MaskSpec, attention
+from kernels.dropout import dropout
 from kernels.reference_attention import attention_mask, document_bounds, reference_attention, relative_positions
 from kernels.triton import flash_attention as flash_module
 from kernels.triton.flash_attention import flash_attention
 
 SCALE = 0.3
+SEED = torch.tensor([1, 2], dtype=torch.int32)
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +35,7 @@ def outputs_full_of_nan(monkeypatch):
         monkeypatch.setattr(torch, name, full_of_nan(getattr(torch, name)))
 
 
-def naive(q, k, v, pattern, documents, slopes, sinks):
+def naive(q, k, v, pattern, documents, slopes, sinks, p=0.0):
     """The definition in the inputs' own dtype, every step rounded to it."""
     B, T, H, D = q.shape
     S, K = k.shape[1:3]
@@ -47,16 +50,17 @@ def naive(q, k, v, pattern, documents, slopes, sinks):
     if sinks is not None:
         lse = torch.logaddexp(lse, sinks.to(q.dtype)[:, None])
     weights = (scores - lse.masked_fill(lse.isneginf(), 0.0)[..., None]).exp()
+    weights = dropout(weights, p, SEED, S - T, 0)
     out = torch.einsum("bkgts,bskd->btkgd", weights.view(B, K, H // K, T, S), v).reshape(B, T, H, D)
     return out, lse.transpose(1, 2)
 
 
-def definition(q, k, v, pattern, documents, slopes, sinks):
-    return reference_attention(q, k, v, pattern, SCALE, None, documents, slopes, sinks)[:2]
+def definition(q, k, v, pattern, documents, slopes, sinks, p=0.0):
+    return reference_attention(q, k, v, pattern, SCALE, None, documents, slopes, sinks, p, SEED if p else None)[:2]
 
 
-def flash(q, k, v, pattern, documents, slopes, sinks):
-    return flash_attention(q, k, v, pattern, SCALE, documents, slopes, sinks)
+def flash(q, k, v, pattern, documents, slopes, sinks, p=0.0):
+    return flash_attention(q, k, v, pattern, SCALE, documents, slopes, sinks, p, SEED if p else None)
 
 
 def draw(B, T, S, H, K, D, docs=False, slopes=False, sinks=False, seed=0):
@@ -80,11 +84,11 @@ def results(function, dtype, case, pattern):
     return [out, lse, *(x.grad for x in (*inputs, *extras) if x is not None)]
 
 
-def check(case, pattern, dtype=torch.float32):
+def check(case, pattern, dtype=torch.float32, p=0.0):
     rounded = [x.to(dtype).double() for x in case[0]]  # all compute with the numbers that the dtype can hold
-    exact = results(definition, torch.float64, (rounded, *case[1:]), pattern)
-    plain = results(naive, dtype, case, pattern)
-    ours = results(flash, dtype, case, pattern)
+    exact = results(functools.partial(definition, p=p), torch.float64, (rounded, *case[1:]), pattern)
+    plain = results(functools.partial(naive, p=p), dtype, case, pattern)
+    ours = results(functools.partial(flash, p=p), dtype, case, pattern)
     assert ours[0].dtype == dtype
     assert ours[1].dtype == torch.float32
     for truth, theirs, mine in zip(exact, plain, ours, strict=True):
@@ -139,21 +143,25 @@ FLAGS = {
     "two-sided window, documents, slopes": {"pattern": MaskSpec(False, 9), "docs": True, "slopes": True},
     "softcap, slopes": {"pattern": MaskSpec(True, None, 1.5), "slopes": True},
     "window, sinks": {"pattern": MaskSpec(True, 9), "sinks": True},
-    "all": {"pattern": MaskSpec(True, 20, 2.0), "docs": True, "slopes": True, "sinks": True},
+    "dropout": {"p": 0.1},
+    "full, dropout": {"pattern": FULL, "p": 0.5},
+    "window, documents, dropout": {"pattern": MaskSpec(True, 9), "docs": True, "p": 0.3},
+    "all": {"pattern": MaskSpec(True, 20, 2.0), "docs": True, "slopes": True, "sinks": True, "p": 0.3},
 }
 
 
 @pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS.keys())
 def test_flags_and_their_pairs(flags):
     flags = dict(flags)
-    check(draw(2, 35, 41, 2, 1, 16, **{k: v for k, v in flags.items() if k != "pattern"}), flags.get("pattern", CAUSAL))
+    pattern, p = flags.pop("pattern", CAUSAL), flags.pop("p", 0.0)
+    check(draw(2, 35, 41, 2, 1, 16, **flags), pattern, p=p)
 
 
-@pytest.mark.parametrize("flags", ["window, documents", "softcap, slopes", "all"])
+@pytest.mark.parametrize("flags", ["window, documents", "softcap, slopes", "full, dropout", "all"])
 def test_flags_in_bf16(flags):
     flags = dict(FLAGS[flags])
-    pattern = flags.pop("pattern")
-    check(draw(1, 35, 41, 2, 1, 16, **flags), pattern, torch.bfloat16)
+    pattern, p = flags.pop("pattern"), flags.pop("p", 0.0)
+    check(draw(1, 35, 41, 2, 1, 16, **flags), pattern, torch.bfloat16, p)
 
 
 @pytest.mark.parametrize("sinks", [False, True])
@@ -177,11 +185,12 @@ def test_nan_from_rows_that_see_nothing_goes_nowhere():
 @given(
     T=st.integers(1, 34), more=st.integers(-16, 16), K=st.integers(1, 2), G=st.integers(1, 3), D=st.integers(1, 33),
     causal=st.booleans(), window=st.none() | st.integers(1, 40), softcap=st.none() | st.floats(0.5, 50),
-    docs=st.booleans(), slopes=st.booleans(), sinks=st.booleans(), seed=st.integers(0, 99),
+    docs=st.booleans(), slopes=st.booleans(), sinks=st.booleans(), p=st.sampled_from([0.0, 0.3]),
+    seed=st.integers(0, 99),
 )  # fmt: skip
-def test_any_case(T, more, K, G, D, causal, window, softcap, docs, slopes, sinks, seed):
+def test_any_case(T, more, K, G, D, causal, window, softcap, docs, slopes, sinks, p, seed):
     S = max(T + more, T if docs else 1)
-    check(draw(1, T, S, G * K, K, D, docs, slopes, sinks, seed), MaskSpec(causal, window, softcap))
+    check(draw(1, T, S, G * K, K, D, docs, slopes, sinks, seed), MaskSpec(causal, window, softcap), p=p)
 
 
 def test_views_that_are_not_contiguous():
@@ -203,7 +212,7 @@ def test_views_that_are_not_contiguous():
 
 def test_gradients_are_the_same_bits_every_time():
     case = draw(1, 35, 41, 2, 1, 16, docs=True, slopes=True, sinks=True)
-    first, second = (results(flash, torch.float32, case, CAUSAL) for _ in range(2))
+    first, second = (results(functools.partial(flash, p=0.3), torch.float32, case, CAUSAL) for _ in range(2))
     assert all(a.equal(b) for a, b in zip(first, second, strict=True))
 
 
@@ -241,14 +250,15 @@ def test_bounds_in_place_of_documents(backend, monkeypatch):
 
 def test_one_node_for_the_compiler():
     case = draw(1, 17, 17, 2, 1, 16, slopes=True, sinks=True)
-    compiled = torch.compile(flash, fullgraph=True, backend="aot_eager")
-    first, second = (results(function, torch.float32, case, CAUSAL) for function in (compiled, flash))
+    function = functools.partial(flash, p=0.3)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    first, second = (results(f, torch.float32, case, CAUSAL) for f in (compiled, function))
     assert all(a.equal(b) for a, b in zip(first, second, strict=True))
 
 
 def test_opcheck():
     q, k, v = (x.requires_grad_() for x in draw(1, 9, 9, 2, 1, 16)[0])
-    arguments = (q, k, v, True, None, None, SCALE, None, None, torch.rand(2).requires_grad_(), None)
+    arguments = (q, k, v, True, None, None, SCALE, 0.3, None, None, torch.rand(2).requires_grad_(), None, SEED)
     torch.library.opcheck(torch.ops.heed.flash_forward.default, arguments)
     out, lse = (x.detach() for x in torch.ops.heed.flash_forward(*arguments))
     arguments = [x.detach() if isinstance(x, torch.Tensor) else x for x in (out, lse, out, lse, *arguments)]

@@ -1,5 +1,6 @@
 """The whole model through heed's Triton kernels, interpreted: training, caching and generation are as with torch."""
 
+import dataclasses
 import types
 
 import pytest
@@ -87,18 +88,22 @@ def test_cached_and_uncached_logits(in_triton, config):
     assert in_triton.calls["decode"] == 2 * 4
 
 
-@pytest.mark.parametrize("window", [0, 5])
-def test_a_block_is_one_graph(in_triton, window):
+@pytest.mark.parametrize("flags", [{}, {"layer_pattern": "S", "window": 5}, {"attention_dropout": 0.3}])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_block_is_one_graph(in_triton, flags, checkpointing):
     """As train.py compiles it on a GPU: a graph break would cost more than the compiled code saves."""
-    config = ModelConfig(**{**vars(TINY), "layer_pattern": "S" if window else "L", "window": window})
-    model = randomized(config)
+    model, tokens = randomized(dataclasses.replace(TINY, **flags)).train(), torch.arange(20)[None]
     in_triton()
-    tokens = torch.arange(20)[None]
-    expected = torch.autograd.grad(model.loss(tokens, tokens), list(model.parameters()))
+
+    def gradients():
+        torch.manual_seed(1)
+        return torch.autograd.grad(model.loss(tokens, tokens), list(model.parameters()))
+
+    expected = gradients()
+    model.model.activation_checkpointing = checkpointing
     for layer in model.model.layers:
         layer.compile(fullgraph=True, backend="aot_eager")
-    got = torch.autograd.grad(model.loss(tokens, tokens), list(model.parameters()))
-    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(gradients(), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_the_choice_of_a_backend_is_a_constant_of_the_graph(monkeypatch):

@@ -67,14 +67,18 @@ def test_output_and_gradients_for_every_flag(flags, dtype):
 
 
 def test_every_operation_is_fused(monkeypatch):
-    """The test above would also pass if no layer was replaced."""
+    """The test above would also pass if no layer was replaced. Attention is not if its weights are dropped."""
     called = []
     for module, name in ((bindings, "RMSNorm"), (fused_layers, "Attention"), (fused_layers, "FeedForward")):
         part = getattr(module, name)
         real = part.forward
         monkeypatch.setattr(part, "forward", staticmethod(lambda *a, n=name, f=real: (called.append(n), f(*a))[1]))
-    fused(randomized(TINY))(torch.zeros(1, 4, dtype=torch.long))
+    model = fused(randomized(dataclasses.replace(TINY, attention_dropout=0.1)))
+    model(torch.zeros(1, 4, dtype=torch.long))
     assert called == ["Attention", "FeedForward"] * TINY.n_layer + ["RMSNorm"]
+    called.clear()
+    model.train()(torch.zeros(1, 4, dtype=torch.long))
+    assert called == ["RMSNorm", "FeedForward"] * TINY.n_layer + ["RMSNorm"]
 
 
 def test_unknown_flag_uses_eager_layers(monkeypatch):
@@ -92,6 +96,14 @@ def test_unknown_flag_uses_eager_layers(monkeypatch):
         assert isinstance(model.model.norm.forward, functools.partial) == (not reason)
 
 
+@pytest.mark.parametrize("layer_impl", ["eager", "fused"])
+def test_a_log_line_names_the_backend_with_dropout(layer_impl):
+    machine = Machine(torch.device("cpu"), torch.float32, layer_impl, ())
+    line = "attention blocks in training (cpp does not support model.attention_dropout)"
+    for p, expected in ((0.0, ""), (0.1, line)):
+        assert optimize_layers(randomized(dataclasses.replace(TINY, attention_dropout=p)), machine) == expected
+
+
 def test_deterministic_for_a_number_of_threads():
     model, tokens = fused(randomized(TINY)), torch.randint(0, 97, (3, 30))
     before = torch.get_num_threads()
@@ -106,11 +118,12 @@ def test_deterministic_for_a_number_of_threads():
         torch.set_num_threads(before)
 
 
-def test_dropout_checkpointing_and_loss():
+@pytest.mark.parametrize("dropout", [{"dropout": 0.3}, {"dropout": 0.3, "attention_dropout": 0.3}])
+def test_dropout_checkpointing_and_loss(dropout):
     tokens = torch.randint(0, 97, (2, 32))
     found = []
     for change, recompute in ((fused, False), (fused, True), (lambda model: model, False)):
-        model = change(randomized(dataclasses.replace(TINY, dropout=0.3))).train()
+        model = change(randomized(dataclasses.replace(TINY, **dropout))).train()
         model.model.activation_checkpointing = recompute
         torch.manual_seed(5)
         model.loss(tokens, tokens).backward()
@@ -134,7 +147,7 @@ def test_fused_model_with_kv_cache(dtype, bound):
 
 
 def test_run_equals_eager_layers_and_resume_is_bitwise_equal(run_training):
-    words = ("--train.steps=12", "--train.num_evals=2", "--model.dropout=0.1")
+    words = ("--train.steps=12", "--train.num_evals=2", "--model.dropout=0.1", "--model.attention_dropout=0.1")
     written = run_training("written", *words)
     whole = run_training("whole", *words, "--train.compile=auto")
     assert losses(whole) == pytest.approx(losses(written), rel=1e-3)

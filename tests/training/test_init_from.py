@@ -104,7 +104,7 @@ def test_learned_positions_keep_their_context(runs):
     begin = Config("new", init_from=f"{runs / 'learned'}@latest", model=dataclasses.replace(shape, context=64))
     with pytest.raises(ConfigError, match=r"^model.context = 64: .* has learned positions, of a context of 32$"):
         config_for_init(begin, runs / "new", {})
-    begin = dataclasses.replace(begin, model=dataclasses.replace(shape, dropout=0.5))
+    begin = dataclasses.replace(begin, model=dataclasses.replace(shape, dropout=0.5, attention_dropout=0.5))
     assert config_for_init(begin, runs / "new", {}).model == begin.model
     shutil.rmtree(runs / "learned")
 
@@ -115,7 +115,7 @@ def test_learned_positions_keep_their_context(runs):
         (["--init-from", "runs/nothing"], "--init-from runs/nothing: runs/nothing: no such run"),
         (
             ["--init-from", "SONGS", "--model.n_layer", "3"],
-            "--model.n_layer 3: SONGS has 2; only model.context and model.dropout may differ",
+            "--model.n_layer 3: SONGS has 2; only model.context, model.dropout, model.attention_dropout may differ",
         ),
         (["--init-from", "SONGS", "--data.tokenizer", "char"], "--data.tokenizer char: SONGS has "),
         (

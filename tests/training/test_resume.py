@@ -121,12 +121,11 @@ def test_saving_by_time():
 
 
 def test_saving_after_every_step_changes_nothing(run_training, monkeypatch):
-    plain = run_training("plain", "--train.steps=6", "--train.num_evals=2", "--model.dropout=0.1")
+    words = ("--train.steps=6", "--train.num_evals=2", "--model.dropout=0.1", "--model.attention_dropout=0.1")
+    plain = run_training("plain", *words)
     saved, save = [], checkpoint.save
     monkeypatch.setattr(checkpoint, "save", lambda run, step, *a: (saved.append(step), save(run, step, *a))[1])
-    often = run_training(
-        "often", "--train.steps=6", "--train.num_evals=2", "--model.dropout=0.1", "--train.save_minutes=1e-9"
-    )
+    often = run_training("often", *words, "--train.save_minutes=1e-9")
     assert saved == [1, 2, 3, 4, 5, 6]
     assert weights(often) == weights(plain)
     for key in ("loss", "grad_norm", "lr", "val_loss", "val_bpb"):
