@@ -88,8 +88,10 @@ def test_cached_and_uncached_logits(in_triton, config):
     assert in_triton.calls["decode"] == 2 * 4
 
 
-@pytest.mark.parametrize("flags", [{}, {"layer_pattern": "S", "window": 5}, {"attention_dropout": 0.3}])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("flags", "checkpointing"),
+    [({}, False), ({"layer_pattern": "S", "window": 5}, False), ({"attention_dropout": 0.3}, True)],
+)
 def test_a_block_is_one_graph(in_triton, flags, checkpointing):
     """As train.py compiles it on a GPU: a graph break would cost more than the compiled code saves."""
     model, tokens = randomized(dataclasses.replace(TINY, **flags)).train(), torch.arange(20)[None]
