@@ -19,6 +19,11 @@ from training.optimizers import build_optimizers, lr_factor, set_learning_rate
 Batch = tuple[Tensor, Tensor]
 
 
+def task_optim(lr: float, steps: int) -> OptimConfig:
+    """Optimizers for synthetic tasks, with `lr` times the learning rates at which softmax attention learns them."""
+    return OptimConfig(lr=1e-2 * lr, muon_lr=1e-2 * lr, warmup_steps=steps // 20)
+
+
 def fit(
     config: ModelConfig, batch: Callable[[int], Batch], steps: int, optim: OptimConfig, seed: int,
     loss_of: Callable[[GPT, int, Tensor, Tensor], Tensor] = lambda model, step, x, y: model.loss(x, y),
@@ -41,9 +46,15 @@ def fit(
         loss = loss_of(model, step, x, y) / (y != IGNORE_INDEX).sum()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optim.grad_clip)
-        if not math.isfinite(float(loss) + float(norm)):
+        if not math.isfinite(float(loss.detach()) + float(norm)):
             break
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
     return model.eval()
+
+
+@torch.inference_mode()
+def accuracy(model: GPT, x: Tensor, y: Tensor) -> float:
+    """The fraction of targets that have the largest logit. x, y (B, T)."""
+    return float((model(x).argmax(-1) == y)[y != IGNORE_INDEX].float().mean())

@@ -28,7 +28,9 @@ ALL: dict[str, dict[str, Any]] = {
     "hybrid DDDL": {"layer_pattern": "DDDL"},
     "hybrid MMML": {"layer_pattern": "MMML"},
     "short convolution": {"layer_pattern": "C"},
-    "additive attention": {"layer_pattern": "A"},
+    # with a single head, as in the paper; it has no rotary positions
+    "additive attention": {"layer_pattern": "A", "n_head": 1, "n_kv_head": 1, "positions": "sinusoidal"},
+    "LSTM, additive attention": {"layer_pattern": "RA", "n_head": 1, "n_kv_head": 1},  # Bahdanau et al. 2015
     "dot product, unscaled": {"layer_pattern": "L", "scale_scores": False, "qk_norm": False},  # Luong et al. 2015
     "BigBird": {"layer_pattern": "B"},
     "top-k memory": {"layer_pattern": "Q"},
@@ -37,7 +39,7 @@ ALL: dict[str, dict[str, Any]] = {
 MEMBERS = {name: fields for name, fields in ALL.items() if set(fields["layer_pattern"]) <= {"L", "S", *MIXERS}}
 
 
-def chosen(names: Iterable[str], only: Sequence[str]) -> list[str]:
+def chosen(names: Iterable[str], only: Sequence[str] = ()) -> list[str]:
     """Those of the names that are members and, if `only` is not empty, are in it by name or layer_pattern."""
     return [n for n in names if n in MEMBERS and (not only or {n, MEMBERS[n]["layer_pattern"]} & set(only))]
 

@@ -5,6 +5,7 @@ A row is a point, the settings of a measurement, with what was measured, or with
 
 import csv
 import io
+import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -67,11 +68,21 @@ def mean(rows: Sequence[Row], measure: str) -> float:
     return sum(row[measure] for row in rows) / len(rows)
 
 
+def span(rows: Sequence[Row], measure: str, digits: int = 3) -> str:
+    """The mean, and with several rows the smallest and the largest value, as text."""
+    values = [row[measure] for row in rows]
+    text = f"{mean(rows, measure):.{digits}f}"
+    return text if len(rows) == 1 else f"{text} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
 def best_rate(rows: Sequence[Row], measure: str, *, largest: bool = False) -> list[Row]:
     """Of rows that differ in learning rate ("lr") and seed, those of the rate with the best mean over the seeds."""
-    rates = [[row for row in rows if row["lr"] == lr] for lr in dict.fromkeys(row["lr"] for row in rows)]
-    # a diverged run is NaN, which no comparison puts last
-    return min(rates, key=lambda own: (mean(own, measure) != mean(own, measure), mean(own, measure) * (-1) ** largest))
+
+    def order(own: list[Row]) -> tuple[bool, float]:
+        value = mean(own, measure)
+        return math.isnan(value), -value if largest else value  # a diverged run is NaN
+
+    return min(groups(rows, "lr").values(), key=order)
 
 
 def groups(rows: Sequence[Row], *names: str) -> dict[tuple[Any, ...], list[Row]]:
@@ -82,7 +93,7 @@ def groups(rows: Sequence[Row], *names: str) -> dict[tuple[Any, ...], list[Row]]
     return found
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A table in Markdown: the first column left-aligned, the others right-aligned."""
     lines = [header, [":--", *["--:"] * (len(header) - 1)], *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
