@@ -1,4 +1,5 @@
 # make shakespeare   set up, download the text, train for five minutes, generate samples
+# make zoo           compare attention with its alternatives in 20 minutes on two cores, see python -m benchmarks zoo
 # make test          set up, lint and type-check, run all tests
 # make test-full     the same with larger parameter grids for the kernel tests
 # make torture       kill a run 250 times, damage its files, full disks, hostile texts: over a thousand cases
@@ -10,12 +11,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 LOG := $(VENV)/install.log
 
-.PHONY: shakespeare test test-full torture check
+.PHONY: shakespeare zoo test test-full torture check
 
 # Resumes an interrupted run. If the run is finished, only generates samples.
 shakespeare: $(VENV)/ready
 	@resume=$$(test -f runs/shakespeare/latest && echo --resume); $(BIN)/python train.py shakespeare $$resume
 	@$(BIN)/python sample.py --run runs/shakespeare --prompt "ROMEO:" --num-samples 3 --max-new-tokens 150 --whole-lines
+
+# Results are kept in zoo-results/short: a second call continues where the time was over.
+zoo: $(VENV)/ready
+	@$(BIN)/python -m benchmarks zoo --short --minutes 15
 
 test: check
 	@rm -f .coverage*
