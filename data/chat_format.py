@@ -59,8 +59,8 @@ def _reason(error: Exception) -> str:
     return f"is not JSON ({error})" if isinstance(error, json.JSONDecodeError) else str(error)
 
 
-def parse(row: Any) -> Turns:
-    """The turns of one line. Raises ValueError with the reason."""
+def parse(row: Any, last: str = "assistant") -> Turns:
+    """The turns of one line. `last`: the role of the last one. Raises ValueError with the reason."""
     messages = row.get("messages") if isinstance(row, dict) else None
     if not isinstance(messages, list) or not messages:
         raise ValueError('has no "messages"; a line is {"messages": [{"role": "user", "content": "..."}, ...]}')
@@ -80,8 +80,9 @@ def parse(row: Any) -> Turns:
             raise ValueError(f"messages[{at}].content: has half of a surrogate pair, not valid text") from None
         turns.append((role, content))
         expected = ("assistant",) if role == "user" else ("user",)
-    if turns[-1][0] != "assistant":
-        raise ValueError(f"ends with {turns[-1][0]}: the assistant's answer is missing")
+    if turns[-1][0] != last:
+        missing = "assistant's answer" if last == "assistant" else f"{last}'s message"
+        raise ValueError(f"ends with {turns[-1][0]}: the {missing} is missing")
     return turns
 
 
