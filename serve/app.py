@@ -41,7 +41,7 @@ def create_app(name: str, model: GPT, tokenizer: Tokenizer, limits: Limits, orig
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         scheduler.start()
         yield
-        scheduler.close()
+        await scheduler.close()
 
     app = FastAPI(lifespan=lifespan, openapi_url=None)  # the pages about an openapi_url load scripts from elsewhere
     app.state.scheduler = scheduler

@@ -84,6 +84,7 @@ class Scheduler:
         self.capacity = max_sequences + max_queue
         self.inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
+        self.delivered = threading.Semaphore()  # the thread is at most one step ahead of what was handed out
         self.owners: dict[Sequence, tuple[Generation, int]] = {}  # of the thread: whose sequence it is, and its index
         self.generations: set[Generation] = set()  # of the event loop
         self.metrics = Metrics(self.running, lambda: max(0, self.unfinished() - self.running()))
@@ -95,10 +96,10 @@ class Scheduler:
         self.loop = asyncio.get_running_loop()
         self.thread.start()
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """End the thread after its step."""
         self.inbox.put(None)
-        self.thread.join()
+        await asyncio.to_thread(self.thread.join)
 
     def running(self) -> int:
         """How many sequences have a row of the cache."""
@@ -133,6 +134,7 @@ class Scheduler:
 
     def _deliver(self, results: list[Result]) -> None:
         """Hand out what a step has made."""
+        self.delivered.release()
         now = time.perf_counter()
         for generation, part in results:
             if isinstance(part, GenerationFailed):
@@ -171,6 +173,7 @@ class Scheduler:
             except Exception as error:  # out of memory, or logits that are not finite; which sequence it is, is unknown
                 logging.getLogger(__name__).exception("a step failed")
                 results = self._fail(GenerationFailed(f"generation failed: {error}"))
+            self.delivered.acquire()
             self.loop.call_soon_threadsafe(self._deliver, results)
 
     def _join(self, generation: Generation) -> None:

@@ -16,10 +16,10 @@ from serve.scheduler import GenerationFailed
 def bind(host: str, port: int) -> socket.socket:
     """A socket with this address; port 0 is a free one. Raises ValueError, one line."""
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, kind, _, _, address = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, kind)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
+        bound.bind((address[0], port, *address[2:]))
     except (OSError, OverflowError) as error:
         raise ValueError(f"--host {host} --port {port}: {error}") from None
     return bound
