@@ -38,10 +38,11 @@ def write_run(run: Path, config: ModelConfig) -> tuple[GPT, Tokenizer]:
     """Write a run with random weights. The logits of an end token and of all that is not printable are 0, so that the
     likeliest token is a character, and no text ends."""
     torch.manual_seed(0)
+    config = dataclasses.replace(config, tie_embeddings=False)  # else the likeliest token is the last one again
     model, tokenizer = GPT(config).eval(), Tokenizer.train("byte", [])
     kept = torch.zeros(config.vocab_size, 1)
     kept[tokenizer.encode("".join(PRINTABLE))] = 5.0  # above 1, to avoid near ties between the most likely tokens
-    model.model.embed_tokens.weight.data *= kept
+    model.head_weight.data *= kept
     run.mkdir(parents=True)
     tokenizer.save(run / "tokenizer.json")
     checkpoint.save(run, 0, model, [], {"config": {"model": dataclasses.asdict(config)}})
@@ -49,7 +50,7 @@ def write_run(run: Path, config: ModelConfig) -> tuple[GPT, Tokenizer]:
 
 
 class ServerProcess:
-    """A server in a process of its own. Raises ValueError if it does not start."""
+    """A server in a process of its own."""
 
     def __init__(self, name: str, *words: str) -> None:
         self.name = name
@@ -58,6 +59,9 @@ class ServerProcess:
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed with the process
         command = [sys.executable, "-m", *words, "--port", str(self.port)]
         self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=self.log)
+
+    def wait(self) -> None:
+        """Wait until it accepts connections. Raises ValueError if it does not start."""
         for _ in range(PATIENCE):
             if self.process.poll() is None:
                 try:
@@ -75,7 +79,8 @@ class ServerProcess:
         self.process.wait()
 
     async def ask(self, prompt: str, tokens: int) -> list[float]:
-        """Seconds from a request to each of its tokens. Raises ValueError if there are fewer than asked for."""
+        """Seconds from a request to each of its tokens. Raises ValueError if there are fewer than asked for, and
+        OSError."""
         body = {"model": "random", "prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True}
         content, times = json.dumps(body).encode(), []
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
@@ -135,12 +140,17 @@ def run(clients: list[int], requests: int, tokens: int, repetitions: int, out: P
         threads, config = torch.get_num_threads(), dataclasses.replace(TINY, context=512) if quick else SIZES["10M"]
         servers = start_servers(Path(folder), config, max(clients), threads)
         try:
+            for server in servers:
+                server.wait()
             for number in clients:
                 taken: dict[ServerProcess, list[float]] = {server: [] for server in servers}
                 times: dict[ServerProcess, list[list[float]]] = {server: [] for server in servers}
                 for turn in range(-1, repetitions):  # the first warms up
                     for server in servers:
-                        seconds, found = asyncio.run(server.load(number, requests, tokens, seed=turn))
+                        try:
+                            seconds, found = asyncio.run(server.load(number, requests, tokens, seed=turn))
+                        except OSError as error:
+                            raise ValueError(f"{server.name}, {number} clients: {error}") from None
                         if turn >= 0:
                             taken[server].append(seconds)
                             times[server] += found

@@ -37,13 +37,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     """Load the run and serve it until a signal. Raises ValueError."""
+    limits = Limits(**{limit.name: getattr(args, limit.name) for limit in fields(Limits)})
     from inference.quantize import quantize
     from sample import load
     from serve.app import create_app
     from serve.server import Server, bind
     from training.device import has_bf16
 
-    limits = Limits(**{limit.name: getattr(args, limit.name) for limit in fields(Limits)})
     bound = bind(args.host, args.port)  # before the model, which takes a while
     model, tokenizer = load(args.run, args.checkpoint)
     kind = args.quantize or ("bf16" if has_bf16(model.model.cos.device) else "none")
