@@ -71,7 +71,7 @@ class ServerProcess:
                     time.sleep(0.1)
         self.close()
         self.log.seek(0)
-        raise ValueError(f"{name}: {(self.log.read().strip() or 'does not start').splitlines()[-1]}")
+        raise ValueError(f"{self.name}: {(self.log.read().strip() or 'does not start').splitlines()[-1]}")
 
     def close(self) -> None:
         """End the process."""

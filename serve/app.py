@@ -72,7 +72,7 @@ def create_app(name: str, model: GPT, tokenizer: Tokenizer, limits: Limits, orig
         except ValueError as error:
             raise ApiError(400, str(error)) from None
         except QueueFull:
-            raise ApiError(429, f"{limits.max_queue} sequences wait already", code="queue_full") from None
+            raise ApiError(429, f"the queue of {limits.max_queue} sequences is full", code="queue_full") from None
         response = ApiResponse(asked, tokenizer, generation)
         if asked.stream:
             return EventStream(response.events(), scheduler, generation)

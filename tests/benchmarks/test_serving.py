@@ -42,7 +42,7 @@ def test_the_whole_path(tmp_path):
 
 
 def test_a_server_that_does_not_start_or_stops_early_is_one_line():
-    with pytest.raises(ValueError, match="^heed: serve: --max-queue -1: must be"):
+    with pytest.raises(ValueError, match=r"^heed: serve: --max-queue -1: must be"):
         serving.ServerProcess("heed", "serve", "run", "--max-queue", "-1").wait()
 
     class Short(serving.ServerProcess):

@@ -50,6 +50,13 @@ class Running:
             return step()
 
         self.scheduler.batch.step = held_step
+        self.failures, fail = 0, self.scheduler._fail
+
+        def counted_fail(error):
+            self.failures += 1
+            return fail(error)
+
+        self.scheduler._fail = counted_fail
         self.thread = threading.Thread(target=self.server.run, args=([bound],))
         self.thread.start()
         eventually(lambda: self.server.started)
@@ -84,10 +91,14 @@ class Running:
         pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
         return {name: float(value) for name, value in pairs}
 
-    def text(self, prompt, tokens: int, sampling: SamplingParams = GREEDY, **options) -> str:
-        """What sample.py generates."""
+    def parts(self, prompt, tokens: int, sampling: SamplingParams = GREEDY, **options) -> Iterator[str]:
+        """What sample.py generates, a text for each token."""
         parts = stream_generate(self.model, self.tokenizer, prompt, max_new_tokens=tokens, sampling=sampling, **options)
-        return "".join(text for _, text in parts)
+        return (text for _, text in parts)
+
+    def text(self, *args, **options) -> str:
+        """All parts."""
+        return "".join(self.parts(*args, **options))
 
     def close(self) -> None:
         self.go()
@@ -97,13 +108,14 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(*args, **kwargs) -> Iterator[Running]:
-    """A server that ends with the block."""
+def running(*args, failures: int = 0, **kwargs) -> Iterator[Running]:
+    """A server that ends with the block. No step may fail, but for `failures`."""
     server = Running(*args, **kwargs)
     try:
         yield server
     finally:
         server.close()
+    assert server.failures == failures
 
 
 @pytest.fixture(scope="session")

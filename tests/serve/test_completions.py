@@ -135,15 +135,18 @@ def test_an_end_token_ends_a_text(songs):
 def test_usage(served):
     prompts = ["Song 5:", "the birds sing"]
     sizes = [len(served.tokenizer.encode(prompt)) for prompt in prompts]
-    found = complete(served, prompts, n=2, max_tokens=9).usage
-    assert (found.prompt_tokens, found.completion_tokens, found.total_tokens) == (sum(sizes), 36, sum(sizes) + 36)
-    again = complete(served, prompts[0], max_tokens=9).usage
+    tokens = [sum(1 for _ in served.parts(prompt, 9)) for prompt in prompts]
+    options = {"max_tokens": 9, "temperature": 0}
+    found = complete(served, prompts, n=2, **options).usage
+    assert (found.prompt_tokens, found.completion_tokens) == (sum(sizes), 2 * sum(tokens))
+    assert found.total_tokens == found.prompt_tokens + found.completion_tokens
+    again = complete(served, prompts[0], **options).usage
     assert again.prompt_tokens_details.cached_tokens == sizes[0] - 1
-    plain = list(complete(served, prompts[0], max_tokens=9, stream=True))
+    plain = list(complete(served, prompts[0], stream=True, **options))
     assert all(chunk.usage is None and chunk.choices for chunk in plain)
-    counted = list(complete(served, prompts[0], max_tokens=9, stream=True, stream_options={"include_usage": True}))
+    counted = list(complete(served, prompts[0], stream=True, stream_options={"include_usage": True}, **options))
     assert [chunk.usage is None for chunk in counted] == [True] * (len(counted) - 1) + [False]
-    assert counted[-1].choices == [] and counted[-1].usage.total_tokens == sizes[0] + 9
+    assert counted[-1].choices == [] and counted[-1].usage.total_tokens == sizes[0] + tokens[0]
 
 
 def expected_logprobs(served, prompt: list[int], tokens: int) -> tuple[list[int], torch.Tensor]:
@@ -216,11 +219,13 @@ def test_a_chat_is_that_of_sample_py(assistant, chat_runs, sample_py):
 
 
 def test_a_long_conversation_loses_its_oldest_turns(assistant):
+    """Half of the context of 128 is left for an answer, a quarter if the last message is long."""
     turns = [(role, f"{n} and more") for n in range(20) for role in ("user", "assistant")][:-1]
-    found = chat(assistant, *(text for _, text in turns), max_tokens=20, temperature=0)
-    prompt = chat_format.render_prompt(assistant.tokenizer, turns, 128 - 20, 0)
-    assert found.choices[0].message.content == assistant.text(prompt, 20)
-    assert found.usage.prompt_tokens == len(prompt) <= 108
+    for talk, most in ((turns, 64), ([("user", "what is 7 plus one? " * 30)], 96)):
+        found = chat(assistant, *(text for _, text in talk), max_tokens=100, temperature=0)
+        prompt = chat_format.render_prompt(assistant.tokenizer, talk, 96, 32)
+        assert most - 16 < len(prompt) == found.usage.prompt_tokens <= most
+        assert found.choices[0].message.content == assistant.text(prompt, 100)
 
 
 def test_logprobs_of_chats_are_the_models(assistant):
