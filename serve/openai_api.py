@@ -8,10 +8,11 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
-from typing import Any, ClassVar
+from functools import lru_cache
+from typing import Annotated, Any, ClassVar
 
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException
 
 from data import chat_format
@@ -167,18 +168,18 @@ class CompletionRequest(GenerationRequest):
         return choice
 
 
+def join_texts(content: Any) -> Any:
+    """The text of a list of parts that are all texts. Other lists are returned as they are, to be refused."""
+    if not isinstance(content, list):
+        return content
+    parts = [part for part in content if isinstance(part, dict) and part.get("type") == "text"]
+    texts = [part["text"] for part in parts if isinstance(part.get("text"), str)]
+    return "".join(texts) if len(texts) == len(content) else content
+
+
 class Message(Body):
     role: str
-    content: str
-
-    @model_validator(mode="before")
-    @classmethod
-    def join_texts(cls, message: Any) -> Any:
-        """A content may be a list of parts: join them if all are texts. Others are left as they are, and refused."""
-        parts = message.get("content") if isinstance(message, dict) else None
-        if isinstance(parts, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
-            return message | {"content": "".join(str(part.get("text")) for part in parts)}
-        return message
+    content: Annotated[str, BeforeValidator(join_texts)]
 
 
 class ChatRequest(GenerationRequest):
@@ -223,6 +224,7 @@ def token_logprobs(tokenizer: Tokenizer, part: Part) -> dict[str, Any]:
     return token | {"top_logprobs": tops}
 
 
+@lru_cache(1 << 16)
 def spell(tokenizer: Tokenizer, token: int) -> dict[str, Any]:
     """The text of a token and its bytes; if it is no text, as in the middle of a character, its name in the vocabulary,
     and None."""

@@ -108,14 +108,14 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(*args, failures: int = 0, **kwargs) -> Iterator[Running]:
-    """A server that ends with the block. No step may fail, but for `failures`."""
+def running(*args, fails: bool = False, **kwargs) -> Iterator[Running]:
+    """A server that ends with the block. A step may fail only if it `fails`."""
     server = Running(*args, **kwargs)
     try:
         yield server
     finally:
         server.close()
-    assert server.failures == failures
+    assert bool(server.failures) == fails
 
 
 @pytest.fixture(scope="session")

@@ -175,6 +175,13 @@ def test_logprobs_of_completions_are_the_models(served):
             assert all(top[name] == pytest.approx(named[name], abs=1e-5) for name in named)
 
 
+def test_the_token_itself_is_among_the_most_likely_ones(served):
+    found = complete(served, max_tokens=30, temperature=2, seed=2, logprobs=1).choices[0].logprobs
+    for token, logprob, top in zip(found.tokens, found.token_logprobs, found.top_logprobs, strict=True):
+        assert top[token] == logprob and len(top) <= 2
+    assert any(len(top) == 2 for top in found.top_logprobs)
+
+
 def test_tokens_that_are_no_text_have_the_names_of_the_vocabulary():
     """A byte of a longer character, and a special token."""
     tokenizer = Tokenizer.train("byte", [])

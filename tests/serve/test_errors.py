@@ -83,6 +83,10 @@ def test_a_bad_request_has_status_400(served, body, message, param):
         ({"messages": []}, 'has no "messages"'),
         ({"messages": [{"role": "user"}]}, "messages.0.content: is missing"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content = [{'type': 'image"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+            "content = [{'type': 'text'}]: must be a valid",
+        ),
         ({"messages": [{"role": "tool", "content": "a"}]}, "messages[0].role = 'tool': must be one of system"),
         ({"messages": [{"role": "user", "content": "a"}] * 2}, "messages[1].role = 'user': must be assistant here"),
         ({"messages": [{"role": "system", "content": "a"}]}, "ends with system: the user's message is missing"),
@@ -189,7 +193,7 @@ def test_limits_that_make_no_sense(name, value):
 def test_a_step_that_fails_ends_all_requests_and_the_next_one_is_right(songs, monkeypatch, caplog):
     """Even if it has damaged the keys and values of all rows, of which PyTorch reads more than it uses."""
     monkeypatch.setattr("inference.continuous_batching.make_engine", EagerEngine)
-    with running(*songs, max_sequences=2, failures=2) as served:
+    with running(*songs, max_sequences=2, fails=True) as served:
         served.hold()
 
         def damage(tokens, cache):
