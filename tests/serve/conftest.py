@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-import httpx
+import httpx2
 import openai
 import pytest
 
@@ -77,17 +77,17 @@ class Running:
         left = scheduler.generations or scheduler.owners or not scheduler.inbox.empty() or not scheduler.batch.idle
         return not left and sorted(scheduler.batch.free) == list(range(self.limits.max_sequences))
 
-    def send(self, path="/v1/completions", **body) -> socket.socket:
+    def send(self, **body) -> socket.socket:
         """Send a request; its response is not read."""
         content = json.dumps({"model": "songs", "prompt": "Song 5:"} | body).encode()
-        head = f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
+        head = "POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
         connection = socket.create_connection(("127.0.0.1", self.port))
-        connection.sendall(f"{head}\r\n\r\n".encode() + content)
+        connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
         return connection
 
     def samples(self) -> dict[str, float]:
         """The samples of GET /metrics."""
-        lines = httpx.get(f"{self.address}/metrics").text.splitlines()
+        lines = httpx2.get(f"{self.address}/metrics").text.splitlines()
         pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
         return {name: float(value) for name, value in pairs}
 

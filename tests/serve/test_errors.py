@@ -4,7 +4,7 @@ import concurrent.futures
 import json
 import socket
 
-import httpx
+import httpx2
 import openai
 import pytest
 import torch
@@ -16,13 +16,13 @@ from tests.serve.conftest import eventually, running
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 
 
-def post(served, body, path="completions", content_type="application/json") -> httpx.Response:
+def post(served, body, path="completions", content_type="application/json") -> httpx2.Response:
     content = body if isinstance(body, bytes) else json.dumps({"model": "songs"} | body).encode()
     url = f"{served.address}/v1/{path}"
-    return httpx.post(url, content=content, headers={"Content-Type": content_type}, timeout=60)
+    return httpx2.post(url, content=content, headers={"Content-Type": content_type}, timeout=60)
 
 
-def error(response: httpx.Response, status: int) -> dict:
+def error(response: httpx2.Response, status: int) -> dict:
     assert response.status_code == status, response.text
     content = response.json()["error"]
     assert content.keys() == {"message", "type", "param", "code"} and "\n" not in content["message"]
@@ -126,8 +126,8 @@ def test_models_and_paths_that_do_not_exist(served):
         with pytest.raises(openai.NotFoundError, match="must be 'songs'") as found:
             ask()
         assert (found.value.code, found.value.param) == ("model_not_found", "model")
-    assert "GET /v1/other: Not Found" in error(httpx.get(f"{served.address}/v1/other"), 404)["message"]
-    assert "Method Not Allowed" in error(httpx.get(f"{served.address}/v1/completions"), 405)["message"]
+    assert "GET /v1/other: Not Found" in error(httpx2.get(f"{served.address}/v1/other"), 404)["message"]
+    assert "Method Not Allowed" in error(httpx2.get(f"{served.address}/v1/completions"), 405)["message"]
 
 
 # Limits -------------------------------------------------------------------------------------------------------------
@@ -139,7 +139,7 @@ def test_a_body_that_is_too_large_has_status_413(served):
     assert found.value.status_code == 413
     chunks = (b" " * 4096 for _ in range(300))  # without Content-Length
     url = f"{served.address}/v1/completions"
-    assert error(httpx.post(url, content=chunks, headers={"Content-Type": "application/json"}), 413)
+    assert error(httpx2.post(url, content=chunks, headers={"Content-Type": "application/json"}), 413)
 
 
 def test_a_full_queue_has_status_429(songs):
@@ -222,14 +222,14 @@ def test_a_step_that_fails_ends_all_requests_and_the_next_one_is_right(songs, mo
 
 def test_a_scheduler_that_has_ended_is_not_healthy(songs):
     with running(*songs, max_sequences=1) as served:
-        assert httpx.get(f"{served.address}/health").json() == {"status": "ok"}
+        assert httpx2.get(f"{served.address}/health").json() == {"status": "ok"}
         served.scheduler.inbox.put(None)
         eventually(lambda: not served.scheduler.thread.is_alive())
-        assert httpx.get(f"{served.address}/health").status_code == 503
+        assert httpx2.get(f"{served.address}/health").status_code == 503
 
 
 def test_a_mistake_of_the_server_has_status_500_and_a_traceback_in_its_log(songs, monkeypatch, capsys):
     with running(*songs, max_sequences=1) as served:
         monkeypatch.setattr(served.scheduler.metrics, "render", lambda: 1 / 0)
-        assert error(httpx.get(f"{served.address}/metrics"), 500)["type"] == "server_error"
+        assert error(httpx2.get(f"{served.address}/metrics"), 500)["type"] == "server_error"
     assert "ZeroDivisionError" in capsys.readouterr().err

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 
-import httpx
+import httpx2
 import openai
 import pytest
 
@@ -187,6 +187,8 @@ def test_pages_of_other_origins_are_refused_unless_they_are_named(songs):
         with running(*songs, origins=origins, max_sequences=1) as served:
             for origin in ("http://localhost:3000", "http://other"):
                 url, headers = f"{served.address}/v1/completions", ask | {"Origin": origin}
-                allowed = httpx.options(url, headers=headers).headers.get("access-control-allow-origin")
+                allowed = httpx2.options(url, headers=headers).headers.get("access-control-allow-origin")
                 assert allowed == (origin if origin in origins else None)
-                assert ("access-control-allow-origin" in httpx.get(url, headers=headers).headers) == (origin in origins)
+                assert ("access-control-allow-origin" in httpx2.get(url, headers=headers).headers) == (
+                    origin in origins
+                )

@@ -2,7 +2,7 @@
 
 import re
 
-import httpx
+import httpx2
 import openai
 import pytest
 
@@ -35,7 +35,7 @@ def parse(text: str) -> dict[str, dict[str, float]]:
 
 def test_the_text_parses_and_adds_up(songs):
     with running(*songs, max_sequences=2) as served:
-        empty = parse(httpx.get(f"{served.address}/metrics").text)
+        empty = parse(httpx2.get(f"{served.address}/metrics").text)
         assert empty["heed_generated_tokens_total"] == empty["heed_prompt_tokens_total"] == {"": 0}
         create, size = served.client.completions.create, len(served.tokenizer.encode("Song 5:"))
         for options in ({}, {"n": 3}, {"stream": True}, {"stop": " "}):
@@ -46,7 +46,7 @@ def test_the_text_parses_and_adds_up(songs):
         with pytest.raises(openai.NotFoundError):
             served.client.get("/other", cast_to=object)
         eventually(served.idle)
-        response = httpx.get(f"{served.address}/metrics")
+        response = httpx2.get(f"{served.address}/metrics")
     assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
     metrics = parse(response.text)
     assert metrics["heed_requests_total"] == {
