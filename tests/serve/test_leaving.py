@@ -182,11 +182,11 @@ def test_without_the_extra_the_command_says_what_to_install(runs, monkeypatch, c
 
 def test_pages_of_other_origins_are_refused_unless_they_are_named(songs):
     """A browser sends JSON to another origin only after it has asked with OPTIONS."""
-    ask = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
     for origins in ((), ("http://localhost:3000",)):
         with running(*songs, origins=origins, max_sequences=1) as served:
             for origin in ("http://localhost:3000", "http://other"):
-                url, headers = f"{served.address}/v1/completions", ask | {"Origin": origin}
+                url, headers = f"{served.address}/v1/completions", asked | {"Origin": origin}
                 allowed = httpx2.options(url, headers=headers).headers.get("access-control-allow-origin")
                 assert allowed == (origin if origin in origins else None)
                 assert ("access-control-allow-origin" in httpx2.get(url, headers=headers).headers) == (
