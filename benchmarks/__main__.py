@@ -3,6 +3,7 @@
 python -m benchmarks training --nanogpt DIR --text FILE [--setting cpu|gpu|gpu-full] [--out DIR]
                                              CPU or GPU: training time to a validation loss, against nanoGPT
 python -m benchmarks inference [--out DIR]   CPU: tokens per second against transformers, llama.cpp and nanoGPT
+python -m benchmarks serving [--out DIR]     CPU: tokens per second and latency of the server, against llama.cpp's
 python -m benchmarks kernels [--out DIR]     GPU: check the kernels, then time them and other implementations
 python -m benchmarks kernels --bound         no GPU needed: compute the roofline of each GPU
 python -m benchmarks kernels --dry-run       no GPU needed: the same code on tiny shapes, interpreted, not timed
@@ -87,6 +88,13 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     sample.add_argument("--nanogpt", type=Path, metavar="DIR", help="folder of a clone of nanoGPT, to include it")
     sample.add_argument("--out", type=Path, metavar="DIR", help="folder for inference.csv")
     sample.add_argument("--quick", action="store_true", help="a tiny model, once, to test the code")
+    serving = commands.add_parser("serving", help="tokens per second and latency of the server with several clients")
+    serving.add_argument("--clients", nargs="+", type=int, default=[1, 8, 32], metavar="N", help="default: 1 8 32")
+    serving.add_argument("--requests", type=int, default=4, help="per client and repetition; default: 4")
+    serving.add_argument("--max-new-tokens", type=int, default=64, help="per request; default: 64")
+    serving.add_argument("--repetitions", type=int, default=3, help="default: 3")
+    serving.add_argument("--out", type=Path, metavar="DIR", help="folder for serving.csv")
+    serving.add_argument("--quick", action="store_true", help="a tiny model, few requests, to test the code")
     return parser.parse_args(words)
 
 
@@ -127,6 +135,17 @@ def inference_benchmark(a: argparse.Namespace) -> int:
         a.only or list(ENGINES), a.sizes or list(SIZES), a.batches, a.prompts, a.max_new_tokens, a.repetitions,
         a.nanogpt, a.out, threads,
     )  # fmt: skip
+
+
+def serving_benchmark(a: argparse.Namespace) -> int:
+    """Run `python -m benchmarks serving`. Raises ValueError for invalid arguments."""
+    from benchmarks import serving
+
+    if a.quick:
+        a.clients, a.requests, a.max_new_tokens, a.repetitions = [1, 3], 2, 4, 1
+    if min([*a.clients, a.requests - 1, a.max_new_tokens - 1, a.repetitions]) < 1 or a.max_new_tokens > 768:
+        raise ValueError("clients, repetitions: at least 1; requests: at least 2; tokens: from 2 to 768")
+    return serving.run(a.clients, a.requests, a.max_new_tokens, a.repetitions, a.out, a.quick)
 
 
 def gpu_benchmark(a: argparse.Namespace) -> int:
@@ -187,6 +206,8 @@ def main(a: argparse.Namespace) -> int:
         return training.run(a.nanogpt, a.text, a.setting, a.seeds, a.out, a.options)
     if a.command == "inference":
         return inference_benchmark(a)
+    if a.command == "serving":
+        return serving_benchmark(a)
     if a.command == "data":
         from benchmarks import data
 

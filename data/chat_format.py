@@ -15,6 +15,7 @@ uses this template, so the template is stored with the tokenizer.
 
 import json
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,8 @@ def _reason(error: Exception) -> str:
     return f"is not JSON ({error})" if isinstance(error, json.JSONDecodeError) else str(error)
 
 
-def parse(row: Any) -> Turns:
-    """The turns of one line. Raises ValueError with the reason."""
+def parse(row: Any, last: str = "assistant") -> Turns:
+    """The turns of one line. `last`: the role of the last one. Raises ValueError with the reason."""
     messages = row.get("messages") if isinstance(row, dict) else None
     if not isinstance(messages, list) or not messages:
         raise ValueError('has no "messages"; a line is {"messages": [{"role": "user", "content": "..."}, ...]}')
@@ -80,8 +81,9 @@ def parse(row: Any) -> Turns:
             raise ValueError(f"messages[{at}].content: has half of a surrogate pair, not valid text") from None
         turns.append((role, content))
         expected = ("assistant",) if role == "user" else ("user",)
-    if turns[-1][0] != "assistant":
-        raise ValueError(f"ends with {turns[-1][0]}: the assistant's answer is missing")
+    if turns[-1][0] != last:
+        missing = "assistant's answer" if last == "assistant" else f"{last}'s message"
+        raise ValueError(f"ends with {turns[-1][0]}: the {missing} is missing")
     return turns
 
 
@@ -135,22 +137,21 @@ def render_prompt(tokenizer: Tokenizer, turns: Turns, max_tokens: int, answer: i
     out. Raises TokenizerError if the tokenizer has no special tokens, or the system message leaves no room.
     """
     header = [special_tokens(tokenizer)[0], *tokenizer.encode("assistant\n")]
-    first = int(turns[0][0] == "system")
-    while True:
-        ids = encode(tokenizer, [turns])[0][0] + header
-        if len(ids) <= max_tokens - answer or len(turns) - first <= 1:
-            break
-        turns = turns[:first] + turns[first + 2 :]  # a question and its answer
-    if len(ids) <= max_tokens:
-        return ids
-    last = encode(tokenizer, [turns[first:]])[0][0]
-    kept = 1 + common_prefix(tokenizer.encode(f"{turns[first][0]}\n"), last[1:])  # the header of the last turn
-    room = max_tokens - (len(ids) - len(last)) - kept
-    end = 1 + len(tokenizer.encode("\n"))  # of the last turn
-    if first and room <= end:
-        raise TokenizerError(f"the system message is {end + 1 - room} tokens too long: it leaves no room for a message")
-    system = ids[: len(ids) - len(header) - len(last)]
-    return [*system, *last[:kept], *last[-max(room, end) :], *header]
+    parts = [ids for ids, _ in encode(tokenizer, [[turn] for turn in turns])]
+    size, first = sum(map(len, parts)) + len(header), int(turns[0][0] == "system")
+    while size > max_tokens - answer and len(parts) - first > 1:
+        size -= len(parts[first]) + len(parts[first + 1])
+        del parts[first : first + 2]  # a question and its answer
+    if size > max_tokens:
+        last = parts[-1]
+        kept = 1 + common_prefix(tokenizer.encode(f"{turns[-1][0]}\n"), last[1:])  # the header of the last turn
+        room = max_tokens - (size - len(last)) - kept
+        end = 1 + len(tokenizer.encode("\n"))  # of the last turn
+        if first and room <= end:
+            reason = f"the system message is {end + 1 - room} tokens too long"
+            raise TokenizerError(f"{reason}: it leaves no room for a message")
+        parts[-1] = last[:kept] + last[-max(room, end) :]
+    return [*chain.from_iterable(parts), *header]
 
 
 def special_tokens(tokenizer: Tokenizer) -> tuple[int, int]:

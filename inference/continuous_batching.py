@@ -102,6 +102,13 @@ class ContinuousBatch:
             self.running.remove(sequence)
             self.free.append(sequence.row)
 
+    def reset(self) -> None:
+        """Let every sequence leave and clear the cache. For a step that has raised: what its rows hold is unknown."""
+        for sequence in [*self.waiting, *self.running]:
+            self.remove(sequence)
+        self.cached = [[] for _ in self.cached]
+        self.cache.reset()
+
     @torch.inference_mode()
     def step(self) -> list[Sequence]:
         """Generate a token for every sequence whose prompt is in the cache. Returns these sequences."""

@@ -16,7 +16,7 @@ LEVELS = (
     ("zoo",),
     ("model",),
     ("training", "inference", "data"),
-    ("train", "sample", "benchmarks", "evals", "convert"),
+    ("train", "sample", "benchmarks", "evals", "convert", "serve"),
 )
 LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}
 FILES = [ROOT / f"{name}.py" if (ROOT / f"{name}.py").exists() else ROOT / name for name in LEVEL]

@@ -6,7 +6,7 @@ import sys
 from tests.conftest import ROOT, SMALL, UNTRACED_ENV
 from tests.test_layout import NAMES
 
-BLOCKED = ("datasets", "pyarrow", "wandb", "transformers", "llama_cpp", "gguf", "lm_eval")
+BLOCKED = ("datasets", "pyarrow", "wandb", "transformers", "llama_cpp", "gguf", "lm_eval", "fastapi", "uvicorn")
 CODE = f"""
 import importlib, sys
 sys.modules.update(dict.fromkeys({BLOCKED}))  # importing one of them raises ImportError
@@ -24,7 +24,7 @@ def run(where, *words: str, modules: str = "train") -> subprocess.CompletedProce
 
 
 def test_training_without_them(text, tmp_path):
-    adapters = {"evals.lm_eval_adapter", "convert.to_gguf"}  # each for one of these packages
+    adapters = {"evals.lm_eval_adapter", "convert.to_gguf", "serve.app", "serve.openai_api", "serve.server"}
     commands = {name for name in NAMES if name.endswith("__main__")}
     modules = ",".join(sorted(NAMES - adapters - commands))
     done = run(tmp_path, f"--data.source={text}", "--train.steps=2", "--train.wandb=offline", modules=modules)
