@@ -2,7 +2,7 @@
 
 Whether a weight is kept is a function of a seed, of the weight's sequence and head, and of the positions of its query
 and key. No mask is stored: a kernel computes it for a block of any size, and its backward pass computes it again.
-`keep` is the definition. kernels/triton/flash_attention.py computes the same bits.
+`keep` is the definition. kernels/triton/dropout.py computes the same bits.
 
 `mix` is the finalizer of the hash function MurmurHash3 (Appleby 2011). A row of weights, that is a query of a head, has
 two hashes, a salt and an odd factor, each of one word of the seed, the head and the query's position. The random number

@@ -16,7 +16,7 @@ weights p = exp(s - lse), output o, and incoming gradients do and dlse:
     dv = p^T do    dp = do v^T    delta = rowsum(do * o) - dlse    ds = p * (dp - delta)    dq = ds k    dk = ds^T q
 
 With dropout of the weights, r = 1 / (1 - probability) for those that are kept and 0 for others: o = (r * p) v,
-dv = (r * p)^T do and dp = r * (do v^T). The rest is the same. All kernels compute the mask (kernels/dropout.py).
+dv = (r * p)^T do and dp = r * (do v^T). The rest is the same. Each kernel computes the mask (kernels/dropout.py).
 
 Blocks that are fully masked are skipped. Scores are in base 2, since the hardware has an exp2 instruction: the scale
 includes log2(e).
@@ -35,6 +35,7 @@ from torch import Tensor
 
 from kernels.dropout import dropped_numbers
 from kernels.reference_attention import DocumentBounds, MaskSpec, document_bounds
+from kernels.triton.dropout import keep, row_hashes
 from kernels.triton.tiles import FLASH_FP32, INTERPRETED, tile
 
 LOG2E = tl.constexpr(math.log2(math.e))
@@ -113,31 +114,6 @@ def accurate_tanh(x):  # type: ignore[no-untyped-def]
     square = x * x
     near = x * (945 + square * (105 + square)) / (945 + square * (420 + square * 15))
     return tl.where(tl.abs(x) < 0.6, near, 2 * tl.sigmoid(2 * x) - 1)
-
-
-@triton.jit
-def _row_hashes(seed, head, query):  # type: ignore[no-untyped-def]
-    """Salt and factor of each row, in the shape of `query`: see kernels/dropout.py."""
-    head, query = head.to(tl.uint32), query.to(tl.uint32)
-    salt = _mix(_mix(_mix(tl.load(seed).to(tl.uint32)) + head) + query)
-    factor = _mix(_mix(_mix(tl.load(seed + 1).to(tl.uint32)) + head) + query)
-    return salt, factor | 1
-
-
-@triton.jit
-def _kept(row, key, DROPPED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Which weights dropout keeps, by the hashes of their rows. DROPPED: how many of the 2**32 numbers drop one."""
-    salt, factor = row
-    number = _mix((salt ^ key.to(tl.uint32)) * factor)
-    return number.to(tl.int32, bitcast=True) >= DROPPED - 2147483648
-
-
-@triton.jit
-def _mix(x):  # type: ignore[no-untyped-def]
-    """`kernels.dropout.mix` of uint32 numbers."""
-    x = (x ^ (x >> 16)) * 0x85EBCA6B
-    x = (x ^ (x >> 13)) * 0xC2B2AE35
-    return x ^ (x >> 16)
 
 
 @triton.jit
@@ -222,7 +198,7 @@ def _forward(  # type: ignore[no-untyped-def]
 
     queries = _load(q, b * q_b + h * q_h, q_t, T, start, M, D, BLOCK_D)  # (M, BLOCK_D)
     slope = None if slopes is None else tl.load(slopes + h)
-    row = None if seed is None else _row_hashes(seed, b * H + h, query)
+    row = None if seed is None else row_hashes(seed, b * H + h, query)
     begin, end = None, None
     if first is not None:
         begin = tl.load(first + b * S + query, mask=query < S, other=0)  # (M, 1)
@@ -253,7 +229,7 @@ def _forward(  # type: ignore[no-untyped-def]
             rescale = tl.exp2(top - base)
             total = total * rescale + tl.sum(weight, 1)
             if seed is not None:
-                weight = tl.where(_kept(row, key, DROPPED), weight, 0.0)
+                weight = tl.where(keep(row, key, DROPPED), weight, 0.0)
             values = _load(v, b * v_b + h // G * v_h, v_s, S, here, N, D, BLOCK_D)  # (N, BLOCK_D)
             sums = tl.dot(weight.to(values.dtype), values, sums * rescale[:, None], input_precision="ieee")
             top = higher
@@ -290,7 +266,7 @@ def _dq(  # type: ignore[no-untyped-def]
     tl.store(delta + of_row, d, mask=t < T)
 
     slope = None if slopes is None else tl.load(slopes + h)
-    row = None if seed is None else _row_hashes(seed, b * H + h, query)
+    row = None if seed is None else row_hashes(seed, b * H + h, query)
     begin, end = None, None
     if first is not None:
         begin = tl.load(first + b * S + query, mask=query < S, other=0)  # (M, 1)
@@ -307,7 +283,7 @@ def _dq(  # type: ignore[no-untyped-def]
         score, tanh = _scores(product, query, key, begin, end, slope, scale, S, CAUSAL, WINDOW, SOFTCAP)
         dweight = tl.dot(douts, tl.trans(values), input_precision="ieee")  # (M, BLOCK_D) (BLOCK_D, N) -> (M, N)
         if seed is not None:
-            dweight = tl.where(_kept(row, key, DROPPED), dweight * RESCALE, 0.0)
+            dweight = tl.where(keep(row, key, DROPPED), dweight * RESCALE, 0.0)
         dscore = tl.exp2(score - base[:, None]) * (dweight - d[:, None])
         if slopes is not None:
             distance_sums += tl.sum(dscore * tl.abs(query - key), 1)
@@ -355,11 +331,11 @@ def _dkdv(  # type: ignore[no-untyped-def]
         weight = tl.exp2(score - _base(lse, of_row, t < T)[None, :])
         douts = _load(dout, (b * T * H + h) * D, H * D, T, here, M, D, BLOCK_D)  # (M, BLOCK_D)
         d = tl.load(delta + of_row, mask=t < T, other=0.0)  # early: loaded late it makes Triton 3.6 spill
-        dropped = weight
+        read = weight
         if seed is not None:
-            kept = _kept(_row_hashes(seed, b * H + h, query), key, DROPPED)
-            dropped = tl.where(kept, weight, 0.0)
-        dvalues = tl.dot(dropped.to(douts.dtype), douts, dvalues, input_precision="ieee")  # (N, M) (M, BLOCK_D)
+            kept = keep(row_hashes(seed, b * H + h, query), key, DROPPED)
+            read = tl.where(kept, weight, 0.0)
+        dvalues = tl.dot(read.to(douts.dtype), douts, dvalues, input_precision="ieee")  # (N, M) (M, BLOCK_D)
         dweight = tl.dot(values, tl.trans(douts), input_precision="ieee")  # (N, BLOCK_D) (BLOCK_D, M) -> (N, M)
         if seed is not None:
             dweight = tl.where(kept, dweight * RESCALE, 0.0)
@@ -432,24 +408,9 @@ def _backward_op(
     of_rows = None if alibi_slopes is None else torch.empty_like(delta)
     numbers, constants = _arguments("flash_dq", q, k, v, causal, window, softcap, dropout_p)
     _dq[(triton.cdiv(T, constants["M"]), H, B)](
-        q,
-        k,
-        v,
-        first,
-        last,
-        alibi_slopes,
-        seed,
-        out,
-        lse,
-        dout,
-        dlse,
-        dq,
-        delta,
-        of_rows,
-        softmax_scale,
-        *numbers,
+        q, k, v, first, last, alibi_slopes, seed, out, lse, dout, dlse, dq, delta, of_rows, softmax_scale, *numbers,
         **constants,
-    )
+    )  # fmt: skip
     numbers, constants = _arguments("flash_dkdv", q, k, v, causal, window, softcap, dropout_p)
     _dkdv[(triton.cdiv(S, constants["N"]), K, B)](
         q, k, v, first, last, alibi_slopes, seed, lse, delta, dout, dk, dv, softmax_scale, *numbers, **constants

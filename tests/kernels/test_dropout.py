@@ -12,8 +12,8 @@ from kernels import CAUSAL, FULL, MaskSpec, attention
 from kernels.cpu import blockwise_attention
 from kernels.dropout import draw_seed, dropped_numbers, keep, mix
 from kernels.reference_attention import attention_mask
+from kernels.triton import dropout as device
 from kernels.triton import flash_attention as flash_module
-from kernels.triton.flash_attention import _kept, _row_hashes
 from tests.kernels.test_attention import draw
 
 SEEDS = [(0, 0), (1, 0), (0, 1), (2**31 - 1, -(2**31)), (123456789, -987654321)]
@@ -66,8 +66,8 @@ def test_the_mask_is_its_definition_in_pythons_integers(seed):
 @triton.jit
 def write_mask(seed, out, first_query, first_key, DROPPED: tl.constexpr, N: tl.constexpr):
     at = tl.arange(0, N)
-    row = _row_hashes(seed, tl.program_id(0).to(tl.int64) * 99_999, first_query + at[:, None])
-    kept = _kept(row, first_key + at[None, :], DROPPED)
+    row = device.row_hashes(seed, tl.program_id(0).to(tl.int64) * 99_999, first_query + at[:, None])
+    kept = device.keep(row, first_key + at[None, :], DROPPED)
     tl.store(out + tl.program_id(0) * N * N + at[:, None] * N + at[None, :], kept)
 
 
