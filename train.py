@@ -342,7 +342,7 @@ def parse_args(argv: list[str]) -> tuple[Config, bool, bool] | None:
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
     parser.add_argument("--name", metavar="STR", help=f"folder under runs/; default: {defaults.name}")
     parser.add_argument("--init-from", metavar="RUN", help="start from the weights, tokenizer and model of this run: "
-        "its folder, or folder@step-000500; only model.context and dropouts may differ")  # fmt: skip
+        "its folder, or folder@step-000500; only model.context and the dropouts may differ")  # fmt: skip
     for section in SECTIONS:
         group = parser.add_argument_group(section)
         documents = documentation(section)

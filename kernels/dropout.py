@@ -17,7 +17,11 @@ from torch import Tensor
 
 
 def draw_seed(device: torch.device) -> Tensor:
-    """A seed from torch's generator for the device: two words, (2,) int32."""
+    """A seed from torch's generator for the device: two words, (2,) int32.
+
+    Each layer draws one for each micro-batch. So, as with torch's dropout, the masks of a step depend on how its batch
+    is split into micro-batches and processes.
+    """
     return torch.randint(-(2**31), 2**31, (2,), dtype=torch.int32, device=device)
 
 
