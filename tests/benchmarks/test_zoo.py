@@ -130,8 +130,8 @@ def test_only_some_members(toy, tmp_path):
 
 
 def test_best_rate():
-    rows = [{"lr": lr, "loss": loss} for lr, loss in ((1, 3.0), (2, float("nan")), (3, 2.0), (1, 0.5), (3, 2.0))]
-    assert best_rate(rows, "loss") == [rows[0], rows[3]]
+    rows = [{"lr": lr, "loss": loss} for lr, loss in ((2, float("nan")), (1, 3.0), (3, 2.0), (1, 0.5), (3, 2.0))]
+    assert best_rate(rows, "loss") == [rows[1], rows[3]]
     assert best_rate(rows, "loss", largest=True) == [rows[2], rows[4]]
 
 
@@ -147,7 +147,7 @@ def test_numbers_survive_the_csv(tmp_path):
 
 def bases():
     """The baselines of the experiments, with their first layers."""
-    yield from ((recall.base(head_dim), "C") for head_dim in (max(recall.HEAD_DIMS), min(recall.HEAD_DIMS)))
+    yield recall.base(min(recall.HEAD_DIMS)), "C"
     yield dataclasses.replace(text.load("shakespeare").model, vocab_size=4096), ""
 
 

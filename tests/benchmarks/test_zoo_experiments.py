@@ -35,13 +35,15 @@ def test_recall_asks_for_the_value_of_each_key_once(n):
 def test_recall_asks_near_and_far():
     """Places are drawn without replacement, the one at distance d with a weight of 1 / d, as torch.multinomial does."""
     n, count = 4, 4000
-    _, y = recall.sequences(generator(), count, n)
+    x, y = recall.sequences(generator(), count, n)
     asked = (y[:, 2 * n :] != IGNORE_INDEX).float().mean(0)
     weights = 1 / torch.arange(1, recall.LENGTH - 2 * n + 1)
     drawn = torch.multinomial(weights.expand(count, -1), n, generator=generator())
     expected = torch.zeros(count, len(weights)).scatter_(1, drawn, 1.0).mean(0)
     torch.testing.assert_close(asked, expected, atol=0.04, rtol=0)
     assert asked[0] > 5 * asked[-1] > 0
+    first, last = (float((x[:, 2 * n :] == x[:, key, None]).float().argmax(1).float().mean()) for key in (0, 2 * n - 2))
+    assert first == pytest.approx(last, rel=0.1)  # of the pairs
 
 
 def test_copying_repeats_the_symbols_after_the_separator():
