@@ -56,7 +56,7 @@ def claim(folder: Path) -> tuple[Path, int | None]:
     """A draft of `folder` that no other process uses, and its lock, to be closed: a left draft, else a new one."""
     for draft in sorted(folder.parent.glob(".tmp-*")):
         try:
-            lock, age = _lock(draft), time.time() - draft.stat().st_mtime
+            age, lock = time.time() - draft.stat().st_mtime, _lock(draft)
         except (BlockingIOError, FileNotFoundError):
             continue
         if lock is not None and draft.name.startswith(f".tmp-{folder.name}-"):

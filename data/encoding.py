@@ -26,7 +26,7 @@ from data import chat_format
 from data.chunking import Piece
 from data.tokenizer import Tokenizer, TokenizerError
 
-SMALL = 3  # batches: a text with fewer is encoded in this process, before others would have started
+SMALL = 32  # batches: a text with fewer is encoded in this process, by the threads of the library
 
 Batch = list[tuple[str | None, Piece]]  # each piece with its split
 # For each piece: the ids, the UTF-8 bytes of the targets' text, and for conversations the loss mask.
@@ -157,7 +157,7 @@ def main() -> None:
                 result = error
             pickle.dump(result, out)
             out.flush()
-    except (EOFError, BrokenPipeError):  # the parent has ended
+    except (EOFError, BrokenPipeError, pickle.UnpicklingError):  # the parent has ended
         os._exit(0)
 
 

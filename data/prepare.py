@@ -7,7 +7,7 @@ a piece between the splits, and two copies of a text are always in the same spli
 that it was trained on. An end-of-text token follows every document and every gap where a piece belongs to the other
 split, so no split joins text across a gap.
 
-**Constant memory.** Text is tokenized a few MB at a time and written immediately, whatever the size of the corpus.
+**Constant memory.** Text is tokenized in small batches and written immediately, whatever the size of the corpus.
 
 **Atomicity.** The result is a folder `<cache>/tokens/<key>/` (for its files see `shards.py`). The key is a hash of
 everything that determines the content. The folder is renamed to this name once it is complete and flushed to disk: a
@@ -41,8 +41,8 @@ from data.shards import FORMAT_VERSION, Manifest, ShardError, Writer
 from data.sources import CACHE, Corpus, CorpusError, open_corpus
 from data.tokenizer import KINDS, Tokenizer, TokenizerError, get_tokenizer
 
-BATCH = 1 << 20  # characters per call of the tokenizer (the library needs 100 bytes per token)
-SAVE_EVERY = 64  # batches
+BATCH = 1 << 18  # characters per call of the tokenizer (the library needs 100 bytes per token)
+SAVE_EVERY = 256  # batches
 SAMPLE = 64 << 20  # maximum number of characters for training a BPE
 
 Log = Callable[[str], None]  # of a line; one that ends in "\r" is progress, replaced by the next one
@@ -104,7 +104,7 @@ def prepare(
         if error.errno != errno.ENOSPC:
             raise
         raise CorpusError(
-            f"data.source = {source!r}: the disk of {cache} is full; free some space, or set HEED_CACHE"
+            f"the disk of {cache} is full; free some space, or set HEED_CACHE; the same command continues"
         ) from None
 
 

@@ -72,7 +72,7 @@ def parts(ids: np.ndarray, tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, b
             end, ends = start + int(found[0]) if len(found) else len(ids), True
         else:
             end, whole = start + PART, False
-            while end < len(ids) and ids[end] != tokenizer.eot and _is_inside(ids[end], tokenizer):
+            while end < len(ids) and _is_inside(ids[end], tokenizer):
                 end += 1
             ends = end == len(ids) or bool(ids[end] == tokenizer.eot)
         if end > start:

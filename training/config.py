@@ -52,7 +52,7 @@ class DataConfig:
     """The text, and how it is tokenized."""
 
     source: str = "shakespeare"
-    """shakespeare | kjv | wiki, a .txt/.jsonl/.parquet file, a folder, a glob, or hf:NAME for a hub dataset"""
+    """shakespeare | kjv | wiki, a .txt/.jsonl/.parquet/.bin file, a folder, a glob, or hf:NAME for a hub dataset"""
     sources: tuple[SourceConfig, ...] = ()
     """instead of source: a mixture of several, each with a weight, its share of the training tokens"""
     format: str = "text"

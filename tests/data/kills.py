@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 
 import data.prepare as module
+from data import encoding
 
-module.BATCH, module.SAVE_EVERY = 20_000, 2
+module.BATCH, module.SAVE_EVERY, encoding.SMALL = 20_000, 2, 1
 
 
 def run(text: str, cache: str, kill: int, out: int) -> None:

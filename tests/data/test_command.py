@@ -61,7 +61,8 @@ ENDS = """
 import os, signal, sys
 import data.__main__ as command
 import data.prepare as module
-module.BATCH, module.SAVE_EVERY = 3000, 1
+from data import encoding
+module.BATCH, module.SAVE_EVERY, encoding.SMALL = 3000, 1, 1
 save = module.save_progress
 def stop(folder, progress):
     save(folder, progress)
@@ -120,7 +121,7 @@ def test_a_full_disk_or_a_file_that_cannot_be_written_is_one_line(text, cache, c
 
     monkeypatch.setattr(shards.Writer, "add", full)
     assert command.main(["prepare", "shakespeare", f"--data.source={text}", *DATA]) == 2
-    assert re.fullmatch(r"data: data.source = '.*': the disk of .* is full; free .*\n", capsys.readouterr().err)
+    assert re.fullmatch(r"data: the disk of .* is full; free some space, .*\n", capsys.readouterr().err)
     cache.joinpath("tokens").rmdir()
     cache.joinpath("tokens").write_text("a file")
     assert command.main(["prepare", "shakespeare", f"--data.source={text}", *DATA]) == 2

@@ -54,10 +54,13 @@ def test_batches_have_the_shares_and_each_source_its_own_epochs(parts):
     rows = torch.cat([mixture.batch(step, 16)[0] for step in range(100)])[:, 0] // 1000
     assert rows.bincount().tolist() == [800, 600, 200]  # of 1,600
     assert all(abs(int((batch == 0).sum()) - 8) <= 1 for batch in rows.split(16))
+    shares = [weight for _, weight in parts]
     for source, (shards, _) in enumerate(parts):
         mine, alone = (number for number in range(1600) if rows[number] == source), Loader(shards, context=10, seed=3)
         for number, sequence in enumerate(mine):  # 8, 20 and 40 epochs
             assert (mixture.sample(sequence)[0] == alone.sample(number)[0]).all()
+            later = mixture.sample(3 * BLOCK + sequence)[0]
+            assert (later == alone.sample(3 * round(shares[source] * BLOCK) + number)[0]).all()
 
 
 def test_a_batch_is_a_function_of_seed_step_and_rank(parts):

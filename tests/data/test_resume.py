@@ -34,11 +34,11 @@ def source(kind: str, folder: Path) -> tuple[str, dict[str, object]]:
     """A source and further arguments of prepare."""
     stories = [story(i) for i in range(100)]
     text = str(write(folder / "stories.txt", stories))
+    (folder / "book.txt").write_text("\n\n".join(f"Paragraph {i}. {story(i).strip()}" for i in range(150)))
     if kind == "text":
-        return text, {"tokenizer": "bpe", "vocab_size": 300}
-    if kind == "one document":
-        (folder / "book.txt").write_text("\n\n".join(f"Paragraph {i}. {story(i).strip()}" for i in range(150)))
-        return str(folder / "book.txt"), {"val_source": text}
+        return text, {"val_source": str(folder / "book.txt"), "tokenizer": "bpe", "vocab_size": 300}
+    if kind == "one document":  # in pieces: a save is within it
+        return str(folder / "book.txt"), {}
     if kind == "chat":
         turns = ([("user", f"{i}?"), ("assistant", story(i).strip())] for i in range(100))
         (folder / "chat.jsonl").write_text("\n".join(line(*turn) for turn in turns))
@@ -80,6 +80,7 @@ def test_stopped_at_every_save(make, tmp_path, monkeypatch, more):
             if len(since) > more:
                 if not more:
                     save(folder, progress)
+                shutil.copytree(folder, tmp_path / "image")  # what a kill leaves
                 raise Stop
         save(folder, progress)
 
@@ -91,7 +92,10 @@ def test_stopped_at_every_save(make, tmp_path, monkeypatch, more):
         except Stop:
             saved.append(since[0])
             since.clear()
-            assert len(drafts(tmp_path / "stopped")) == len(list((tmp_path / "stopped" / "tokens").iterdir())) == 1
+            (left,) = drafts(tmp_path / "stopped")
+            shutil.rmtree(left)
+            (tmp_path / "image").rename(left)
+            assert list((tmp_path / "stopped" / "tokens").iterdir()) == [left]
     assert content(tmp_path / "stopped") == content(tmp_path / "whole")
     assert len(saved) > 5 and all(a < b for a, b in itertools.pairwise(saved))  # each call continues
 
@@ -104,7 +108,7 @@ def test_a_damaged_draft_changes_nothing(make, tmp_path, monkeypatch):
 
         def stop(folder: Path, progress: dict[str, Any]) -> None:
             save(folder, progress)
-            if progress.get("pieces", 0) > 60:  # of 100
+            if progress.get("pieces", 0) > 70:
                 raise Stop
 
         patch.setattr(module, "save_progress", stop)
@@ -119,6 +123,9 @@ def test_a_damaged_draft_changes_nothing(make, tmp_path, monkeypatch):
             make("damaged")
             assert content(tmp_path / "damaged") == content(tmp_path / "whole"), (file, how)
             shutil.rmtree(tmp_path / "damaged")
+    Tokenizer.train("byte", []).save(drafts(tmp_path / "draft")[0] / "tokenizer.json")  # a good one, but another
+    make("draft")
+    assert content(tmp_path / "draft") == content(tmp_path / "whole")
 
 
 def test_killed_at_function_calls(tmp_path):
@@ -147,11 +154,13 @@ def test_a_killed_worker_is_one_line_and_its_work_is_done_again(tmp_path, monkey
     text = write(tmp_path / "a.txt", [story(i) for i in range(300)])
     monkeypatch.setattr(module, "BATCH", 3000)
     monkeypatch.setattr(module, "SAVE_EVERY", 3)
+    monkeypatch.setattr(encoding, "SMALL", 1)
     how: dict[str, Any] = {"tokenizer": "byte", "log": lambda _: None}
     prepare(str(text), cache=tmp_path / "whole", processes=3, **how)
     encode, calls = encoding.Worker.encode, itertools.count()
 
     def killed(self: encoding.Worker, pieces: list[Piece]) -> encoding.Encoded:
+        assert os.getsid(self.process.pid) == self.process.pid  # it does not receive Ctrl-C
         if next(calls) == 10:
             self.process.kill()
             self.process.wait()
@@ -168,6 +177,7 @@ def test_a_killed_worker_is_one_line_and_its_work_is_done_again(tmp_path, monkey
 
 def test_an_error_in_a_worker_is_that_of_the_text(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "BATCH", 3000)
+    monkeypatch.setattr(encoding, "SMALL", 1)
     Tokenizer.train("char", [story(i) for i in range(200)]).save(tmp_path / "tokenizer.json")
     text = write(tmp_path / "a.txt", [story(i) for i in range(200)] + ["a star *"])
     with pytest.raises(TokenizerError, match=r"character 7 is '\*', not one of the \d+ characters"):
