@@ -25,9 +25,10 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import torch
 
 from data import chat_format
-from data.loader import Conversations, Loader
+from data.loader import open_loader
+from data.mixture import AnyShards, open_shards
 from data.prepare import prepare
-from data.shards import ShardError, Shards
+from data.shards import ShardError
 from data.sources import CorpusError
 from data.tokenizer import Tokenizer, TokenizerError
 from kernels.reference_attention import IGNORE_INDEX
@@ -70,17 +71,15 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
     folder = prepare(**dataclasses.asdict(config.data)) if world.main else None
     world.barrier()  # the other processes find in the cache what the main process prepared
     folder = folder or prepare(**dataclasses.asdict(config.data))
-    train_text, val_text = (Shards(folder, split, verify=world.local_rank == 0) for split in ("train", "val"))
+    train_text, val_text = (open_shards(folder, split, verify=world.local_rank == 0) for split in ("train", "val"))
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     answers = f", {train_text.num_targets:,} and {val_text.num_targets:,} of them in answers" if train_text.chat else ""
     log(
-        f"data {config.data.source}: {train_text.tokens:,} train tokens, {val_text.tokens:,} val tokens"
+        f"data {config.data.name}: {train_text.tokens:,} train tokens, {val_text.tokens:,} val tokens"
         f"{answers} ({val_text.bytes:,} bytes), {tokenizer.kind} tokenizer of {tokenizer.vocab_size:,}"
     )
     eval_text = val_text.prefix(config.train.eval_tokens, tokenizer.decode)
-    loader = (Conversations if train_text.chat else Loader)(
-        train_text, context=config.model.context, seed=config.train.seed
-    )
+    loader = open_loader(train_text, context=config.model.context, seed=config.train.seed)
 
     # 3. Model, optimizers, batch ------------------------------------------------------------------------------------
 
@@ -162,7 +161,7 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
         world.barrier()
         return True
 
-    def bits_per_byte(loss: float, text: Shards) -> float:
+    def bits_per_byte(loss: float, text: AnyShards) -> float:
         return loss * text.num_targets / text.bytes / math.log(2)
 
     # 5. Training loop -----------------------------------------------------------------------------------------------
@@ -262,7 +261,7 @@ class Diverged(ValueError):
 
 def sample_text(model: GPT, tokenizer: Tokenizer, config: Config) -> str:
     """A short sample, indented: complete lines, from `train.prompt` (in a chat, the user's message)."""
-    prompt, chat = config.train.prompt, config.data.format == "chat"
+    prompt, chat = config.train.prompt, config.data.chat
     rendered = chat_format.render_prompt(tokenizer, [("user", prompt)], config.model.context) if chat else prompt
     model.eval()
     stream = stream_generate(model, tokenizer, rendered, max_new_tokens=100, whole_lines=True)

@@ -31,6 +31,7 @@ class Piece(NamedTuple):
     text: str
     ends: bool  # the document ends with this piece
     turns: tuple[tuple[str, str], ...] = ()  # for conversations: (role, content), see chat_format.py
+    ids: bytes = b""  # for files of token ids: the ids as uint16, see token_files.py
 
 
 def units(chunks: Iterable[str], separator: str = SEPARATOR) -> Iterator[str]:

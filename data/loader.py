@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.mixture import BLOCK, AnyShards, MixedShards, apportion, schedule
 from data.shards import TARGET, ShardError, Shards
 from kernels.reference_attention import IGNORE_INDEX
 
@@ -26,8 +27,8 @@ class Loader:
     def __init__(self, shards: Shards, *, context: int, seed: int):
         if shards.tokens < context + 1:
             raise ShardError(
-                f"model.context = {context}: the training text has only {shards.tokens} tokens, and {context + 1} are "
-                f"needed; use more text, or a context below {shards.tokens}"
+                f"model.context = {context}: the training text of {shards.manifest.source!r} has only {shards.tokens} "
+                f"tokens, and {context + 1} are needed; use more text, or a context below {shards.tokens}"
             )
         self.shards, self.context, self.seed = shards, context, seed
         self.num_sequences = shards.tokens // context  # in an epoch
@@ -52,10 +53,14 @@ class Loader:
         rows = sequences // ranks
         x, y = np.empty((2, rows, self.context), dtype=np.int64)
         for row in range(rows):
-            epoch, index = divmod(step * sequences + rank * rows + row, self.num_sequences)
-            offset, order = self._epoch(epoch)
-            x[row], y[row] = self._sequence(offset, int(order[index]))
+            x[row], y[row] = self.sample(step * sequences + rank * rows + row)
         return torch.from_numpy(x), torch.from_numpy(y)
+
+    def sample(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and targets (T,) of a sample of the run."""
+        epoch, index = divmod(number, self.num_sequences)
+        offset, order = self._epoch(epoch)
+        return self._sequence(offset, int(order[index]))
 
     def _sequence(self, offset: int, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Inputs and targets (T,) of one sequence of an epoch."""
@@ -94,6 +99,28 @@ class Conversations(Loader):
             rows = [self._sequence(0, number) for number in range(first, min(first + sequences, self.num_sequences))]
             x, y = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
             yield x, y
+
+
+class Mixture(Loader):
+    """Training batches of a mixture: each sequence is the next one of the source whose turn it is, see `mixture.py`."""
+
+    def __init__(self, parts: list[tuple[Shards, float]], *, context: int, seed: int):
+        self.context = context
+        self.loaders = [open_loader(shards, context=context, seed=seed) for shards, _ in parts]
+        weights = [weight for _, weight in parts]
+        self.counts, (self.sources, self.before) = apportion(weights), schedule(weights)
+
+    def sample(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        block, at = divmod(number, BLOCK)
+        source = self.sources[at]
+        return self.loaders[source].sample(block * self.counts[source] + int(self.before[at]))
+
+
+def open_loader(shards: AnyShards, *, context: int, seed: int) -> Loader:
+    """The loader that fits the training text. Raises ShardError if a source has fewer than context + 1 tokens."""
+    if isinstance(shards, MixedShards):
+        return Mixture(shards.parts, context=context, seed=seed)
+    return (Conversations if shards.chat else Loader)(shards, context=context, seed=seed)
 
 
 def validation(shards: Shards, context: int, sequences: int, eot: int) -> Iterator[tuple[Tensor, Tensor]]:

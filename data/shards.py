@@ -13,10 +13,10 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -24,6 +24,7 @@ FORMAT_VERSION = 1
 SHARD = 100_000_000  # maximum number of tokens per file
 # Values of the loss mask: not a target, a target of the loss, the first token of a conversation (not a target).
 NO_TARGET, TARGET, FIRST = 0, 1, 2
+HASHES = ("sha256", "mask_sha256")  # in the manifest: of a shard and of its loss mask
 PREPARE_AGAIN = "delete the folder and prepare again"
 
 
@@ -55,17 +56,21 @@ class Writer:
     conversations; for text it is None, and all tokens are targets.
     """
 
+    STATE = ("tokens", "bytes", "documents", "answers", "open", "shards")
+
     def __init__(self, folder: Path, split: str, dtype: str, eot: int):
         self.folder, self.split, self.dtype, self.eot = folder, split, np.dtype(dtype).newbyteorder("<"), eot
         self.shards: list[dict[str, Any]] = []
         self.tokens = self.bytes = self.documents = 0
         self.answers: int | None = None
         self.open = False  # the last document has not ended yet
+        self._files = list[BinaryIO]()  # of the last shard
+        self._hashes = list[Any]()
 
-    def add(self, ids: list[int], text_bytes: int, loss_mask: list[int] | None = None) -> None:
+    def add(self, ids: Sequence[int] | np.ndarray, text_bytes: int, loss_mask: np.ndarray | None = None) -> None:
         """Append ids to the current document; for conversations, with their loss mask."""
         if loss_mask is not None:
-            self.answers = (self.answers or 0) + loss_mask.count(TARGET)
+            self.answers = (self.answers or 0) + int(np.count_nonzero(loss_mask == TARGET))
         self._append(ids, loss_mask)
         self.bytes += text_bytes
         self.open = True
@@ -73,7 +78,7 @@ class Writer:
     def end(self) -> None:
         """End the current document, if any."""
         if self.open:
-            self._append([self.eot], None if self.answers is None else [NO_TARGET])
+            self._append([self.eot], None if self.answers is None else np.array([NO_TARGET]))
             self.documents += 1
             self.open = False
 
@@ -83,7 +88,28 @@ class Writer:
         about = {"tokens": self.tokens, "bytes": self.bytes, "documents": self.documents, "shards": self.shards}
         return about if self.answers is None else about | {"answers": self.answers}
 
-    def _append(self, ids: list[int], loss_mask: list[int] | None) -> None:
+    def state(self) -> dict[str, Any]:
+        """What `restore` continues from: JSON values. All tokens so far are flushed to disk."""
+        self._flush()
+        return {name: getattr(self, name) for name in self.STATE}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from a state: what was written after it is dropped. Raises ShardError if a shard has changed since,
+        OSError if one is missing."""
+        for name in self.STATE:
+            setattr(self, name, state[name])
+        for shard in self.shards:
+            for file in self._files:
+                file.close()
+            names = (shard["file"], mask_file(shard["file"]))[: 1 if self.answers is None else 2]
+            self._files, self._hashes = [(self.folder / name).open("r+b") for name in names], []
+            for file, key, width in zip(self._files, HASHES, (self.dtype.itemsize, 1), strict=False):
+                file.truncate(shard["tokens"] * width)
+                self._hashes.append(hashlib.file_digest(file, "sha256"))  # type: ignore[arg-type]
+                if self._hashes[-1].hexdigest() != shard[key]:
+                    raise ShardError(f"{self.folder / shard['file']}: has changed")
+
+    def _append(self, ids: Sequence[int] | np.ndarray, loss_mask: np.ndarray | None) -> None:
         columns = [np.array(ids, dtype=self.dtype)]
         if loss_mask is not None:
             columns.append(np.array(loss_mask, dtype=np.uint8))
@@ -102,11 +128,17 @@ class Writer:
             self.tokens += len(columns[0][:room])
             columns = [column[room:] for column in columns]
 
+    def _flush(self) -> None:
+        """Flush the last shard to disk, and set its hashes to those of what it has so far."""
+        for file, key, digest in zip(self._files, HASHES, self._hashes, strict=False):
+            file.flush()
+            os.fsync(file.fileno())
+            self.shards[-1][key] = digest.hexdigest()
+
     def _close(self) -> None:
-        if self.shards:
-            for key, file, digest in zip(("sha256", "mask_sha256"), self._files, self._hashes, strict=False):
-                file.close()
-                self.shards[-1][key] = digest.hexdigest()
+        self._flush()
+        for file in self._files:
+            file.close()
 
 
 def mask_file(file: str) -> str:
@@ -115,19 +147,35 @@ def mask_file(file: str) -> str:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether `folder` is complete: no file is missing or truncated. (Shards checks the hashes.)"""
+    """Whether `folder` is complete, for a mixture with the folders of its sources: no file is missing or truncated.
+    (Shards checks the hashes.)"""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
+        if manifest["format_version"] != FORMAT_VERSION or not (folder / "tokenizer.json").exists():
+            return False
+        if "sources" in manifest:
+            return all(is_complete(folder.parent / source["folder"]) for source in manifest["sources"])
         width = np.dtype(manifest["dtype"]).itemsize
-        sizes = [
+        return all(
             (folder / file).stat().st_size == shard["tokens"] * size
             for split in manifest["splits"].values()
             for shard in split["shards"]
             for file, size in ((shard["file"], width), (mask_file(shard["file"]), 1))[: 2 if "answers" in split else 1]
-        ]
-        return manifest["format_version"] == FORMAT_VERSION and all(sizes) and (folder / "tokenizer.json").exists()
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The content of a folder's manifest. Raises ShardError if there is none of this version."""
+    try:
+        content = json.loads((folder / "manifest.json").read_text())
+        version = content["format_version"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ShardError(f"{folder / 'manifest.json'}: not a valid manifest ({error}); {PREPARE_AGAIN}") from None
+    if version != FORMAT_VERSION:
+        raise ShardError(f"{folder}: has format version {version}, must be {FORMAT_VERSION}; {PREPARE_AGAIN}")
+    return content
 
 
 def sync(path: Path) -> None:
@@ -149,13 +197,7 @@ class Shards:
     """
 
     def __init__(self, folder: Path, split: str, verify: bool = True):
-        try:
-            content = json.loads((folder / "manifest.json").read_text())
-            version = content["format_version"]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ShardError(f"{folder / 'manifest.json'}: not a valid manifest ({error}); {PREPARE_AGAIN}") from None
-        if version != FORMAT_VERSION:
-            raise ShardError(f"{folder}: has format version {version}, must be {FORMAT_VERSION}; {PREPARE_AGAIN}")
+        content = read_manifest(folder)
         try:
             self.manifest = Manifest(**content)
             if split not in self.manifest.splits:
@@ -176,6 +218,11 @@ class Shards:
                 raise
             raise ShardError(f"{folder / 'manifest.json'}: is damaged ({error}); {PREPARE_AGAIN}") from None
         self._starts = np.cumsum([0, *(len(part) for part in self._ids)])
+
+    @property
+    def parts(self) -> list[tuple["Shards", float]]:
+        """The split as a mixture of one source, see `mixture.py`."""
+        return [(self, 1.0)]
 
     def read(self, start: int, length: int) -> np.ndarray:
         """Tokens start .. start + length - 1 as int64 (length,), wrapping around at the end of the split."""

@@ -4,6 +4,7 @@
     book.txt  notes/  'logs/*.txt'  UTF-8 text; `<|endoftext|>` lines separate documents, else a file is one document
     posts.jsonl  rows.parquet       one document per row, in the column `data.text_column`
     chat.jsonl                      with `data.format` chat: one conversation per line, see `chat_format.py`
+    train.bin                       token ids, made by `data.tokenizer`, see `token_files.py`
     hf:org/name[:config[:split]]    a dataset on the Hugging Face hub, streamed
 
 A corpus is streamed, whatever its size, and each call of `pieces()` starts again from the beginning. The fingerprint of
@@ -25,14 +26,16 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from data import chat_format
-from data.chunking import Piece, chunk_text
+from data import chat_format, token_files
+from data.chunking import WHOLE, Piece, chunk_text
 from data.download import PUBLIC_TEXTS, fetch
+from data.tokenizer import Tokenizer
 
 CACHE = Path(os.environ.get("HEED_CACHE") or Path(__file__).resolve().parent.parent / ".cache")
 CLEANING = 2  # version of the text processing in this file; an increment invalidates cached tokens
 TABLES = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".parquet": "parquet"}
 TEXTS = (".txt", ".md")
+TOKENS = ".bin"
 CHUNK = 1 << 20
 
 
@@ -60,12 +63,14 @@ def open_corpus(
     limit: int = 0,
     cache: Path = CACHE,
     field: str = "source",
+    tokenizer: Tokenizer | None = None,
 ) -> Corpus:
     """Open the corpus named by `source` (see the top of this file).
 
     `format`: text, or chat for conversations. `text_column` applies to tables and the hub, `split` to the hub if the
     source does not include a split. `limit` is the maximum number of documents (0: no limit). `field` is the name of
-    the source in error messages. Text files are read once for validation. Raises CorpusError.
+    the source in error messages. `tokenizer` made the files of token ids. Text files are read once for validation.
+    Raises CorpusError.
     """
     where = f"data.{field} = {source!r}"
     if not source:
@@ -80,7 +85,7 @@ def open_corpus(
         corpus = hub(source, split, text_column, where)
     else:
         try:
-            corpus = local(source, text_column, where) if format == "text" else conversations(source, where)
+            corpus = local(source, text_column, where, tokenizer) if format == "text" else conversations(source, where)
         except OSError as error:
             raise CorpusError(f"{where}: cannot be read ({error.strerror}: {error.filename})") from None
     if not limit:
@@ -100,8 +105,11 @@ def named(name: str, path: Path) -> Corpus:
     return Corpus(name, package.licence, digest(package.sha256, name), pieces)
 
 
-def local(source: str, text_column: str, where: str) -> Corpus:
-    """A file, a folder (all supported files under it except hidden ones, in sorted order) or a pattern."""
+def local(source: str, text_column: str, where: str, tokenizer: Tokenizer | None) -> Corpus:
+    """A file, a folder (all supported files under it except hidden ones, in sorted order) or a pattern.
+
+    A folder's files of token ids are not read: they are read by name or by pattern.
+    """
     files = find(source, where)
     prints, size, blank, alone = [], 0, True, len(files) == 1
     for file in files:
@@ -110,6 +118,12 @@ def local(source: str, text_column: str, where: str) -> Corpus:
             if kind == "json":
                 check_rows(file, where)
             prints.append(digest(sha256(file), text_column))
+            blank = False
+        elif file.suffix == TOKENS:
+            try:
+                prints.append(digest(TOKENS, token_files.inspect(file, tokenizer)))
+            except ValueError as error:
+                raise CorpusError(f"{where}: {error}") from None
             blank = False
         else:
             info = inspect(file, where)
@@ -122,6 +136,9 @@ def local(source: str, text_column: str, where: str) -> Corpus:
         for file in files:
             if kind := TABLES.get(file.suffix.lower()):
                 yield from rows(partial(table, kind, file, where), text_column, where)
+            elif file.suffix == TOKENS:
+                assert tokenizer  # inspected above
+                yield from token_files.read(file, tokenizer)
             elif alone:
                 yield from chunk_text(read(file), whole=0)
             else:
@@ -284,12 +301,15 @@ def rows(load: Callable[[], Any], text_column: str, where: str) -> Iterator[Piec
         if text_column not in head:
             raise CorpusError(f"data.text_column = {text_column!r}: {where.partition(' = ')[2]} has {', '.join(head)}")
         for number, row in enumerate(chain([head], stream)):
-            text = row[text_column]
-            if text is not None and not isinstance(text, str):
+            text = "" if row[text_column] is None else row[text_column]
+            if not isinstance(text, str):
                 raise CorpusError(
                     f"data.text_column = {text_column!r}: row {number} has type {type(text).__name__}, not text"
                 )
-            yield from chunk_text([text or ""], separator="")
+            if len(text) > WHOLE:
+                yield from chunk_text([text], separator="")
+            elif text.strip():
+                yield Piece(text, ends=True)
     except CorpusError:
         raise
     except Exception as error:  # many types: from datasets, pyarrow, the network

@@ -59,7 +59,9 @@ def run(a: argparse.Namespace) -> None:
     rows = []
     if not a.text and not a.tasks:
         text = own_validation(a.run, config)
-        rows.append([f"{config.data.source} (validation)", *measure(model, text, config, machine)])
+        for part, _ in text.parts if len(text.parts) > 1 else ():
+            rows.append([f"{part.manifest.source} (validation)", *measure(model, part, config, machine)])
+        rows.append([f"{config.data.name} (validation)", *measure(model, text, config, machine)])
     for source in a.text:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             text = tokens_of(source, a.text_column, a.limit, tokenizer, Path(folder))

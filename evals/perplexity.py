@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data.chunking import Piece
+from data.mixture import AnyShards, open_shards
 from data.prepare import Splitter, prepare, write
 from data.shards import Shards
 from data.sources import Corpus, CorpusError, open_corpus
@@ -32,7 +33,7 @@ class AllValidation(Splitter):
 def tokens_of(source: str, text_column: str, limit: int, tokenizer: Tokenizer, folder: Path) -> Shards:
     """Tokenize a whole text into `folder`. Raises CorpusError and TokenizerError."""
     try:
-        corpus = open_corpus(source, text_column=text_column, limit=limit)
+        corpus = open_corpus(source, text_column=text_column, limit=limit, tokenizer=tokenizer)
         manifest = write(folder, AllValidation(corpus), tokenizer, log=lambda _: None)
     except CorpusError as error:  # replace config keys by this command's options
         raise CorpusError(
@@ -42,22 +43,24 @@ def tokens_of(source: str, text_column: str, limit: int, tokenizer: Tokenizer, f
     return Shards(folder, "val")
 
 
-def own_validation(run: Path, config: Config) -> Shards:
+def own_validation(run: Path, config: Config) -> AnyShards:
     """The validation text of a run, cached or tokenized again. Raises CheckpointError if the text has changed."""
     data = dataclasses.asdict(config.data)
     if config.data.tokenizer not in KINDS:  # a file, which may be gone: the run has a copy
         data["tokenizer"] = str(run / "tokenizer.json")
     folder = prepare(**data)
     if folder.name != read_state(find(run, "latest"), verify=())["identity"]["text"]:
-        raise CheckpointError(f"{run}: data.source = {config.data.source!r} has changed since; name a --text")
-    return Shards(folder, "val")
+        raise CheckpointError(f"{run}: data.source = {config.data.name!r} has changed since; name a --text")
+    return open_shards(folder, "val")
 
 
-def measure(model: GPT, text: Shards, config: Config, machine: device.Machine) -> list[str]:
+def measure(model: GPT, text: AnyShards, config: Config, machine: device.Machine) -> list[str]:
     """Tokens, bytes, documents, nats/token, perplexity and bits per byte, formatted."""
-    loss = validate(model, text, config, World(), machine, text.manifest.eot)
+    manifests = [part.manifest for part, _ in text.parts]
+    loss = validate(model, text, config, World(), machine, manifests[0].eot)
     assert loss is not None  # nothing stops it
     model.eval()
     bits = loss * text.num_targets / text.bytes / math.log(2)
-    counts = [f"{count:,}" for count in (text.num_targets, text.bytes, text.manifest.splits["val"]["documents"])]
+    documents = sum(manifest.splits["val"]["documents"] for manifest in manifests)
+    counts = [f"{count:,}" for count in (text.num_targets, text.bytes, documents)]
     return [*counts, f"{loss:.4f}", f"{math.exp(loss):,.2f}", f"{bits:.4f}"]

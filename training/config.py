@@ -7,10 +7,12 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from data.mixture import BLOCK, apportion
 from model import ModelConfig, check_numbers
 
 MAX_NAME = 200  # characters of a run's name: file systems allow 255 bytes
 MAX_VOCAB = 1_000_000
+FORMATS = ("text", "chat")
 
 
 class ConfigError(ValueError):
@@ -25,11 +27,34 @@ def _require(config: Any, section: str, **rules: tuple[bool, str]) -> None:
 
 
 @dataclass(frozen=True)
+class SourceConfig:
+    """One source of a mixture: a table [[data.sources]]. The fields but `weight` are those of `DataConfig`."""
+
+    source: str
+    weight: float
+    format: str = "text"
+    text_column: str = "text"
+    limit: int = 0
+
+    def __post_init__(self) -> None:
+        _require(
+            self,
+            "data.sources",
+            source=(bool(self.source), "must name a text"),
+            weight=(0 < self.weight <= 1e6, "must be above 0 and at most 1000000"),
+            format=(self.format in FORMATS, f"must be {' or '.join(FORMATS)}"),
+            limit=(self.limit >= 0, "must be at least 0"),
+        )
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """The text, and how it is tokenized."""
 
     source: str = "shakespeare"
-    """shakespeare | kjv | wiki, a .txt/.jsonl/.parquet file, a folder, a glob, or hf:NAME for a hub dataset"""
+    """shakespeare | kjv | wiki, a .txt/.jsonl/.parquet/.bin file, a folder, a glob, or hf:NAME for a hub dataset"""
+    sources: tuple[SourceConfig, ...] = ()
+    """instead of source: a mixture of several, each with a weight, its share of the training tokens"""
     format: str = "text"
     """text: the loss is over every token | chat: conversations in .jsonl, the loss is over the answers"""
     split: str = "train"
@@ -47,16 +72,34 @@ class DataConfig:
     vocab_size: int = 4096
     """size of a bpe vocabulary; the other tokenizers have a fixed size"""
 
+    @property
+    def chat(self) -> bool:
+        """Whether the text has conversations."""
+        return "chat" in (self.format, *(source.format for source in self.sources))
+
+    @property
+    def name(self) -> str:
+        """The source, or the sources with their shares."""
+        total = sum(source.weight for source in self.sources)
+        return " + ".join(f"{source.weight / total:.4g} {source.source}" for source in self.sources) or self.source
+
     def __post_init__(self) -> None:
+        if self.sources:
+            for name in ("source", "format", "split", "text_column", "limit", "val_source"):
+                if getattr(self, name) != ("" if name == "source" else getattr(DataConfig, name)):
+                    raise ValueError(f"data.{name} = {getattr(self, name)!r}: must be left out with [[data.sources]]")
+            weights = [source.weight for source in self.sources]
+            if 0 in apportion(weights):
+                raise ValueError(f"data.sources: weights {weights}: each must be at least 1/{BLOCK} of their sum")
         _require(
             self,
             "data",
-            source=(bool(self.source), "must name a text"),
-            format=(self.format in ("text", "chat"), "must be text or chat"),
+            source=(bool(self.source or self.sources), "must name a text"),
+            format=(self.format in FORMATS, f"must be {' or '.join(FORMATS)}"),
             limit=(self.limit >= 0, "must be at least 0"),
             val_fraction=(0.0 < self.val_fraction <= 0.5, "must be above 0 and at most 0.5"),
             vocab_size=(
-                (259 if self.format == "chat" else 257) <= self.vocab_size <= MAX_VOCAB,
+                (259 if self.chat else 257) <= self.vocab_size <= MAX_VOCAB,
                 "must be at least 257: 256 bytes and the end-of-text token; 259 with the two special tokens of a chat; "
                 f"and at most {MAX_VOCAB}",
             ),

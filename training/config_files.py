@@ -13,20 +13,23 @@ import inspect
 import json
 import re
 import tomllib
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from training.config import SECTIONS, Config, ConfigError
+from training.config import SECTIONS, Config, ConfigError, SourceConfig
 from training.deprecated_names import RENAMED
 
 RECIPES = Path(__file__).resolve().parent.parent / "configs"
 TOP = ("name", "init_from")  # fields above the sections
+SOURCES = "data.sources"  # the tables [[data.sources]] of a mixture
 
 
 def fields(section: str) -> dict[str, type]:
-    """Field name -> type (int, float, str or bool) of a section."""
-    return {f.name: f.type for f in dataclasses.fields(SECTIONS[section]) if isinstance(f.type, type)}
+    """Field name -> type (int, float, str or bool) of a section, or of [[data.sources]]."""
+    kind = SourceConfig if section == SOURCES else SECTIONS[section]
+    return {f.name: f.type for f in dataclasses.fields(kind) if isinstance(f.type, type)}
 
 
 def documentation(section: str) -> dict[str, str]:
@@ -66,11 +69,14 @@ def load(recipe: str, overrides: dict[str, str] | None = None) -> Config:
         table = value if isinstance(value, dict) else {"": value}
         for inner, leaf in table.items():
             dotted = f"{key}.{inner}" if inner else key
-            values[dotted] = _check(dotted, leaf, _place(path, text, dotted))
+            check = partial(_sources, path, text) if dotted == SOURCES else partial(_check, dotted)
+            values[dotted] = check(leaf, _place(path, text, dotted))
+    if SOURCES in values:
+        values.setdefault("data.source", "")
     for dotted, word in (overrides or {}).items():
         values[dotted] = _check(dotted, _parse(dotted, word), f"--{dotted}")
-    # A budget given on the command line replaces the recipe's, whichever kind it was.
-    for given, other in (("train.steps", "train.minutes"), ("train.minutes", "train.steps")):
+    # A budget or a source given on the command line replaces the recipe's, whichever kind it was.
+    for given, other in (("train.steps", "train.minutes"), ("train.minutes", "train.steps"), ("data.source", SOURCES)):
         if overrides and given in overrides and other not in overrides:
             values.pop(other, None)
     return _build(values, lambda dotted: f"--{dotted}" if dotted in (overrides or {}) else _place(path, text, dotted))
@@ -81,9 +87,16 @@ def dump(config: Config) -> str:
     lines = [f"{key} = {json.dumps(getattr(config, key))}" for key in TOP]
     for section in SECTIONS:
         lines.append(f"\n[{section}]")
-        # JSON's strings, numbers and booleans are TOML's, too
-        lines += [f"{k} = {json.dumps(v)}" for k, v in dataclasses.asdict(getattr(config, section)).items()]
+        values = dataclasses.asdict(getattr(config, section))
+        sources = values.pop("sources", ())
+        lines += _lines(values)
+        for source in sources:
+            lines += [f"\n[[{SOURCES}]]", *_lines(source)]
     return "\n".join(lines) + "\n"
+
+
+def _lines(values: dict[str, Any]) -> list[str]:
+    return [f"{k} = {json.dumps(v)}" for k, v in values.items()]  # JSON's strings, numbers and booleans are TOML's, too
 
 
 def _build(values: dict[str, Any], place: Any) -> Config:
@@ -100,21 +113,46 @@ def _build(values: dict[str, Any], place: Any) -> Config:
         raise ConfigError(f"{place(str(error).partition(' ')[0])}: {error}") from None
 
 
+def _sources(path: Path, text: str, tables: Any, place: str) -> tuple[SourceConfig, ...]:
+    """The tables [[data.sources]], each checked like a section."""
+    if type(tables) is not list or not tables or not all(type(table) is dict for table in tables):
+        raise ConfigError(f"{place}: {SOURCES} = {tables!r}: must be one or more tables, [[{SOURCES}]]")
+    sources = []
+    for number, table in enumerate(tables):
+        where = {name: _place(path, text, f"{SOURCES}.{name}", number) for name in table}
+        values = {name: _field(SOURCES, name, value, where[name]) for name, value in table.items()}
+        for name in ("source", "weight"):
+            if name not in values:
+                raise ConfigError(f"{next(iter(where.values()), path)}: {SOURCES}.{name}: is missing in this table")
+        try:
+            sources.append(SourceConfig(**values))
+        except ValueError as error:
+            name = str(error).partition(" ")[0].rpartition(".")[2]
+            raise ConfigError(f"{where[name]}: {error}") from None
+    return tuple(sources)
+
+
 def _check(dotted: str, value: Any, place: str) -> Any:
     """The value, if the field exists and has the value's type; an int serves as a float."""
     section, _, name = dotted.partition(".")
     if dotted in TOP:
-        expected: type = str
-    elif dotted in SECTIONS:
+        return _typed(dotted, value, str, place)
+    if dotted in SECTIONS:
         raise ConfigError(f"{place}: {dotted} = {value!r}: must be a section, [{dotted}]")
-    elif section not in SECTIONS:
+    if section not in SECTIONS:
         raise ConfigError(f"{place}: {section}: no such section{_closest(section, SECTIONS)}")
-    elif dotted in RENAMED:
+    if dotted in RENAMED:
         raise ConfigError(f"{place}: {dotted}: renamed to {RENAMED[dotted]}")
-    elif name not in fields(section):
-        raise ConfigError(f"{place}: {dotted}: no such field{_closest(name, fields(section), section + '.')}")
-    else:
-        expected = fields(section)[name]
+    return _field(section, name, value, place)
+
+
+def _field(section: str, name: str, value: Any, place: str) -> Any:
+    if name not in fields(section):
+        raise ConfigError(f"{place}: {section}.{name}: no such field{_closest(name, fields(section), section + '.')}")
+    return _typed(f"{section}.{name}", value, fields(section)[name], place)
+
+
+def _typed(dotted: str, value: Any, expected: type, place: str) -> Any:
     if expected is float and type(value) is int:
         return float(value)
     if type(value) is not expected:
@@ -134,7 +172,8 @@ def _parse(dotted: str, word: str) -> Any:
 
 
 def _named(kind: type) -> str:
-    return {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}.get(kind, kind.__name__)
+    names = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", list: "a list"}
+    return names.get(kind, kind.__name__)
 
 
 def _closest(word: str, candidates: Any, prefix: str = "") -> str:
@@ -142,13 +181,15 @@ def _closest(word: str, candidates: Any, prefix: str = "") -> str:
     return f"; did you mean {prefix}{near[0]}?" if near else ""
 
 
-def _place(path: Path, text: str, dotted: str) -> str:
-    """`file:line` of a dotted key in a TOML text; only the file where the key does not stand in it."""
+def _place(path: Path, text: str, dotted: str, table: int = 0) -> str:
+    """`file:line` of a dotted key in a TOML text, in the [[section]] with number `table`; only the file where the key
+    does not stand in it."""
     section, _, name = dotted.rpartition(".")
-    current = ""
+    current, seen = "", 0
     for number, line in enumerate(text.splitlines(), 1):
-        if header := re.match(r"\s*\[\s*([\w.-]+)\s*\]", line):
+        if header := re.match(r"\s*\[\[?\s*([\w.-]+)\s*\]", line):
             current = header[1]
-        elif current == section and re.match(rf"\s*[\"']?{re.escape(name)}[\"']?\s*=", line):
+            seen += current == section
+        elif current == section and seen in (0, table + 1) and re.match(rf"\s*[\"']?{re.escape(name)}[\"']?\s*=", line):
             return f"{path}:{number}"
     return str(path)

@@ -83,7 +83,7 @@ def test_ranks_share_one_global_order(counting: Shards, ranks: int) -> None:
 def test_text_shorter_than_the_context_raises(tmp_path: Path) -> None:
     shards = store(tmp_path, [list(range(10))])
     with pytest.raises(
-        ShardError, match=r"model.context = 10: the training text has only 10 tokens, and 11 are needed"
+        ShardError, match=r"model.context = 10: the training text of 's' has only 10 tokens, and 11 are needed"
     ):
         Loader(shards, context=10, seed=0)
     assert Loader(shards, context=9, seed=0).batch(5, 2)[0].shape == (2, 9)

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 
 import data.prepare as module
-from data import shards
+from data import draft, encoding, shards
 from data.chunking import SEPARATOR
 from data.prepare import prepare
 from data.sources import CorpusError
@@ -159,13 +160,16 @@ def test_existing_tokenizer_is_used_unchanged(stories: Path, tmp_path: Path) -> 
         make(stories, tokenizer="missing.json")
 
 
-@pytest.mark.parametrize("step", ["train_tokenizer", "write", "publish", "sync"])
+@pytest.mark.parametrize(
+    "step", ["prepare.train_tokenizer", "prepare.write", "prepare.save_progress", "draft.publish", "draft.sync"]
+)
 @pytest.mark.parametrize("after", [False, True])
 def test_stop_before_and_after_every_step(
     stories: Path, monkeypatch: pytest.MonkeyPatch, step: str, after: bool
 ) -> None:
     """Simulates SIGKILL without cleanup: a folder with the final name is complete or does not exist."""
-    real = getattr(module, step)
+    where, name = {"prepare": module, "draft": draft}[step.partition(".")[0]], step.partition(".")[2]
+    real = getattr(where, name)
 
     def stop(*args: object) -> None:
         if after:
@@ -173,13 +177,13 @@ def test_stop_before_and_after_every_step(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, step, stop)
-        patch.setattr(module.shutil, "rmtree", lambda *args, **options: None)
+        patch.setattr(where, name, stop)
+        patch.setattr(shutil, "rmtree", lambda *args, **options: None)
         with pytest.raises(KeyboardInterrupt):
             make(stories, tokenizer="bpe", vocab_size=280)
     tokens = stories.parent / "cache" / "tokens"
     named = [path for path in tokens.iterdir() if not path.name.startswith(".tmp")]
-    assert len(named) == (step == "publish" and after)
+    assert len(named) == (step == "draft.publish" and after)
     folder = make(stories, tokenizer="bpe", vocab_size=280)
     assert named in ([], [folder]) and len(documents(folder, "train") + documents(folder, "val")) == 300
 
@@ -219,14 +223,14 @@ def test_two_concurrent_processes_agree(tmp_path: Path) -> None:
 
 
 def test_concurrent_rename_is_not_an_error(stories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    publish = module.publish
+    publish = draft.publish
 
     def late(temporary: Path, folder: Path) -> None:
-        monkeypatch.setattr(module, "publish", publish)
+        monkeypatch.setattr(draft, "publish", publish)
         assert make(stories) == folder  # another process finishes first
         publish(temporary, folder)
 
-    monkeypatch.setattr(module, "publish", late)
+    monkeypatch.setattr(draft, "publish", late)
     folder = make(stories)
     assert list(folder.parent.iterdir()) == [folder] and documents(folder, "train")
 
@@ -241,9 +245,9 @@ def test_failure_or_full_disk_leaves_no_folder(stories: Path, monkeypatch: pytes
     assert list((stories.parent / "cache" / "tokens").iterdir()) == []
 
 
-def test_leftovers_of_killed_processes_are_removed_after_a_day(stories: Path) -> None:
+def test_drafts_that_nobody_continues_are_removed_after_a_week(stories: Path) -> None:
     tokens = stories.parent / "cache" / "tokens"
-    for name, age in ((".tmp-old", 2), (".tmp-new", 0)):
+    for name, age in ((".tmp-old", 8), (".tmp-new", 6)):
         (tokens / name).mkdir(parents=True)
         os.utime(tokens / name, (time.time() - age * 86_400,) * 2)
     folder = make(stories)
@@ -280,7 +284,8 @@ def test_bpe_sample_is_capped_spread_and_from_training_only(stories: Path, monke
 
 def test_memory_does_not_grow_with_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of the text is without blank lines and an eighth of it one long line. Counted: what Python allocates."""
-    monkeypatch.setattr(Tokenizer, "encode_batch", lambda self, texts: [[1] * (len(text) // 3) for text in texts])
+    monkeypatch.setattr(module, "BATCH", 1 << 17)  # so that the pipeline is full from the start
+    monkeypatch.setattr(encoding.Worker, "encode", lambda self, pieces: [(np.array([1]), 1, None)] * len(pieces))
     rng, peaks = random.Random(0), list[int]()
     words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(2, 9))) for _ in range(2000)]
     block = "\n\n".join(" ".join(rng.choices(words, k=60)) + "." for _ in range(2500))

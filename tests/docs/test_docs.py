@@ -1,8 +1,9 @@
 """Everything in README and docs that looks like a command or like code is run, with small numbers.
 
 python blocks of a page run in order, in one namespace, from the root of the repository; what a block prints must be the
-text block that follows it. Commands (sh blocks) run as they stand, on the tests' small text instead of Shakespeare.
-Links, commands within a sentence and the front page's list of files are checked, not run.
+text block that follows it. A toml block is a recipe, and its first line has its name. Commands (sh blocks) run as they
+stand, on the tests' small text instead of Shakespeare. Links, commands within a sentence and the front page's list of
+files are checked, not run.
 """
 
 import contextlib
@@ -18,6 +19,7 @@ import pytest
 
 import benchmarks.__main__
 import convert.__main__
+import data.__main__
 import evals.__main__
 from tests.conftest import ROOT, SMALL, UNTRACED_ENV
 
@@ -73,11 +75,21 @@ def chats(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory, text):
+    """A folder with the pages' recipes."""
+    folder = tmp_path_factory.mktemp("recipes")
+    for content in (content for page in PAGES for kind, content in blocks(page) if kind == "toml"):
+        content = content.replace('"shakespeare"', f'"{text}"').replace('"my-notes"', f'"{text.parent}"')
+        (folder / content.split()[1]).write_text(content)
+    return folder
+
+
 @pytest.mark.parametrize("line", commands())
-def test_commands_run(line, place, text, chats, tmp_path):
+def test_commands_run(line, place, text, chats, written, tmp_path):
     program = line.split()[0]
     line = re.sub(
-        r"(\.venv/bin/|\b)python (?=-m (?:benchmarks|evals|convert)|train|sample)", f"{sys.executable} ", line
+        r"(\.venv/bin/|\b)python (?=-m (?:benchmarks|data|evals|convert)|train|sample)", f"{sys.executable} ", line
     )
     line = re.sub(r"^torchrun", f"{sys.executable} -m torch.distributed.run --standalone", line)
     if program == "make":
@@ -92,7 +104,7 @@ def test_commands_run(line, place, text, chats, tmp_path):
         small = [word for word in SMALL if word.partition("=")[0] not in line]
         if "chat.jsonl" in line:  # room for a system message
             small = [word.replace("context=32", "context=128") for word in small]
-        source = "" if "--data.source" in line else f"--data.source={text} "
+        source = "" if "--data.source" in line or ".toml" in line else f"--data.source={text} "
         kept = re.sub(r"--train\.(steps|minutes)[ =]\S+", "", line)
         tokenizer = "" if "--init-from" in line else "--data.tokenizer=bpe "  # else the tokenizer is the other run's
         line = f"{kept} {source}{' '.join(small)} {tokenizer}--train.steps=4 --train.num_evals=1"
@@ -100,6 +112,7 @@ def test_commands_run(line, place, text, chats, tmp_path):
         line += "" if "--name" in line else " --name=page"
     line = re.sub(r"\bruns/", f"{place}/", line)
     line = line.replace("my-notes", str(text.parent)).replace("chat.jsonl", str(chats))
+    line = re.sub(r"[\w-]+\.toml", rf"{written}/\g<0>", line)
     line = re.sub(r"--nproc-per-node[ =]8", "--nproc-per-node=2", line)
     environment = UNTRACED_ENV | {"HEED_RUNS": str(place), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(["bash", "-ec", line], cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -134,6 +147,7 @@ PARSERS = {
     "benchmarks": benchmarks.__main__.arguments,
     "evals": evals.__main__.arguments,
     "convert": convert.__main__.parse_args,
+    "data": data.__main__.arguments,
 }
 
 
@@ -141,14 +155,17 @@ PARSERS = {
 def test_commands_within_a_sentence_exist(page):
     """`python -m benchmarks data --turns 2`: the command and its flags exist. Some arguments may be left out."""
     prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S).replace("\n", " ")
-    for package, words in re.findall(r"`python -m (benchmarks|evals|convert) ([^`]+)`", prose):
+    for package, words in re.findall(r"`python -m (benchmarks|data|evals|convert) ([^`]+)`", prose):
         error = io.StringIO()
         with (
             contextlib.suppress(SystemExit),
             contextlib.redirect_stdout(io.StringIO()),
             contextlib.redirect_stderr(error),
         ):
-            PARSERS[package](shlex.split(words))
+            try:
+                PARSERS[package](shlex.split(words))
+            except ValueError as reason:
+                error.write(str(reason))
         wrong = error.getvalue() and "arguments are required" not in error.getvalue()
         assert not wrong, f"{page.name}: {words}: {error.getvalue()}"
 

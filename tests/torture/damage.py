@@ -80,7 +80,14 @@ def toml_cases() -> list[str]:
     broken = ["", "[", "[model", "model = 3\n", "[[model]]\n", "name = 3\n", "[model.n_layer]\nx = 1\n", "x = 1\n",
               "[model]\nn_layer = 1\nn_layer = 2\n", "\x00", "\ufeff[model]\n", "[data]\nsource = \"a\\u0000b\"\n",
               "a = " + "[" * 20_000, "[train]\nsteps = 1\nminutes = 1.0\n", f'name = "{"x" * 300}"\n']  # fmt: skip
-    return cases + broken
+    table = '[[data.sources]]\nsource = "nowhere.txt"\n'
+    mixtures = [table, table * 2, f"{table}weight = 1\n", f"{table}weight = 1\n{table}weight = nan\n",
+                f"{table}weight = 1e308\n{table}weight = 1e308\n", f"{table}weight = 1e-320\n", f"{table}weight = []\n",
+                f"[data]\nsource = 'x'\n{table}weight = 1\n", "[data]\nsources = 3\n", "[data]\nsources = [[]]\n",
+                "[data.sources]\n", "[[data.sources]]\n", "[[data.sources.source]]\n",
+                '[data]\n"sources.weight" = 1.0\n',
+                "[[data.sources]]\nsource = '/dev/null'\nweight = 1\n" * 50]  # fmt: skip
+    return cases + broken + mixtures
 
 
 def texts(long: bool) -> dict[str, bytes]:
@@ -109,5 +116,6 @@ def texts(long: bool) -> dict[str, bytes]:
         "surrogate-chat.jsonl": (line + b', "content": "\\udfff"}]}\n') * 99,
         "fake.parquet": plain, "empty.parquet": b"", "magic.parquet": b"PAR1" + number.randbytes(99) + b"PAR1",
         "fake.json": plain, "deep.json": b"[" * 100_000, "object.json": b'{"text": ["a", "b"]}',
+        "empty.bin": b"", "noise.bin": number.randbytes(9998), "odd.bin": b"abc", "zeros.bin": bytes(9998),
         "unknown.pdf": b"%PDF-1.4\n" + number.randbytes(999), "long.md": b"#" * 9999,
     }  # fmt: skip

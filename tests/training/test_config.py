@@ -137,8 +137,8 @@ def test_unknown_recipe_lists_the_known_ones():
 
 def test_every_field_has_documentation_and_a_simple_type():
     for section, kind in SECTIONS.items():
-        names = {f.name for f in dataclasses.fields(kind)}
-        assert set(documentation(section)) == set(fields(section)) == names
+        names = {f.name for f in dataclasses.fields(kind)} - {"sources"}  # tables, see test_mixture_config.py
+        assert set(documentation(section)) - {"sources"} == set(fields(section)) == names
         assert set(fields(section).values()) <= {int, float, str, bool}
 
 
