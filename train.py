@@ -67,9 +67,8 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
 
     # 2. Data: tokenized shards --------------------------------------------------------------------------------------
 
-    folder = prepare(**dataclasses.asdict(config.data)) if world.main else None
-    world.barrier()  # the other processes find in the cache what the main process prepared
-    folder = folder or prepare(**dataclasses.asdict(config.data))
+    with world.in_turn("text", log):  # the other processes find in the cache what the main process prepared
+        folder = prepare(**dataclasses.asdict(config.data))
     train_text, val_text = (Shards(folder, split, verify=world.local_rank == 0) for split in ("train", "val"))
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     answers = f", {train_text.num_targets:,} and {val_text.num_targets:,} of them in answers" if train_text.chat else ""
@@ -141,7 +140,6 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
             checkpoint.prune(run, config.train.keep_checkpoints)
         saved = step
         save_timer.restart()
-        world.barrier()  # saving may take longer than a step may
 
     def evaluate() -> bool:
         """Record the validation loss and a sample of the checkpoint just saved. False: stopped by a signal."""
@@ -159,7 +157,6 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
             record.log(step, val_loss=val_loss, val_bpb=val_bpb, seconds=budget.elapsed)
             log(f"step {step} | val_loss {val_loss:.4f} | val_bpb {val_bpb:.4f}\n{sample}")
             metrics.plot(run, f"{config.name}: {val_bpb:.3f} bits per byte on held-out text")
-        world.barrier()
         return True
 
     def bits_per_byte(loss: float, text: Shards) -> float:
@@ -195,8 +192,6 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
                 part = model.loss(inputs.to(machine.device), targets.to(machine.device)) / max(num_targets, 1)
             part.backward()
             loss += part.detach()
-        if not budget.durations:
-            world.barrier()  # in the first step torch.compile takes its time
         world.average_gradients(model)
         grad_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip))
         # Signals to any process and the main process's clock: all of them stop, and save, together.
@@ -216,7 +211,7 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
         if budget.is_due(step):
             first = budget.num_steps == 0
             fit = budget.steps_in_time(step, config.train.num_evals - len(val_losses))
-            budget.num_steps = world.broadcast(fit, machine.device)
+            budget.num_steps = world.share(fit)
             if first:
                 log(f"budget {config.train.minutes:g} min = {budget.num_steps:,} steps of {budget.step_seconds:.3g} s")
         if record:
@@ -318,7 +313,8 @@ def main() -> None:
     """Run the command. A user's mistake is one line on stderr and exit status 2, never a traceback."""
     try:
         if parsed := parse_args(sys.argv[1:]):
-            train(*parsed)
+            with distributed.together():
+                train(*parsed)
     except (ConfigError, CorpusError, TokenizerError, ShardError, CheckpointError, DistributedError, Diverged) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)

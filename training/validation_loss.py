@@ -1,9 +1,12 @@
 """The validation loss."""
 
+import itertools
+
 import torch
 
 from data.loader import validation
 from data.shards import Shards
+from kernels.reference_attention import IGNORE_INDEX
 from model import GPT
 from training.config import Config
 from training.device import Machine
@@ -19,19 +22,20 @@ def validate(
 ) -> float | None:
     """Mean loss over all targets of a text, in nats/token; None if `stop` was requested meanwhile.
 
-    The processes share the batches, and stop together. Raises DistributedError.
+    The processes share the batches, and stop together.
     """
     model.eval()
-    total, check_every = 0.0, 1 if world.size == 1 else CHECK_EVERY * world.size
+    total, check_every = 0.0, 1 if world.size == 1 else CHECK_EVERY
+    batches = validation(text, config.model.context, config.train.micro_batch_size, eot)
     try:
-        for number, (inputs, targets) in enumerate(
-            validation(text, config.model.context, config.train.micro_batch_size, eot)
-        ):
+        for number, batch in enumerate(iter(lambda: list(itertools.islice(batches, world.size)), [])):
             if stop and number % check_every == 0 and sum(world.all_reduce_sum([stop.requested], machine.device)):
                 return None
-            if number % world.size == world.rank:
-                with machine.autocast():
-                    total += float(model.loss(inputs.to(machine.device), targets.to(machine.device)))
+            inputs, targets = batch[min(world.rank, len(batch) - 1)]
+            if world.rank >= len(batch):  # there is none left for this process, but all make as many forward passes
+                targets = torch.full_like(targets, IGNORE_INDEX)
+            with machine.autocast():
+                total += float(model.loss(inputs.to(machine.device), targets.to(machine.device)))
         return world.all_reduce_sum([total], machine.device)[0] / text.num_targets
     finally:
         model.train()
