@@ -1,7 +1,7 @@
 """Checkpoints, written atomically: a process killed at any moment leaves no damaged checkpoint behind.
 
     runs/NAME/step-000500/model.safetensors   weights, under Hugging Face's names
-                          optimizer.pt        the state of the optimizers (tensors and numbers, no code)
+                          optimizer.pt        the state of the optimizers, by the name of a parameter (tensors, no code)
                           state.json          format version, step, counters, configuration, and the SHA-256 of the
                                               two files above
     runs/NAME/latest, runs/NAME/best          the name of a step folder, as text
@@ -16,7 +16,7 @@ import json
 import pickle
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,9 @@ from torch import nn
 from data.shards import sync
 from model import ModelConfig
 
-FORMAT_VERSION = 2  # of state.json; 1 had no version and no training seconds, and is still read
+# Of a checkpoint. In 2, optimizer.pt had the state of a parameter under its number; 1 had no version and no training
+# seconds, too. Both are still read.
+FORMAT_VERSION = 3
 
 WEIGHTS = ("model.safetensors",)
 FILES = (*WEIGHTS, "optimizer.pt")
@@ -54,7 +56,8 @@ def save(
     try:
         draft.mkdir(parents=True)
         save_file(model.state_dict(), draft / "model.safetensors", metadata={"format": "pt"})
-        torch.save([optimizer.state_dict() for optimizer in optimizers], draft / "optimizer.pt")
+        states = {name: optimizer.state.get(p, {}) for optimizer, name, p in _named(optimizers)}
+        torch.save(states, draft / "optimizer.pt")
         shutil.copymode(draft / "optimizer.pt", draft / "model.safetensors")  # safetensors ignores the umask
         hashes = {name: _sha256(draft / name) for name in FILES}
         about = {"format_version": FORMAT_VERSION, "step": step, **state}
@@ -113,9 +116,9 @@ def find(run: Path, which: str) -> Path:
     """
     if not run.is_dir():
         raise CheckpointError(f"{run}: no such run")
-    folder = _named(run, which) if which in POINTERS else run / which if STEP.fullmatch(which) else None
+    folder = _pointed(run, which) if which in POINTERS else run / which if STEP.fullmatch(which) else None
     if which == "best" and folder is None:
-        folder = _named(run, "latest")
+        folder = _pointed(run, "latest")
     if folder is None or not (folder / "state.json").is_file():
         there = ", ".join(path.name for path in folders(run)) or "none"
         raise CheckpointError(f"{run}: no checkpoint {which!r}; there are: {there}")
@@ -147,7 +150,7 @@ def folders(run: Path) -> list[Path]:
     return sorted((p for p in run.glob("step-*") if STEP.fullmatch(p.name)), key=lambda p: int(p.name[5:]))
 
 
-def _named(run: Path, pointer: str) -> Path | None:
+def _pointed(run: Path, pointer: str) -> Path | None:
     """The folder that a pointer names; None if there is no pointer, or it is damaged, or names a missing folder."""
     try:
         name = (run / pointer).read_text().strip()
@@ -165,7 +168,7 @@ def read_state(folder: Path, verify: Sequence[str] = FILES) -> dict[str, Any]:
     try:
         state = json.loads(path.read_bytes())
         version = state.get("format_version", 1)
-        if version not in (1, FORMAT_VERSION):
+        if version not in range(1, FORMAT_VERSION + 1):
             newer = isinstance(version, int) and version > FORMAT_VERSION
             raise CheckpointError(
                 f"{path}: format_version = {version!r}: this heed reads 1 to {FORMAT_VERSION}; "
@@ -216,20 +219,40 @@ def load_weights(folder: Path, model: nn.Module, *, grow: bool = False) -> None:
 def load_optimizers(folder: Path, optimizers: list[torch.optim.Optimizer]) -> None:
     """Load the state of the optimizers; their settings stay those of the configuration. Raises CheckpointError."""
     try:
-        states = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
-        for optimizer, state in zip(optimizers, states, strict=True):
-            settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-            optimizer.load_state_dict(state)
-            for group, own in zip(optimizer.param_groups, settings, strict=True):
-                group.update(own)  # load_state_dict replaced them, too
+        saved = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
+        if isinstance(saved, list):
+            saved = _by_name(saved, optimizers)
+        if saved.keys() != {name for _, name, _ in _named(optimizers)}:
+            raise ValueError("other parameters")
+        for optimizer in optimizers:
+            state = {number: saved[name] for number, (_, name, _) in enumerate(_named([optimizer])) if saved[name]}
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
     except (ValueError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
         path = folder / "optimizer.pt"
         raise CheckpointError(f"{path}: does not fit the optimizers of this run: {one_line(error)}") from None
 
 
+def _named(optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[tuple[torch.optim.Optimizer, str, nn.Parameter]]:
+    """Every parameter of the optimizers, with its name."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for name, p in zip(group["param_names"], group["params"], strict=True):
+                yield optimizer, name, p
+
+
+def _by_name(saved: list[dict[str, Any]], optimizers: list[torch.optim.Optimizer]) -> dict[str, dict[str, Any]]:
+    """optimizer.pt of format 2 as one of today: the n-th state is that of the n-th parameter."""
+    states = {}
+    for optimizer, old in zip(optimizers, saved, strict=True):
+        numbers = [number for group in old["param_groups"] for number in group["params"]]
+        for number, (_, name, _) in zip(numbers, _named([optimizer]), strict=True):
+            states[name] = old["state"].get(number, {})
+    return states
+
+
 def prune(run: Path, keep: int) -> None:
     """Delete all checkpoints but the latest `keep` and those that a pointer names."""
-    named = {_named(run, pointer) for pointer in POINTERS}
+    named = {_pointed(run, pointer) for pointer in POINTERS}
     for folder in folders(run)[:-keep]:
         if folder not in named:
             shutil.rmtree(folder)

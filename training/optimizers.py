@@ -4,6 +4,7 @@ from collections import defaultdict
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
 
 from kernels import cpu
 from kernels.cpu.bindings import muon_step
@@ -35,10 +36,11 @@ class Muon(torch.optim.Optimizer):
     call of kernels/cpu/muon.cpp, where there is a C++ compiler.
     """
 
-    def __init__(self, params: list[nn.Parameter], lr: float, momentum: float, weight_decay: float, dtype: torch.dtype):
+    def __init__(self, params: ParamsT, lr: float, momentum: float, weight_decay: float, dtype: torch.dtype):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.dtype = dtype
-        self.fused = cpu.trains(dtype) and all(p.is_cpu and p.dtype == torch.float32 for p in params)
+        matrices = [p for group in self.param_groups for p in group["params"]]
+        self.fused = cpu.trains(dtype) and all(p.is_cpu and p.dtype == torch.float32 for p in matrices)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -66,16 +68,16 @@ class Muon(torch.optim.Optimizer):
 
 
 def build_optimizers(model: nn.Module, config: OptimConfig, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
-    """The optimizers of a run. Every parameter is in exactly one group; gains have no weight decay.
+    """The optimizers of a run. Every parameter is in exactly one group, with its name; gains have no weight decay.
 
     dtype: of Muon's matmuls.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    in_block = {name for name, p in named if p.ndim == 2 and ".layers." in name}
-    muon = [p for name, p in named if name in in_block and config.optimizer == "muon"]
-    matrices = [p for name, p in named if p.ndim == 2 and not (name in in_block and config.optimizer == "muon")]
-    gains = [p for _, p in named if p.ndim != 2]  # and the decays and convolutions of zoo/
-    if sorted(map(id, muon + matrices + gains)) != sorted(id(p) for _, p in named):
+    by_muon = {name for name, p in named if p.ndim == 2 and ".layers." in name and config.optimizer == "muon"}
+    muon = [(name, p) for name, p in named if name in by_muon]
+    matrices = [(name, p) for name, p in named if p.ndim == 2 and name not in by_muon]
+    gains = [(name, p) for name, p in named if p.ndim != 2]  # and the decays and convolutions of zoo/
+    if sorted(name for name, _ in muon + matrices + gains) != sorted(name for name, _ in named):
         raise AssertionError("a parameter is in no group, or in two")
 
     groups = [
