@@ -30,9 +30,10 @@ from data.prepare import prepare
 from data.shards import ShardError, Shards
 from data.sources import CorpusError
 from data.tokenizer import Tokenizer, TokenizerError
+from inference.stop_strings import GeneratedText
 from kernels.reference_attention import IGNORE_INDEX
 from model import GPT
-from sample import RUNS, stream_generate
+from sample import RUNS, generate
 from training import checkpoint, device, distributed, init_from, metrics, run_folder
 from training.apply_fused_layers import optimize_layers
 from training.checkpoint import CheckpointError
@@ -46,6 +47,8 @@ from training.graceful_exit import GracefulExit
 from training.optimizers import build_optimizers, lr_factor, set_learning_rate
 from training.time_budget import SaveTimer, StepBudget, evaluation_due, resumed
 from training.validation_loss import validate
+
+SAMPLE_TOKENS = 100  # of an evaluation
 
 
 def train(config: Config, resume: bool, overwrite: bool) -> None:
@@ -86,9 +89,15 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
     config = with_vocab_size(config, tokenizer)
     context, micro_batch, share = config.model.context, *split_batch(config, world.size)  # share: sequences per process
     num_params, token_flops = count_parameters(config.model), flops_per_token(config.model)
-    check_fits(num_params, machine.device)
+    shard = distributed.devices_per_copy(config.train.shard, world)
+    check_fits(num_params, machine.device, shard)
     torch.manual_seed(config.train.seed)
-    model = GPT(config.model).to(machine.device)
+    model = GPT(config.model)
+    if world.size == 1:
+        model.to(machine.device)
+    else:
+        distributed.parallelize(model, world, shard, machine.device)
+        log(f"mesh {world.size} devices = {world.size // shard} copies of the model x {shard} devices (train.shard)")
     model.model.activation_checkpointing = config.train.activation_checkpointing
     if note := optimize_layers(model, machine):
         log(note)
@@ -131,12 +140,14 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
         nonlocal saved
         if saved == step:
             return
+        check_weights(step, model, world, machine.device)
         if record:
-            check_weights(step, model)
             record.sync()
-            dtype = str(machine.dtype).removeprefix("torch.")
-            about = {"steps": budget.num_steps, "seconds": budget.elapsed, "dtype": dtype, "identity": identity}
-            checkpoint.save(run, step, model, optimizers, about | {"config": dataclasses.asdict(config)})
+        dtype = str(machine.dtype).removeprefix("torch.")
+        about = {"steps": budget.num_steps, "seconds": budget.elapsed, "dtype": dtype, "identity": identity}
+        about["config"] = dataclasses.asdict(config)
+        checkpoint.save(run, step, model, optimizers, about, world.main)
+        if record:
             checkpoint.prune(run, config.train.keep_checkpoints)
         saved = step
         save_timer.restart()
@@ -148,7 +159,7 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
             if val_loss is None:
                 return False
             check_finite(step, val_loss)
-            sample = sample_text(model, tokenizer, config) if world.main else ""
+            sample = sample_text(model, tokenizer, config)
         val_losses[step] = val_loss
         if record:
             if val_loss == min(val_losses.values()):  # before the record: a resumed run repeats what has none
@@ -187,12 +198,13 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
 
         # Forward and backward, micro-batch by micro-batch.
         loss = torch.zeros((), dtype=torch.float32, device=machine.device)
-        for inputs, targets in zip(x.split(micro_batch), y.split(micro_batch), strict=True):
+        for first in range(0, share, micro_batch):
+            inputs, targets = (batch[first : first + micro_batch] for batch in (x, y))
+            distributed.reduce_gradients(model, last=first + micro_batch == share)
             with machine.autocast():
                 part = model.loss(inputs.to(machine.device), targets.to(machine.device)) / max(num_targets, 1)
             part.backward()
             loss += part.detach()
-        world.average_gradients(model)
         grad_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip))
         # Signals to any process and the main process's clock: all of them stop, and save, together.
         sums = [float(loss) / world.size, graceful_exit.requested, world.main and save_timer.due]
@@ -256,12 +268,17 @@ class Diverged(ValueError):
 
 
 def sample_text(model: GPT, tokenizer: Tokenizer, config: Config) -> str:
-    """A short sample, indented: complete lines, from `train.prompt` (in a chat, the user's message)."""
+    """A short sample, indented: complete lines, from `train.prompt` (in a chat, the user's message).
+
+    Every process generates it, and as many tokens whatever they are: a model may be divided among the processes.
+    """
     prompt, chat = config.train.prompt, config.data.format == "chat"
     rendered = chat_format.render_prompt(tokenizer, [("user", prompt)], config.model.context) if chat else prompt
+    ids, text = tokenizer.encode_prompt(rendered), prompt + "\n" * chat
+    generated = GeneratedText(tokenizer, stop=(), prompt=ids, whole_lines=True)
     model.eval()
-    stream = stream_generate(model, tokenizer, rendered, max_new_tokens=100, whole_lines=True)
-    text = prompt + "\n" * chat + "".join(part for _, part in stream)
+    for number, token in enumerate(generate(model, ids, max_new_tokens=SAMPLE_TOKENS), 1):
+        text += "" if generated.finished else generated.add_token(int(token), last=number == SAMPLE_TOKENS)
     model.train()
     return "\n".join(f"    | {line}" for line in text.strip().splitlines())
 
@@ -275,9 +292,10 @@ def check_finite(step: int, loss: float, grad_norm: float = 0.0) -> None:
         )
 
 
-def check_weights(step: int, model: GPT) -> None:
-    """Raise Diverged if a weight is not finite, before it is saved."""
-    if not all(bool(p.isfinite().all()) for p in model.parameters()):
+def check_weights(step: int, model: GPT, world: distributed.World, device: torch.device) -> None:
+    """Raise Diverged, on all processes, if a weight is not finite, before it is saved."""
+    bad = [not bool(distributed.local(p).isfinite().all()) for p in model.parameters()]
+    if world.all_reduce_sum([sum(bad)], device)[0]:
         raise Diverged(f"step {step}: a weight is not finite, and nothing was saved. Lower learning rates may help")
 
 

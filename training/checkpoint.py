@@ -23,10 +23,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from data.shards import sync
 from model import ModelConfig
+from training.distributed import divided, whole
 
 # Of a checkpoint. In 2, optimizer.pt had the state of a parameter under its number; 1 had no version and no training
 # seconds, too. Both are still read.
@@ -43,20 +44,24 @@ class CheckpointError(ValueError):
 
 
 def save(
-    run: Path, step: int, model: nn.Module, optimizers: list[torch.optim.Optimizer], state: dict[str, Any]
-) -> Path:
+    run: Path, step: int, model: nn.Module, optimizers: list[torch.optim.Optimizer], state: dict[str, Any],
+    main: bool = True,
+) -> Path:  # fmt: skip
     """Write run/step-NNNNNN and point `latest` at it; returns the folder. `state` must be JSON.
 
-    A folder of that name, which `best` may name, keeps it until the new one is on the disk. Raises CheckpointError if
-    the checkpoint cannot be written: the disk is full.
+    If the model is divided among processes, all have to call it, and the main process writes. A folder of that name,
+    which `best` may name, keeps it until the new one is on the disk. Raises CheckpointError if the checkpoint cannot be
+    written: the disk is full.
     """
+    weights, states = _gather(model, optimizers, main)
     folder = run / f"step-{step:06d}"
+    if not main:
+        return folder
     draft, aside = run / f".draft-{folder.name}", run / f".aside-{folder.name}"
     _tidy(run)
     try:
         draft.mkdir(parents=True)
-        save_file(model.state_dict(), draft / "model.safetensors", metadata={"format": "pt"})
-        states = {name: optimizer.state.get(p, {}) for optimizer, name, p in _named(optimizers)}
+        save_file(weights, draft / "model.safetensors", metadata={"format": "pt"})
         torch.save(states, draft / "optimizer.pt")
         shutil.copymode(draft / "optimizer.pt", draft / "model.safetensors")  # safetensors ignores the umask
         hashes = {name: _sha256(draft / name) for name in FILES}
@@ -74,6 +79,27 @@ def save(
     point(run, "latest", folder)
     shutil.rmtree(aside, ignore_errors=True)
     return folder
+
+
+def _gather(
+    model: nn.Module, optimizers: list[torch.optim.Optimizer], keep: bool
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    """The weights, and the states of the optimizers by the name of a parameter: whole, on the CPU; empty if not `keep`.
+
+    One tensor after the other, since a device may have no room for all.
+    """
+    weights, states = dict[str, Tensor](), dict[str, dict[str, Tensor]]()
+    for name, tensor in model.state_dict().items():
+        gathered = whole(tensor)
+        if keep:
+            weights[name] = gathered.cpu()
+    for optimizer, name, p in _named(optimizers):
+        states[name] = {}
+        for key, value in optimizer.state.get(p, {}).items():
+            gathered = whole(value)
+            if keep:
+                states[name][key] = gathered.cpu()
+    return weights, states
 
 
 def _tidy(run: Path) -> None:
@@ -210,7 +236,8 @@ def load_weights(folder: Path, model: nn.Module, *, grow: bool = False) -> None:
                 old = weights[name]  # (V, C)
                 more = max(0, model.get_parameter(name).shape[0] - len(old))
                 weights[name] = torch.cat((old, old.mean(0, keepdim=True).expand(more, -1)))
-        model.load_state_dict(weights)
+        own = model.state_dict()
+        model.load_state_dict({name: divided(w, own[name]) if name in own else w for name, w in weights.items()})
     except (SafetensorError, RuntimeError) as error:
         path = folder / "model.safetensors"
         raise CheckpointError(f"{path}: does not fit this model: {one_line(error)}") from None
@@ -219,13 +246,19 @@ def load_weights(folder: Path, model: nn.Module, *, grow: bool = False) -> None:
 def load_optimizers(folder: Path, optimizers: list[torch.optim.Optimizer]) -> None:
     """Load the state of the optimizers; their settings stay those of the configuration. Raises CheckpointError."""
     try:
-        saved = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
+        saved = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu", mmap=True)
         if isinstance(saved, list):
             saved = _by_name(saved, optimizers)
         if saved.keys() != {name for _, name, _ in _named(optimizers)}:
             raise ValueError("other parameters")
         for optimizer in optimizers:
-            state = {number: saved[name] for number, (_, name, _) in enumerate(_named([optimizer])) if saved[name]}
+            state: dict[int, dict[str, Tensor]] = {}
+            for number, (_, name, p) in enumerate(_named([optimizer])):
+                for key, value in saved[name].items():  # in a file that is mapped: a process reads its own rows
+                    if value.ndim and value.shape != p.shape:
+                        raise ValueError(f"{key} of {name} is {tuple(value.shape)}, not {tuple(p.shape)}")
+                    part = divided(value, p) if value.ndim else value
+                    state.setdefault(number, {})[key] = part.clone()
             optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
     except (ValueError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
         path = folder / "optimizer.pt"

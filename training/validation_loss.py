@@ -16,7 +16,7 @@ from training.graceful_exit import GracefulExit
 CHECK_EVERY = 8  # batches of a process between two checks for a signal, with several processes
 
 
-@torch.inference_mode()
+@torch.no_grad()  # what fully_shard gathers first in inference mode could not be trained
 def validate(
     model: GPT, text: Shards, config: Config, world: World, machine: Machine, eot: int, stop: GracefulExit | None = None
 ) -> float | None:

@@ -132,6 +132,17 @@ def test_an_export_has_the_mode_that_the_umask_gives(runs, mode, tmp_path):
     assert modes(tmp_path / "exported") == {mode}
 
 
+def test_states_of_another_shape_are_one_line(tmp_path):
+    """torch would read beyond them."""
+    model = GPT(TINY)
+    optimizers = build_optimizers(model, OptimConfig(), torch.float32)
+    folder = checkpoint.save(tmp_path, 1, model, optimizers, {})
+    states = {name: {"momentum": torch.zeros(2, 2)} for name, _ in model.named_parameters()}
+    torch.save(states, folder / "optimizer.pt")
+    with pytest.raises(CheckpointError, match=r"momentum of model.embed_tokens.weight is \(2, 2\), not \(97, 32\)"):
+        checkpoint.load_optimizers(folder, optimizers)
+
+
 def test_another_number_of_optimizers_is_one_line(folder):
     with pytest.raises(CheckpointError, match=r"optimizer.pt: does not fit the optimizers of this run"):
         checkpoint.load_optimizers(folder, [torch.optim.AdamW(GPT(TINY).parameters())])

@@ -10,12 +10,14 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import train
 from data import shards
 from data.loader import Loader
 from model import GPT
-from tests.conftest import SMALL, TINY
+from tests.conftest import SMALL, TINY, losses
+from tests.training import ranks
 from tests.training.ranks import HANGS, Ranks, call
 from training import checkpoint, device, distributed
 from training.config import Config, ConfigError, TrainConfig
@@ -118,23 +120,28 @@ def validated(rank, sequences):
     return validate(model, Text(), config, world, machine, 0), next(count)
 
 
-@pytest.mark.parametrize("sequences", [1, 2])
-def test_validation_on_any_number_of_processes_is_that_on_one(sequences):
-    ((alone, batches),) = call(1, validated, sequences)
+def check_validation(size, sequences, call=call):
+    """AssertionError unless the loss is that of one process, and all processes make as many forward passes."""
+    ((alone, batches),) = ranks.call(1, validated, sequences)
     assert batches == -(-5 // sequences)
-    for size in (2, 4):
-        results = call(size, validated, sequences)
-        assert all(loss == pytest.approx(alone, rel=1e-6) for loss, _ in results)
-        assert {passes for _, passes in results} == {-(-batches // size)}  # a sharded model is made whole in each
+    results = call(size, validated, sequences)
+    assert all(loss == pytest.approx(alone, rel=1e-6) for loss, _ in results)
+    assert {passes for _, passes in results} == {-(-batches // size)}
 
 
-FOREVER = ("--train.steps=1000000", "--train.num_evals=1", "--train.save_minutes=1e-9", "--train.micro_batch_size=2")
+@pytest.mark.parametrize("sequences", [1, 2])
+@pytest.mark.parametrize("size", [2, 4])
+def test_validation_on_any_number_of_processes_is_that_on_one(size, sequences):
+    check_validation(size, sequences)
+
+
+FOREVER = ("--train.steps=1000000", "--train.num_evals=1", "--train.save_minutes=1e-9")
 
 
 def trained(rank, runs, words, lost, how, at=3):
     """train.py; the process `lost` sends itself the signal `how` in step `at`. A collective may take six seconds. The
     processes measure different gains of bf16."""
-    os.dup2(os.open(runs / f"log-{rank}", os.O_WRONLY | os.O_CREAT), 1)
+    os.dup2(os.open(runs / f"log-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
     os.dup2(1, 2)
     batch, mapped = Loader.batch, shards._map
 
@@ -149,7 +156,7 @@ def trained(rank, runs, words, lost, how, at=3):
         return mapped(path, dtype, tokens, sha256)
 
     Loader.batch, shards._map, train.RUNS = watched, verified, runs
-    device._bf16_gain = lambda: [0.1, 9.0][rank]
+    device._bf16_gain = lambda: [0.1, 9.0][rank > 0]
     distributed.init_distributed = functools.partial(
         distributed.init_distributed, timeout=datetime.timedelta(seconds=6)
     )
@@ -157,15 +164,43 @@ def trained(rank, runs, words, lost, how, at=3):
     train.main()
 
 
-def started(runs, text, *words, lost=-1, how=0):
-    flags = ["shakespeare", "--name=run", *SMALL, f"--data.source={text}", *FOREVER, *words]
-    return Ranks(2, trained, runs, flags, lost, how)
+def started(runs, text, *words, size=2, lost=-1, how=0):
+    flags = ["shakespeare", "--name=run", *SMALL, f"--data.source={text}", "--train.micro_batch_size=2", *words]
+    return Ranks(size, trained, runs, flags, lost, how)
+
+
+def test_a_run_on_several_meshes_is_that_of_one_process(run_training, text, tmp_path):
+    """Stopped on two processes that hold one copy of the model, resumed on two copies of two."""
+    words = ("--train.steps=6", "--train.num_evals=2")
+    whole = run_training("whole", *words)
+    run = started(tmp_path, text, *words, "--train.shard=0", lost=1, how=signal.SIGTERM)
+    assert run.ends() == [128, 128 + signal.SIGTERM]
+    said = (tmp_path / "log-0").read_text()
+    assert "mesh 2 devices = 1 copies of the model x 2 devices (train.shard)\n" in said
+    assert "= 2 devices x 2 micro-batches x 2 sequences x 32 tokens\n" in said
+    assert started(tmp_path, text, *words, "--train.shard=2", "--resume", size=4).ends() == [0] * 4
+    said = (tmp_path / "log-0").read_text()
+    assert "changed train.shard 0 -> 2\n" in said
+    assert said.count("step 6 | val_loss") == 1 and (tmp_path / "log-1").read_text() == ""
+    for key in ("loss", "grad_norm", "val_loss"):
+        assert losses(tmp_path / "run", key) == pytest.approx(losses(whole, key), rel=1e-5)
+    theirs, ours = (
+        load_file(checkpoint.find(run, "latest") / "model.safetensors") for run in (whole, tmp_path / "run")
+    )
+    assert theirs.keys() == ours.keys()
+    assert all(torch.allclose(ours[name], weight, atol=1e-5) for name, weight in theirs.items())
+
+
+def test_a_number_of_devices_that_cannot_hold_a_copy_is_one_line(tmp_path, text):
+    assert started(tmp_path, text, "--train.steps=1", "--train.shard=3").ends() == [2, 2]
+    error = "train.py: train.shard = 3: must divide the number of devices, 2\n"
+    assert [(tmp_path / f"log-{rank}").read_text().endswith(error) for rank in (0, 1)] == [True, True]
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_lost_process_ends_the_run_and_its_checkpoint_loads(tmp_path, text, how):
     """Killed or asleep. One process verifies the text, and the run has one dtype."""
-    run = started(tmp_path, text, "--train.dtype=auto", lost=1, how=how)
+    run = started(tmp_path, text, *FOREVER, "--train.dtype=auto", "--train.shard=2", lost=1, how=how)
     run.processes[0].join(HANGS)
     assert run.processes[0].exitcode == 2
     run.processes[1].kill()
@@ -177,9 +212,3 @@ def test_a_lost_process_ends_the_run_and_its_checkpoint_loads(tmp_path, text, ho
     assert "dtype float32 (bfloat16 matmul 0.1x fp32, measured)" in said[0]
     state = checkpoint.read_state(checkpoint.find(tmp_path / "run", "latest"))
     assert state["step"] == 3 and state["dtype"] == "float32"
-
-
-def test_a_signal_to_one_process_stops_and_saves_all(tmp_path, text):
-    run = started(tmp_path, text, "--train.save_minutes=0", lost=1, how=signal.SIGTERM)
-    assert run.ends() == [128, 128 + signal.SIGTERM]  # process 0 had no signal
-    assert checkpoint.read_state(checkpoint.find(tmp_path / "run", "latest"))["step"] == 4
