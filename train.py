@@ -134,7 +134,7 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
         checkpoint.replace_file(run / "config.toml", dump(config))
     world.barrier()  # all processes read the same records
     val_losses = {r["step"]: r["val_loss"] for r in metrics.read(run / metrics.NAME) if "val_loss" in r}
-    saved = step if resume else -1
+    saver, saved = checkpoint.Saver(run, config.train.keep_checkpoints, world), step if resume else -1
 
     def save() -> None:
         nonlocal saved
@@ -146,9 +146,7 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
         dtype = str(machine.dtype).removeprefix("torch.")
         about = {"steps": budget.num_steps, "seconds": budget.elapsed, "dtype": dtype, "identity": identity}
         about["config"] = dataclasses.asdict(config)
-        checkpoint.save(run, step, model, optimizers, about, world.main)
-        if record:
-            checkpoint.prune(run, config.train.keep_checkpoints)
+        saver.save(step, model, optimizers, about)
         saved = step
         save_timer.restart()
 
@@ -162,6 +160,7 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
             sample = sample_text(model, tokenizer, config)
         val_losses[step] = val_loss
         if record:
+            saver.wait()
             if val_loss == min(val_losses.values()):  # before the record: a resumed run repeats what has none
                 checkpoint.point(run, "best", run / f"step-{step:06d}")
             val_bpb = bits_per_byte(val_loss, eval_text)
@@ -247,8 +246,9 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
             best, text = full, val_text
             if record and not any("full_val_loss" in r for r in metrics.read(run / metrics.NAME) if r["step"] == step):
                 record.log(step, full_val_loss=best, full_val_bpb=bits_per_byte(best, text), seconds=budget.elapsed)
+    saver.wait()
     if record:
-        checkpoint.prune(run, config.train.keep_checkpoints)
+        checkpoint.prune(run, config.train.keep_checkpoints)  # `best` may have been another one
         record.close()
     distributed.cleanup(world)
     if leaving:

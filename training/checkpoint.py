@@ -17,6 +17,7 @@ import pickle
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 
 from data.shards import sync
 from model import ModelConfig
-from training.distributed import divided, whole
+from training.distributed import World, divided, whole
 
 # Of a checkpoint. In 2, optimizer.pt had the state of a parameter under its number; 1 had no version and no training
 # seconds, too. Both are still read.
@@ -37,26 +38,61 @@ WEIGHTS = ("model.safetensors",)
 FILES = (*WEIGHTS, "optimizer.pt")
 POINTERS = ("latest", "best")
 STEP = re.compile(r"step-\d{6,12}")
+Gathered = tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]  # weights, states of the optimizers
 
 
 class CheckpointError(ValueError):
     """A checkpoint that is missing, damaged, or of another run. The message is one line."""
 
 
+class Saver:
+    """Saves the checkpoints of a run, and deletes old ones.
+
+    Of several processes, the main one writes what all have gathered, in a thread: meanwhile training goes on. It writes
+    one checkpoint at a time. `save` and `wait` wait for the one before, and raise its error.
+    """
+
+    def __init__(self, run: Path, keep: int, world: World) -> None:
+        """keep: as of `prune`."""
+        self.run, self.keep, self.main = run, keep, world.main
+        self.thread = ThreadPoolExecutor(1) if world.size > 1 else None
+        self.writing: Future[None] | None = None
+
+    def save(self, step: int, model: nn.Module, optimizers: list[torch.optim.Optimizer], state: dict[str, Any]) -> None:
+        """Save as `save` does. All processes have to call it."""
+        self.wait()  # before there is another copy of everything
+        tensors = _gather(model, optimizers, keep=self.main, copy=self.thread is not None)
+        if not self.main:
+            return
+        if self.thread:
+            self.writing = self.thread.submit(self._write_and_prune, step, tensors, state)
+        else:
+            self._write_and_prune(step, tensors, state)
+
+    def wait(self) -> None:
+        """Wait until what was saved is on the disk. Raises CheckpointError: it could not be written."""
+        if self.writing:
+            writing, self.writing = self.writing, None
+            writing.result()
+
+    def _write_and_prune(self, step: int, tensors: Gathered, state: dict[str, Any]) -> None:
+        _write(self.run, step, tensors, state)
+        prune(self.run, self.keep)
+
+
 def save(
-    run: Path, step: int, model: nn.Module, optimizers: list[torch.optim.Optimizer], state: dict[str, Any],
-    main: bool = True,
-) -> Path:  # fmt: skip
+    run: Path, step: int, model: nn.Module, optimizers: list[torch.optim.Optimizer], state: dict[str, Any]
+) -> Path:
     """Write run/step-NNNNNN and point `latest` at it; returns the folder. `state` must be JSON.
 
-    If the model is divided among processes, all have to call it, and the main process writes. A folder of that name,
-    which `best` may name, keeps it until the new one is on the disk. Raises CheckpointError if the checkpoint cannot be
-    written: the disk is full.
+    Raises CheckpointError if the checkpoint cannot be written: the disk is full.
     """
-    weights, states = _gather(model, optimizers, main)
-    folder = run / f"step-{step:06d}"
-    if not main:
-        return folder
+    return _write(run, step, _gather(model, optimizers), state)
+
+
+def _write(run: Path, step: int, tensors: Gathered, state: dict[str, Any]) -> Path:
+    """A folder of that name, which `best` may name, keeps it until the new one is on the disk."""
+    folder, (weights, states) = run / f"step-{step:06d}", tensors
     draft, aside = run / f".draft-{folder.name}", run / f".aside-{folder.name}"
     _tidy(run)
     try:
@@ -82,28 +118,28 @@ def save(
 
 
 def _gather(
-    model: nn.Module, optimizers: list[torch.optim.Optimizer], keep: bool
-) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
-    """The weights, and the states of the optimizers by the name of a parameter: whole, on the CPU; empty if not `keep`.
+    model: nn.Module, optimizers: list[torch.optim.Optimizer], keep: bool = True, copy: bool = False
+) -> Gathered:
+    """The weights, and the states of the optimizers by the name of a parameter: whole, on the CPU.
 
-    One tensor after the other, since a device may have no room for all.
+    One tensor after the other, since a device may have no room for all. Empty if not `keep`; copies if `copy`.
     """
     weights, states = dict[str, Tensor](), dict[str, dict[str, Tensor]]()
     for name, tensor in model.state_dict().items():
         gathered = whole(tensor)
         if keep:
-            weights[name] = gathered.cpu()
+            weights[name] = gathered.to("cpu", copy=copy)
     for optimizer, name, p in _named(optimizers):
         states[name] = {}
         for key, value in optimizer.state.get(p, {}).items():
             gathered = whole(value)
             if keep:
-                states[name][key] = gathered.cpu()
+                states[name][key] = gathered.to("cpu", copy=copy)
     return weights, states
 
 
 def _tidy(run: Path) -> None:
-    """Remove what a killed `save` left. A folder that was set aside and has no successor gets its name back."""
+    """Remove what a killed process left. A folder that was set aside and has no successor gets its name back."""
     for draft in run.glob(".draft-step-*"):
         shutil.rmtree(draft, ignore_errors=True)
     for aside in run.glob(".aside-step-*"):

@@ -12,7 +12,6 @@ from tests.training.ranks import call
 from training.checkpoint import CheckpointError
 
 HSDP = (test_parallel.check_mesh, 2, 2, ["tied"])
-FUSED = (test_parallel.check_mesh, 1, 2, ["fused"])
 OWNERS = (test_matrix_owners.check_owners, 4, 2, test_matrix_owners.SHAPES, torch.float32)
 RESUME = (test_parallel.check_resume,)
 EVALUATE = (test_ranks.check_validation, 4, 1)
@@ -30,7 +29,6 @@ MUTANTS = [  # file in training/, name, right, wrong, check
     ("distributed", "a copy's rows in another order", ".full_tensor() if", ".full_tensor().flip(0) if", RESUME),
     ("checkpoint", "moments are not loaded", "= part.clone()", "= 0 * part", RESUME),
     ("checkpoint", "moments of the rows alone", "= whole(value)", "= getattr(value, '_local_tensor', value)", RESUME),
-    ("apply_fused_layers", "packed weights of the last step", "weight.key = None", "pass", FUSED),
     ("validation_loss", "the last batch counts twice", "if world.rank >= len(batch)", "if False", EVALUATE),
     ("validation_loss", "a process has no batch", "min(world.rank, len(batch) - 1)", "world.rank", EVALUATE),
 ]
