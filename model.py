@@ -364,6 +364,10 @@ class GPT(nn.Module):
         """
         return self.head(self.model(tokens, cache))
 
+    def next_logits(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """Logits after the last of the tokens (B, T), (B, V) fp32. For the rest see `forward`."""
+        return self.head(self.model(tokens, cache)[:, -1]).float()  # (B, T, C) -> (B, C) -> (B, V)
+
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Sum of the cross-entropies of targets (B, T), in nats, fp32; a target of IGNORE_INDEX (-100) is left out.
 

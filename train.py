@@ -31,9 +31,10 @@ from data.prepare import prepare
 from data.shards import ShardError
 from data.sources import CorpusError
 from data.tokenizer import Tokenizer, TokenizerError
+from inference.stop_strings import GeneratedText
 from kernels.reference_attention import IGNORE_INDEX
 from model import GPT
-from sample import RUNS, stream_generate
+from sample import RUNS, generate
 from training import checkpoint, device, distributed, init_from, metrics, run_folder
 from training.apply_fused_layers import optimize_layers
 from training.checkpoint import CheckpointError
@@ -47,6 +48,8 @@ from training.graceful_exit import GracefulExit
 from training.optimizers import build_optimizers, lr_factor, set_learning_rate
 from training.time_budget import SaveTimer, StepBudget, evaluation_due, resumed
 from training.validation_loss import validate
+
+SAMPLE_TOKENS = 100  # of an evaluation
 
 
 def train(config: Config, resume: bool, overwrite: bool) -> None:
@@ -68,9 +71,8 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
 
     # 2. Data: tokenized shards --------------------------------------------------------------------------------------
 
-    folder = prepare(**dataclasses.asdict(config.data)) if world.main else None
-    world.barrier()  # the other processes find in the cache what the main process prepared
-    folder = folder or prepare(**dataclasses.asdict(config.data))
+    with world.in_turn("text", log):  # the other processes find in the cache what the main process prepared
+        folder = prepare(**dataclasses.asdict(config.data))
     train_text, val_text = (open_shards(folder, split, verify=world.local_rank == 0) for split in ("train", "val"))
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     answers = f", {train_text.num_targets:,} and {val_text.num_targets:,} of them in answers" if train_text.chat else ""
@@ -86,9 +88,15 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
     config = with_vocab_size(config, tokenizer)
     context, micro_batch, share = config.model.context, *split_batch(config, world.size)  # share: sequences per process
     num_params, token_flops = count_parameters(config.model), flops_per_token(config.model)
-    check_fits(num_params, machine.device)
+    shard = distributed.devices_per_copy(config.train.shard, world)
+    check_fits(num_params, machine.device, shard)
     torch.manual_seed(config.train.seed)
-    model = GPT(config.model).to(machine.device)
+    model = GPT(config.model)
+    if world.size == 1:
+        model.to(machine.device)
+    else:
+        distributed.parallelize(model, world, shard, machine.device)
+        log(f"mesh {world.size} devices = {world.size // shard} copies of the model x {shard} devices (train.shard)")
     model.model.activation_checkpointing = config.train.activation_checkpointing
     if note := optimize_layers(model, machine):
         log(note)
@@ -125,22 +133,21 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
         checkpoint.replace_file(run / "config.toml", dump(config))
     world.barrier()  # all processes read the same records
     val_losses = {r["step"]: r["val_loss"] for r in metrics.read(run / metrics.NAME) if "val_loss" in r}
-    saved = step if resume else -1
+    saver, saved = checkpoint.Saver(run, config.train.keep_checkpoints, world), step if resume else -1
 
     def save() -> None:
         nonlocal saved
         if saved == step:
             return
+        check_weights(step, model, world, machine.device)
         if record:
-            check_weights(step, model)
             record.sync()
-            dtype = str(machine.dtype).removeprefix("torch.")
-            about = {"steps": budget.num_steps, "seconds": budget.elapsed, "dtype": dtype, "identity": identity}
-            checkpoint.save(run, step, model, optimizers, about | {"config": dataclasses.asdict(config)})
-            checkpoint.prune(run, config.train.keep_checkpoints)
+        dtype = str(machine.dtype).removeprefix("torch.")
+        about = {"steps": budget.num_steps, "seconds": budget.elapsed, "dtype": dtype, "identity": identity}
+        about["config"] = dataclasses.asdict(config)
+        saver.save(step, model, optimizers, about)
         saved = step
         save_timer.restart()
-        world.barrier()  # saving may take longer than a step may
 
     def evaluate() -> bool:
         """Record the validation loss and a sample of the checkpoint just saved. False: stopped by a signal."""
@@ -149,16 +156,16 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
             if val_loss is None:
                 return False
             check_finite(step, val_loss)
-            sample = sample_text(model, tokenizer, config) if world.main else ""
+            sample = sample_text(model, tokenizer, config)
         val_losses[step] = val_loss
         if record:
+            saver.wait()
             if val_loss == min(val_losses.values()):  # before the record: a resumed run repeats what has none
                 checkpoint.point(run, "best", run / f"step-{step:06d}")
             val_bpb = bits_per_byte(val_loss, eval_text)
             record.log(step, val_loss=val_loss, val_bpb=val_bpb, seconds=budget.elapsed)
             log(f"step {step} | val_loss {val_loss:.4f} | val_bpb {val_bpb:.4f}\n{sample}")
             metrics.plot(run, f"{config.name}: {val_bpb:.3f} bits per byte on held-out text")
-        world.barrier()
         return True
 
     def bits_per_byte(loss: float, text: AnyShards) -> float:
@@ -189,14 +196,13 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
 
         # Forward and backward, micro-batch by micro-batch.
         loss = torch.zeros((), dtype=torch.float32, device=machine.device)
-        for inputs, targets in zip(x.split(micro_batch), y.split(micro_batch), strict=True):
+        for first in range(0, share, micro_batch):
+            inputs, targets = (batch[first : first + micro_batch] for batch in (x, y))
+            distributed.reduce_gradients(model, last=first + micro_batch == share)
             with machine.autocast():
                 part = model.loss(inputs.to(machine.device), targets.to(machine.device)) / max(num_targets, 1)
             part.backward()
             loss += part.detach()
-        if not budget.durations:
-            world.barrier()  # in the first step torch.compile takes its time
-        world.average_gradients(model)
         grad_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip))
         # Signals to any process and the main process's clock: all of them stop, and save, together.
         sums = [float(loss) / world.size, graceful_exit.requested, world.main and save_timer.due]
@@ -215,7 +221,7 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
         if budget.is_due(step):
             first = budget.num_steps == 0
             fit = budget.steps_in_time(step, config.train.num_evals - len(val_losses))
-            budget.num_steps = world.broadcast(fit, machine.device)
+            budget.num_steps = world.share(fit)
             if first:
                 log(f"budget {config.train.minutes:g} min = {budget.num_steps:,} steps of {budget.step_seconds:.3g} s")
         if record:
@@ -239,8 +245,9 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
             best, text = full, val_text
             if record and not any("full_val_loss" in r for r in metrics.read(run / metrics.NAME) if r["step"] == step):
                 record.log(step, full_val_loss=best, full_val_bpb=bits_per_byte(best, text), seconds=budget.elapsed)
+    saver.wait()
     if record:
-        checkpoint.prune(run, config.train.keep_checkpoints)
+        checkpoint.prune(run, config.train.keep_checkpoints)  # `best` may have been another one
         record.close()
     distributed.cleanup(world)
     if leaving:
@@ -260,12 +267,17 @@ class Diverged(ValueError):
 
 
 def sample_text(model: GPT, tokenizer: Tokenizer, config: Config) -> str:
-    """A short sample, indented: complete lines, from `train.prompt` (in a chat, the user's message)."""
+    """A short sample, indented: complete lines, from `train.prompt` (in a chat, the user's message).
+
+    Every process generates it, and as many tokens whatever they are: a model may be divided among the processes.
+    """
     prompt, chat = config.train.prompt, config.data.chat
     rendered = chat_format.render_prompt(tokenizer, [("user", prompt)], config.model.context) if chat else prompt
+    ids, text = tokenizer.encode_prompt(rendered), prompt + "\n" * chat
+    generated = GeneratedText(tokenizer, stop=(), prompt=ids, whole_lines=True)
     model.eval()
-    stream = stream_generate(model, tokenizer, rendered, max_new_tokens=100, whole_lines=True)
-    text = prompt + "\n" * chat + "".join(part for _, part in stream)
+    for number, token in enumerate(generate(model, ids, max_new_tokens=SAMPLE_TOKENS), 1):
+        text += "" if generated.finished else generated.add_token(int(token), last=number == SAMPLE_TOKENS)
     model.train()
     return "\n".join(f"    | {line}" for line in text.strip().splitlines())
 
@@ -279,9 +291,10 @@ def check_finite(step: int, loss: float, grad_norm: float = 0.0) -> None:
         )
 
 
-def check_weights(step: int, model: GPT) -> None:
-    """Raise Diverged if a weight is not finite, before it is saved."""
-    if not all(bool(p.isfinite().all()) for p in model.parameters()):
+def check_weights(step: int, model: GPT, world: distributed.World, device: torch.device) -> None:
+    """Raise Diverged, on all processes, if a weight is not finite, before it is saved."""
+    bad = [not bool(distributed.local(p).isfinite().all()) for p in model.parameters()]
+    if world.all_reduce_sum([sum(bad)], device)[0]:
         raise Diverged(f"step {step}: a weight is not finite, and nothing was saved. Lower learning rates may help")
 
 
@@ -317,7 +330,8 @@ def main() -> None:
     """Run the command. A user's mistake is one line on stderr and exit status 2, never a traceback."""
     try:
         if parsed := parse_args(sys.argv[1:]):
-            train(*parsed)
+            with distributed.together():
+                train(*parsed)
     except (ConfigError, CorpusError, TokenizerError, ShardError, CheckpointError, DistributedError, Diverged) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -41,6 +41,8 @@ class Engine(Protocol):
 
 def make_engine(model: GPT) -> Engine:
     """Return the fastest engine for the model on its device. The weights must not move while the engine is in use."""
+    if hasattr(model, "unshard"):  # divided among processes: no one has weights of its own to point to
+        return EagerEngine(model)
     if model.model.cos.device.type == "cpu":
         try:
             return CppEngine(model)
@@ -72,9 +74,9 @@ class EagerEngine:
 
     def __call__(self, tokens: Tensor, cache: KVCache) -> Tensor:
         for chunk in tokens.split(KVCache.CHUNK, dim=1):  # a long prompt is prefilled chunk by chunk
-            hidden = self.model.model(chunk, cache)  # (B, T, C)
+            logits = self.model.next_logits(chunk, cache)  # (B, V)
             cache.advance(chunk.shape[1])
-        return self.model.head(hidden[:, -1]).float()  # (B, C) -> (B, V)
+        return logits
 
 
 class CudaGraphEngine:

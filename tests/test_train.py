@@ -91,21 +91,6 @@ def test_micro_batch_size_does_not_change_the_result(run_training):
         assert losses(one_by_one)[step] == pytest.approx(loss, rel=1e-4)
 
 
-def test_two_processes_equal_one_process(run_training, text, tmp_path):
-    alone = run_training("alone", "--train.steps=6", "--train.num_evals=2", "--train.micro_batch_size=2")
-    words = [*SMALL, f"--data.source={text}", "--train.steps=6", "--train.num_evals=2", "--train.micro_batch_size=2"]
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "train.py"),
-         "shakespeare", "--name=both", *words],
-        cwd=ROOT, env=os.environ | {"HEED_RUNS": str(tmp_path), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("step 6 | val_loss") == 1
-    assert "= 2 devices x 2 micro-batches x 2 sequences x 32 tokens" in done.stdout
-    for key in ("loss", "val_loss"):
-        assert losses(tmp_path / "both", key) == pytest.approx(losses(alone, key), rel=1e-4)
-
-
 def test_nonfinite_loss_stops_the_run_and_keeps_the_last_checkpoint(run_training, monkeypatch, tmp_path):
     loss = GPT.loss
     calls = 0

@@ -84,18 +84,24 @@ class FusedBlock:
     def __init__(self, block: Block) -> None:
         mixer, mlp = block.self_attn, block.mlp
         self.block = block
+        self.packed: list[PackedWeight] = []
         if isinstance(mixer, Attention):
             self.qkv = PackedWeight(mixer, "q_proj", "k_proj", "v_proj", gated=mixer.head_dim if mixer.gate else 0)
             self.o = PackedWeight(mixer, "o_proj")
+            self.packed += [self.qkv, self.o]
         if isinstance(mlp, FeedForward):
             self.gate_up = PackedWeight(mlp, "gate_proj", "up_proj", unit=32)
             self.down = PackedWeight(mlp, "down_proj")
+            self.packed += [self.gate_up, self.down]
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None) -> Tensor:
         """x (B, T, C); cos, sin (1, T, 1, D) -> (B, T, C)."""
         block = self.block
         if cache is not None:
             return Block.forward(block, x, cos, sin, cache)
+        if hasattr(block, "unshard"):  # gathered weights have the address and the version of the last ones
+            for weight in self.packed:
+                weight.key = None
         dropout = block.dropout if block.training else 0.0
         if isinstance(block.self_attn, Attention) and not (block.training and block.self_attn.dropout):
             x = self.attend(block.self_attn, x, cos, sin, dropout)
@@ -129,7 +135,7 @@ def _check_layers(decoder: Decoder) -> None:
     for number, block in enumerate(decoder.layers):
         name = f"model.layers.{number}"
         expected.append((name, block, (Block,)))
-        if type(block) is not Block:
+        if _kind(block) is not Block:
             break  # its parts may have other names
         expected.append((f"{name}.input_layernorm", block.input_layernorm, (nn.RMSNorm,)))
         expected.append((f"{name}.self_attn", block.self_attn, (Attention, *MIXERS.values())))
@@ -141,10 +147,15 @@ def _check_layers(decoder: Decoder) -> None:
         parts = block.mlp.named_children() if isinstance(block.mlp, FeedForward) else ()
         expected += [(f"{name}.mlp.{part}", module, (nn.Linear,)) for part, module in parts]
     for name, module, kinds in expected:
-        if type(module) not in kinds:
+        if _kind(module) not in kinds:
             right = " or ".join(kind.__name__ for kind in kinds)
-            raise FusedLayersError(f"{name} is {type(module).__name__}, fused layers need exactly {right}")
+            raise FusedLayersError(f"{name} is {_kind(module).__name__}, fused layers need exactly {right}")
     _check_parameters(decoder)
+
+
+def _kind(module: nn.Module) -> type:
+    """The class of a module, before fully_shard put two of its own before it."""
+    return next(kind for kind in type(module).__mro__ if not kind.__module__.startswith("torch.distributed."))
 
 
 def _check_parameters(decoder: nn.Module) -> None:

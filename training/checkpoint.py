@@ -1,7 +1,7 @@
 """Checkpoints, written atomically: a process killed at any moment leaves no damaged checkpoint behind.
 
     runs/NAME/step-000500/model.safetensors   weights, under Hugging Face's names
-                          optimizer.pt        the state of the optimizers (tensors and numbers, no code)
+                          optimizer.pt        the state of the optimizers, by the name of a parameter (tensors, no code)
                           state.json          format version, step, counters, configuration, and the SHA-256 of the
                                               two files above
     runs/NAME/latest, runs/NAME/best          the name of a step folder, as text
@@ -16,28 +16,68 @@ import json
 import pickle
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from data.shards import sync
 from model import ModelConfig
+from training.distributed import World, divided, whole
 
-FORMAT_VERSION = 2  # of state.json; 1 had no version and no training seconds, and is still read
+# Of a checkpoint. In 2, optimizer.pt had the state of a parameter under its number; 1 had no version and no training
+# seconds, too. Both are still read.
+FORMAT_VERSION = 3
 
 WEIGHTS = ("model.safetensors",)
 FILES = (*WEIGHTS, "optimizer.pt")
 POINTERS = ("latest", "best")
 STEP = re.compile(r"step-\d{6,12}")
+Gathered = tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]  # weights, states of the optimizers
 
 
 class CheckpointError(ValueError):
     """A checkpoint that is missing, damaged, or of another run. The message is one line."""
+
+
+class Saver:
+    """Saves the checkpoints of a run, and deletes old ones.
+
+    Of several processes, the main one writes what all have gathered, in a thread: meanwhile training goes on. It writes
+    one checkpoint at a time. `save` and `wait` wait for the one before, and raise its error.
+    """
+
+    def __init__(self, run: Path, keep: int, world: World) -> None:
+        """keep: as of `prune`."""
+        self.run, self.keep, self.main = run, keep, world.main
+        self.thread = ThreadPoolExecutor(1) if world.size > 1 else None
+        self.writing: Future[None] | None = None
+
+    def save(self, step: int, model: nn.Module, optimizers: list[torch.optim.Optimizer], state: dict[str, Any]) -> None:
+        """Save as `save` does. All processes have to call it."""
+        self.wait()  # before there is another copy of everything
+        tensors = _gather(model, optimizers, keep=self.main, copy=self.thread is not None)
+        if not self.main:
+            return
+        if self.thread:
+            self.writing = self.thread.submit(self._write_and_prune, step, tensors, state)
+        else:
+            self._write_and_prune(step, tensors, state)
+
+    def wait(self) -> None:
+        """Wait until what was saved is on the disk. Raises CheckpointError: it could not be written."""
+        if self.writing:
+            writing, self.writing = self.writing, None
+            writing.result()
+
+    def _write_and_prune(self, step: int, tensors: Gathered, state: dict[str, Any]) -> None:
+        _write(self.run, step, tensors, state)
+        prune(self.run, self.keep)
 
 
 def save(
@@ -45,16 +85,20 @@ def save(
 ) -> Path:
     """Write run/step-NNNNNN and point `latest` at it; returns the folder. `state` must be JSON.
 
-    A folder of that name, which `best` may name, keeps it until the new one is on the disk. Raises CheckpointError if
-    the checkpoint cannot be written: the disk is full.
+    Raises CheckpointError if the checkpoint cannot be written: the disk is full.
     """
-    folder = run / f"step-{step:06d}"
+    return _write(run, step, _gather(model, optimizers), state)
+
+
+def _write(run: Path, step: int, tensors: Gathered, state: dict[str, Any]) -> Path:
+    """A folder of that name, which `best` may name, keeps it until the new one is on the disk."""
+    folder, (weights, states) = run / f"step-{step:06d}", tensors
     draft, aside = run / f".draft-{folder.name}", run / f".aside-{folder.name}"
     _tidy(run)
     try:
         draft.mkdir(parents=True)
-        save_file(model.state_dict(), draft / "model.safetensors", metadata={"format": "pt"})
-        torch.save([optimizer.state_dict() for optimizer in optimizers], draft / "optimizer.pt")
+        save_file(weights, draft / "model.safetensors", metadata={"format": "pt"})
+        torch.save(states, draft / "optimizer.pt")
         shutil.copymode(draft / "optimizer.pt", draft / "model.safetensors")  # safetensors ignores the umask
         hashes = {name: _sha256(draft / name) for name in FILES}
         about = {"format_version": FORMAT_VERSION, "step": step, **state}
@@ -73,8 +117,29 @@ def save(
     return folder
 
 
+def _gather(
+    model: nn.Module, optimizers: list[torch.optim.Optimizer], keep: bool = True, copy: bool = False
+) -> Gathered:
+    """The weights, and the states of the optimizers by the name of a parameter: whole, on the CPU.
+
+    One tensor after the other, since a device may have no room for all. Empty if not `keep`; copies if `copy`.
+    """
+    weights, states = dict[str, Tensor](), dict[str, dict[str, Tensor]]()
+    for name, tensor in model.state_dict().items():
+        gathered = whole(tensor)
+        if keep:
+            weights[name] = gathered.to("cpu", copy=copy)
+    for optimizer, name, p in _named(optimizers):
+        states[name] = {}
+        for key, value in optimizer.state.get(p, {}).items():
+            gathered = whole(value)
+            if keep:
+                states[name][key] = gathered.to("cpu", copy=copy)
+    return weights, states
+
+
 def _tidy(run: Path) -> None:
-    """Remove what a killed `save` left. A folder that was set aside and has no successor gets its name back."""
+    """Remove what a killed process left. A folder that was set aside and has no successor gets its name back."""
     for draft in run.glob(".draft-step-*"):
         shutil.rmtree(draft, ignore_errors=True)
     for aside in run.glob(".aside-step-*"):
@@ -113,9 +178,9 @@ def find(run: Path, which: str) -> Path:
     """
     if not run.is_dir():
         raise CheckpointError(f"{run}: no such run")
-    folder = _named(run, which) if which in POINTERS else run / which if STEP.fullmatch(which) else None
+    folder = _pointed(run, which) if which in POINTERS else run / which if STEP.fullmatch(which) else None
     if which == "best" and folder is None:
-        folder = _named(run, "latest")
+        folder = _pointed(run, "latest")
     if folder is None or not (folder / "state.json").is_file():
         there = ", ".join(path.name for path in folders(run)) or "none"
         raise CheckpointError(f"{run}: no checkpoint {which!r}; there are: {there}")
@@ -147,7 +212,7 @@ def folders(run: Path) -> list[Path]:
     return sorted((p for p in run.glob("step-*") if STEP.fullmatch(p.name)), key=lambda p: int(p.name[5:]))
 
 
-def _named(run: Path, pointer: str) -> Path | None:
+def _pointed(run: Path, pointer: str) -> Path | None:
     """The folder that a pointer names; None if there is no pointer, or it is damaged, or names a missing folder."""
     try:
         name = (run / pointer).read_text().strip()
@@ -165,7 +230,7 @@ def read_state(folder: Path, verify: Sequence[str] = FILES) -> dict[str, Any]:
     try:
         state = json.loads(path.read_bytes())
         version = state.get("format_version", 1)
-        if version not in (1, FORMAT_VERSION):
+        if version not in range(1, FORMAT_VERSION + 1):
             newer = isinstance(version, int) and version > FORMAT_VERSION
             raise CheckpointError(
                 f"{path}: format_version = {version!r}: this heed reads 1 to {FORMAT_VERSION}; "
@@ -207,7 +272,8 @@ def load_weights(folder: Path, model: nn.Module, *, grow: bool = False) -> None:
                 old = weights[name]  # (V, C)
                 more = max(0, model.get_parameter(name).shape[0] - len(old))
                 weights[name] = torch.cat((old, old.mean(0, keepdim=True).expand(more, -1)))
-        model.load_state_dict(weights)
+        own = model.state_dict()
+        model.load_state_dict({name: divided(w, own[name]) if name in own else w for name, w in weights.items()})
     except (SafetensorError, RuntimeError) as error:
         path = folder / "model.safetensors"
         raise CheckpointError(f"{path}: does not fit this model: {one_line(error)}") from None
@@ -216,20 +282,46 @@ def load_weights(folder: Path, model: nn.Module, *, grow: bool = False) -> None:
 def load_optimizers(folder: Path, optimizers: list[torch.optim.Optimizer]) -> None:
     """Load the state of the optimizers; their settings stay those of the configuration. Raises CheckpointError."""
     try:
-        states = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
-        for optimizer, state in zip(optimizers, states, strict=True):
-            settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-            optimizer.load_state_dict(state)
-            for group, own in zip(optimizer.param_groups, settings, strict=True):
-                group.update(own)  # load_state_dict replaced them, too
+        saved = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu", mmap=True)
+        if isinstance(saved, list):
+            saved = _by_name(saved, optimizers)
+        if saved.keys() != {name for _, name, _ in _named(optimizers)}:
+            raise ValueError("other parameters")
+        for optimizer in optimizers:
+            state: dict[int, dict[str, Tensor]] = {}
+            for number, (_, name, p) in enumerate(_named([optimizer])):
+                for key, value in saved[name].items():  # in a file that is mapped: a process reads its own rows
+                    if value.ndim and value.shape != p.shape:
+                        raise ValueError(f"{key} of {name} is {tuple(value.shape)}, not {tuple(p.shape)}")
+                    part = divided(value, p) if value.ndim else value
+                    state.setdefault(number, {})[key] = part.clone()
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
     except (ValueError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
         path = folder / "optimizer.pt"
         raise CheckpointError(f"{path}: does not fit the optimizers of this run: {one_line(error)}") from None
 
 
+def _named(optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[tuple[torch.optim.Optimizer, str, nn.Parameter]]:
+    """Every parameter of the optimizers, with its name."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for name, p in zip(group["param_names"], group["params"], strict=True):
+                yield optimizer, name, p
+
+
+def _by_name(saved: list[dict[str, Any]], optimizers: list[torch.optim.Optimizer]) -> dict[str, dict[str, Any]]:
+    """optimizer.pt of format 2 as one of today: the n-th state is that of the n-th parameter."""
+    states = {}
+    for optimizer, old in zip(optimizers, saved, strict=True):
+        numbers = [number for group in old["param_groups"] for number in group["params"]]
+        for number, (_, name, _) in zip(numbers, _named([optimizer]), strict=True):
+            states[name] = old["state"].get(number, {})
+    return states
+
+
 def prune(run: Path, keep: int) -> None:
     """Delete all checkpoints but the latest `keep` and those that a pointer names."""
-    named = {_named(run, pointer) for pointer in POINTERS}
+    named = {_pointed(run, pointer) for pointer in POINTERS}
     for folder in folders(run)[:-keep]:
         if folder not in named:
             shutil.rmtree(folder)

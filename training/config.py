@@ -162,6 +162,8 @@ class TrainConfig:
     """tokens per optimizer step, over all devices; a multiple of model.context"""
     micro_batch_size: int = 16
     """sequences per forward pass on one device: lower it if memory runs out, the result stays the same"""
+    shard: int = 1
+    """devices that hold one copy of the model together: 1 gives each device its own, 0 takes all of a machine"""
     activation_checkpointing: bool = False
     """store only the inputs of each layer and recompute its activations in the backward pass: slower, less memory"""
     num_evals: int = 4
@@ -196,6 +198,7 @@ class TrainConfig:
             minutes=(self.minutes >= 0, "must be at least 0"),
             batch_tokens=(self.batch_tokens >= 1, "must be at least 1"),
             micro_batch_size=(self.micro_batch_size >= 1, "must be at least 1"),
+            shard=(self.shard >= 0, "must be at least 0"),
             num_evals=(self.num_evals >= 1, "must be at least 1: the last evaluation is the result"),
             eval_tokens=(self.eval_tokens >= 0, "must be at least 0"),
             save_minutes=(self.save_minutes >= 0, "must be at least 0"),

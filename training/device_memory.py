@@ -30,10 +30,11 @@ def peak_memory(device: "torch.device | None" = None) -> int:
     return used if sys.platform == "darwin" else used * 1024
 
 
-def check_fits(num_params: int, device: "torch.device") -> None:
+def check_fits(num_params: int, device: "torch.device", devices: int = 1) -> None:
     """Raise ConfigError if the memory of the device is too small for the model alone, before it is allocated.
 
     Training takes 16 bytes per parameter: weight, gradient and two moments in fp32. Activations come on top.
+    devices: that hold the model together.
     """
     from training.config import ConfigError
 
@@ -45,8 +46,8 @@ def check_fits(num_params: int, device: "torch.device") -> None:
         there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     else:
         return
-    if num_params * 16 > there:
+    if (needed := num_params * 16 / devices) > there:
         raise ConfigError(
-            f"model: {num_params:,} parameters need at least {num_params * 16 / 2**30:,.1f} GiB of memory, "
-            f"{device} has {there / 2**30:,.1f}; choose a smaller model"
+            f"model: {num_params:,} parameters need at least {needed / 2**30:,.1f} GiB of memory, "
+            f"{device} has {there / 2**30:,.1f}; choose a smaller model, or with several devices a larger train.shard"
         )

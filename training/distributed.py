@@ -1,26 +1,35 @@
-"""Data-parallel training: each process trains a copy of the model on its share of the batch.
+"""Several processes, each with a device and a share of the batch: torch.distributed's FSDP2 on a mesh of devices.
 
 torchrun starts the processes (`torchrun --nproc-per-node 8 train.py gpt2-124m`) and sets the environment variables that
-`init_distributed` reads. Without torchrun there is one process, and nothing here has an effect. Gradients are averaged
-once per step, after accumulation.
+`init_distributed` reads. Without torchrun there is one process, and nothing here has an effect.
 
-A process that ends breaks the connections of the others: they raise DistributedError. One that hangs does so after
-STEP_TIMEOUT; only `barrier` and `share` wait longer, while the main process prepares data, compiles or saves.
+A mesh has a row for each copy of the model; the devices of a row hold the copy together (`train.shard` of them). Each
+of them has some rows of every weight, gradient and moment. A layer's weights are gathered within the row before it
+computes, and its gradients are averaged over the mesh while the layer before it computes (Zhao et al. 2023, arXiv
+2304.11277). With `train.shard` 1 there is nothing to gather: data parallelism (Li et al. 2020, arXiv 2006.15704).
+
+A process that ends breaks the connections of the others, and one that hangs lets their next collective time out: both
+end the run, and the last checkpoint is good. What may take longer than a collective, preparing a text, is waited for on
+the store through which the processes found each other.
 """
 
 import contextlib
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor
 
-STEP_TIMEOUT = datetime.timedelta(minutes=1)  # of a collective within a step
-PATIENCE = datetime.timedelta(hours=4)  # the main process may tokenize a large corpus while the others wait
+from model import GPT
+from training.config import ConfigError
+from training.matrix_owners import rows_of
+
+TIMEOUT = datetime.timedelta(minutes=10)  # of a collective: torch.compile and a save take minutes
+PATIENCE = datetime.timedelta(hours=4)  # a large corpus takes hours to tokenize
 T = TypeVar("T")
 
 
@@ -29,11 +38,13 @@ class DistributedError(RuntimeError):
 
 
 @contextlib.contextmanager
-def _together() -> Iterator[None]:
-    """Turn the errors of a collective into a DistributedError."""
+def together() -> Iterator[None]:
+    """Turn the error of a collective, wherever it is within, into a DistributedError."""
     try:
         yield
     except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):  # gloo's errors have no type
+            raise
         reason = " ".join(str(error).split())[:120]
         raise DistributedError(
             f"another process of this run has ended or does not answer ({reason}); the last checkpoint is good, "
@@ -43,56 +54,55 @@ def _together() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class World:
-    """The rank of this process, the number of processes, the rank on this machine, and the group that can wait."""
+    """The rank of this process, the number of processes, the rank on this machine, the store that all share, and the
+    timeout of a collective."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    patient: Any = None
+    store: Any = None
+    timeout: datetime.timedelta = TIMEOUT
 
     @property
     def main(self) -> bool:
         """Whether this process writes files and logs."""
         return self.rank == 0
 
-    def barrier(self) -> None:
-        """Wait for all processes, for PATIENCE at most. Raises DistributedError."""
+    @contextlib.contextmanager
+    def in_turn(self, what: str, log: Callable[[str], None]) -> Iterator[None]:
+        """The block first in the main process, then in the first process of every other machine, then in the rest.
+
+        What one of them leaves on a disk, those after it find there. They wait for PATIENCE at most.
+        """
+        if self.size > 1 and self.main:
+            log(f"{what}: {self.size - 1} other processes wait for it")
+        before = [] if self.main else [0] if self.local_rank == 0 else [0, self.rank - self.local_rank]
+        for rank in before:
+            self.store.wait([f"{what} {rank}"], PATIENCE)
+        yield
         if self.size > 1:
-            with _together():
-                dist.all_reduce(torch.zeros(1), group=self.patient)  # dist.barrier() would choose a device
+            self.store.set(f"{what} {self.rank}", "done")
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.size > 1:
+            dist.all_reduce(torch.zeros(1))  # dist.barrier() would choose a device
 
     def share(self, value: T) -> T:
-        """The main process's value, on all processes. Raises DistributedError."""
+        """The main process's value, on all processes."""
         if self.size == 1:
             return value
         box = [value]
-        with _together():
-            dist.broadcast_object_list(box, src=0, group=self.patient, device=torch.device("cpu"))
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
 
     def all_reduce_sum(self, numbers: list[float], device: torch.device) -> list[float]:
-        """Each number, summed over all processes. Raises DistributedError."""
+        """Each number, summed over all processes."""
         if self.size == 1:
             return numbers
-        with _together():
-            shared = torch.tensor(numbers, dtype=torch.float64, device=device)
-            dist.all_reduce(shared)
-            return shared.tolist()
-
-    def broadcast(self, number: int, device: torch.device) -> int:
-        """The main process's number, on all processes. Raises DistributedError."""
-        return int(self.all_reduce_sum([number if self.main else 0], device)[0])
-
-    def average_gradients(self, model: nn.Module) -> None:
-        """Replace every gradient by its mean over all processes. Raises DistributedError."""
-        if self.size > 1:
-            gradients = [p.grad for p in model.parameters() if p.grad is not None]
-            flat = torch.cat([g.flatten() for g in gradients])  # one all-reduce, not one per parameter
-            with _together():
-                dist.all_reduce(flat)
-            flat /= self.size
-            for g, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-                g.copy_(mean.view_as(g))
+        shared = torch.tensor(numbers, dtype=torch.float64, device=device)
+        dist.all_reduce(shared)
+        return shared.tolist()
 
 
 def backends(cuda: bool) -> str:
@@ -100,14 +110,81 @@ def backends(cuda: bool) -> str:
     return "cpu:gloo,cuda:nccl" if cuda else "gloo"
 
 
-def init_distributed() -> World:
-    """Join the process group, if torchrun started one. Raises DistributedError."""
+def init_distributed(timeout: datetime.timedelta = TIMEOUT) -> World:
+    """Join the process group, if torchrun started one. timeout: of a collective."""
     if "WORLD_SIZE" not in os.environ:
         return World()
-    with _together():
-        dist.init_process_group(backends(torch.cuda.is_available()), timeout=STEP_TIMEOUT)
-        patient = dist.new_group(backend="gloo", timeout=PATIENCE)
-    return World(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]), patient)
+    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    backend = backends(torch.cuda.is_available())
+    dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
+    return World(rank, size, int(os.environ["LOCAL_RANK"]), store, timeout)
+
+
+def devices_per_copy(shard: int, world: World) -> int:
+    """The number of devices that hold a copy of the model together: `train.shard`, or if it is 0 those of a machine.
+
+    Raises ConfigError.
+    """
+    devices = world.share(shard or int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if world.size % devices:
+        of_a_machine = "" if shard else f"the {devices} devices of a machine "
+        raise ConfigError(f"train.shard = {shard}: {of_a_machine}must divide the number of devices, {world.size}")
+    return devices
+
+
+def parallelize(model: GPT, world: World, shard: int, device: torch.device) -> None:
+    """Divide the model, in place, among the processes of a mesh (replicate, shard), and move it to their devices.
+
+    Neighbouring ranks, which are on one machine, hold a copy together. From now on a forward pass is one of all
+    processes, and parameters are DTensors: `local`, `whole` and `divided` are for them.
+    """
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # two seconds to import
+
+    ranks = torch.arange(world.size).view(-1, shard)  # (replicate, shard)
+    row, column = divmod(world.rank, shard)
+    groups = [
+        dist.new_group(line.tolist(), timeout=world.timeout, use_local_synchronization=True)
+        for line in (ranks[:, column], ranks[row])
+    ]
+    mesh = DeviceMesh.from_group(groups, device.type, mesh=ranks, mesh_dim_names=("replicate", "shard"))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)  # what is in no layer
+    for method in ("loss", "next_logits"):
+        register_fsdp_forward_method(model, method)
+
+
+def reduce_gradients(model: Any, last: bool) -> None:
+    """Before a micro-batch: its gradients are summed up within a copy of the model, and only those of the last one of
+    a step are reduced across the copies."""
+    if hasattr(model, "set_requires_all_reduce"):
+        model.set_requires_all_reduce(last)
+
+
+# torch.distributed.tensor takes two seconds to import, and a run of one process has no DTensor: so they are recognized
+# by an attribute.
+
+
+def local(tensor: Any) -> Tensor:
+    """The rows of a tensor that this process has: all, if it is not divided."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def whole(tensor: Any) -> Tensor:
+    """All rows of a tensor. Collective, if it is divided."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def divided(tensor: Tensor, like: Any) -> Tensor:
+    """A whole tensor that every process has, divided as another one of its shape is, if that is."""
+    if not hasattr(like, "device_mesh"):
+        return tensor
+    from torch.distributed.tensor import DTensor
+
+    mesh = like.device_mesh
+    rows = tensor[rows_of(len(tensor), mesh["shard"].size(), mesh.get_local_rank("shard"))].to(like.device)
+    return DTensor.from_local(rows, mesh, like.placements, shape=tensor.shape, stride=tensor.stride())
 
 
 def cleanup(world: World) -> None:

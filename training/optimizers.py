@@ -1,13 +1,17 @@
 """Optimizers and the learning rate schedule: Muon for the blocks' matrices, AdamW for the rest, or AdamW alone."""
 
+import functools
 from collections import defaultdict
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
 
 from kernels import cpu
 from kernels.cpu.bindings import muon_step
 from training.config import OptimConfig
+from training.distributed import local
+from training.matrix_owners import by_owner
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -32,13 +36,17 @@ class Muon(torch.optim.Optimizer):
     The step is scaled to a root mean square of 0.2, AdamW's usual size, whatever the shape (Liu et al. 2025, arXiv
     2502.16982, section 2.2), and weight decay is decoupled. Matrices of one shape are handled as one batch.
     torch.optim.Muon has no batches and always computes in bf16, which many CPUs only emulate. On a CPU a step is one
-    call of kernels/cpu/muon.cpp, where there is a C++ compiler.
+    call of kernels/cpu/muon.cpp, where there is a C++ compiler. Of matrices that are divided among processes
+    (training/distributed.py), each is orthogonalized by one of them.
     """
 
-    def __init__(self, params: list[nn.Parameter], lr: float, momentum: float, weight_decay: float, dtype: torch.dtype):
+    def __init__(self, params: ParamsT, lr: float, momentum: float, weight_decay: float, dtype: torch.dtype):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.dtype = dtype
-        self.fused = cpu.trains(dtype) and all(p.is_cpu and p.dtype == torch.float32 for p in params)
+        matrices = [p for group in self.param_groups for p in group["params"]]
+        self.mesh = getattr(matrices[0], "device_mesh", None)  # among which they are divided
+        whole = self.mesh is None
+        self.fused = whole and cpu.trains(dtype) and all(p.is_cpu and p.dtype == torch.float32 for p in matrices)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -50,32 +58,44 @@ class Muon(torch.optim.Optimizer):
                     by_shape[p.shape].append(p)
                     if p not in self.state:
                         self.state[p]["momentum"] = torch.zeros_like(p)
+            everything = [p for params in by_shape.values() for p in params]
             if self.fused:
-                everything = [p for params in by_shape.values() for p in params]
                 buffers = [self.state[p]["momentum"] for p in everything]
                 muon_step(everything, buffers, self.dtype, group["lr"], group["momentum"], group["weight_decay"])
                 continue
+            if self.mesh:
+                ahead = [rows.to(self.dtype) for rows in self._ahead(everything, group["momentum"])]
+                function = functools.partial(orthogonalize, dtype=self.dtype)
+                rows = by_owner(function, ahead, [p.shape for p in everything], self.mesh)
+                steps = {p: step.to(p.dtype) for p, step in zip(everything, rows, strict=True)}
             for shape, params in by_shape.items():
-                gradients = [p.grad for p in params if p.grad is not None]
-                buffers = [self.state[p]["momentum"] for p in params]
-                torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
-                ahead = torch._foreach_lerp(gradients, buffers, group["momentum"])  # Nesterov: one step further
-                step = orthogonalize(torch.stack(ahead), self.dtype)  # (N, rows, columns)
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(params, list(step.unbind()), alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
+                if self.mesh:
+                    step = [steps[p] for p in params]
+                else:  # (N, rows, columns)
+                    step = list(orthogonalize(torch.stack(self._ahead(params, group["momentum"])), self.dtype).unbind())
+                weights = [local(p) for p in params]
+                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(weights, step, alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
+
+    def _ahead(self, params: list[Tensor], momentum: float) -> list[Tensor]:
+        """Update the momentum of matrices of this process, and look one step further (Nesterov)."""
+        gradients = [local(p.grad) for p in params if p.grad is not None]
+        buffers = [local(self.state[p]["momentum"]) for p in params]
+        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
+        return list(torch._foreach_lerp(gradients, buffers, momentum))
 
 
 def build_optimizers(model: nn.Module, config: OptimConfig, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
-    """The optimizers of a run. Every parameter is in exactly one group; gains have no weight decay.
+    """The optimizers of a run. Every parameter is in exactly one group, with its name; gains have no weight decay.
 
     dtype: of Muon's matmuls.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    in_block = {name for name, p in named if p.ndim == 2 and ".layers." in name}
-    muon = [p for name, p in named if name in in_block and config.optimizer == "muon"]
-    matrices = [p for name, p in named if p.ndim == 2 and not (name in in_block and config.optimizer == "muon")]
-    gains = [p for _, p in named if p.ndim != 2]  # and the decays and convolutions of zoo/
-    if sorted(map(id, muon + matrices + gains)) != sorted(id(p) for _, p in named):
+    by_muon = {name for name, p in named if p.ndim == 2 and ".layers." in name and config.optimizer == "muon"}
+    muon = [(name, p) for name, p in named if name in by_muon]
+    matrices = [(name, p) for name, p in named if p.ndim == 2 and name not in by_muon]
+    gains = [(name, p) for name, p in named if p.ndim != 2]  # and the decays and convolutions of zoo/
+    if sorted(name for name, _ in muon + matrices + gains) != sorted(name for name, _ in named):
         raise AssertionError("a parameter is in no group, or in two")
 
     groups = [

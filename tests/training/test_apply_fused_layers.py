@@ -170,6 +170,19 @@ def test_sliding_window_mask():
         assert x.grad[0].abs().sum(1).nonzero().min() == 150 - reached
 
 
+def test_gathered_weights_are_packed_anew():
+    """fully_shard writes them to the memory of the last ones, and keeps the version."""
+    model, written, tokens = fused(randomized(TINY)), randomized(TINY), torch.randint(0, 97, (2, 30))
+    for block in model.model.layers:
+        block.unshard = None  # a method that fully_shard adds
+    results(model, tokens)
+    weights = tuple(model.parameters())
+    with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(weights):
+        for p, other in zip(weights, written.parameters(), strict=True):
+            p.copy_(other.mul_(0.7))
+    assert max(relative_errors(results(model, tokens), results(written, tokens)).values()) < 1e-4
+
+
 # Modified models and subclasses -------------------------------------------------------------------------------------
 
 

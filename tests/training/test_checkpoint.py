@@ -160,7 +160,7 @@ def test_only_files_that_are_read_are_verified(runs, tmp_path, monkeypatch):
         checkpoint.read_state(checkpoint.find(run, "best"))
     hashed.clear()
     state = checkpoint.find(run, "best") / "state.json"
-    state.write_text(state.read_text().replace('"format_version": 2', '"format_version": 3'))
+    state.write_text(state.read_text().replace('"format_version": 3', '"format_version": 4'))
     with pytest.raises(CheckpointError, match="use a newer heed"):
         checkpoint.read_state(state.parent)
     assert hashed == []

@@ -13,6 +13,8 @@ from sample import load
 from tests.conftest import ROOT, TINY, losses, train_here
 from training import checkpoint
 from training.checkpoint import CheckpointError
+from training.config import OptimConfig
+from training.optimizers import build_optimizers
 
 FORMAT_1 = ROOT / "tests" / "training" / "format_1"  # a run of the last commit before state.json had a version
 FLAGS = (
@@ -52,11 +54,31 @@ def test_format_1_generates_and_resumes(old):
     assert (state["step"], state["format_version"]) == (14, checkpoint.FORMAT_VERSION)
 
 
+def test_states_by_number_are_those_by_name(tmp_path):
+    """optimizer.pt of format 2: a list of torch's state_dict() of each optimizer."""
+    model = GPT(TINY)
+    optimizers = build_optimizers(model, OptimConfig(), torch.float32)
+    for p in list(model.parameters())[1:]:  # one parameter has no state
+        p.grad = torch.randn_like(p)
+    for optimizer in optimizers:
+        optimizer.step()
+    folder = checkpoint.save(tmp_path, 1, model, optimizers, {})
+    others = build_optimizers(model, OptimConfig(), torch.float32)
+    for _ in ("format 3", "format 2"):
+        checkpoint.load_optimizers(folder, others)
+        for optimizer, other in zip(optimizers, others, strict=True):
+            assert optimizer.state.keys() == other.state.keys()
+            for p, state in optimizer.state.items():
+                assert all(torch.equal(value, other.state[p][key]) for key, value in state.items())
+            other.state.clear()
+        torch.save([optimizer.state_dict() for optimizer in optimizers], folder / "optimizer.pt")
+
+
 @pytest.mark.parametrize("version", [0, checkpoint.FORMAT_VERSION + 1, "2", None, []])
 def test_another_version_is_one_line(folder, version):
     change(folder, format_version=version)
     with pytest.raises(
-        CheckpointError, match=r"state.json: format_version = .*: this heed reads 1 to 2; use a"
+        CheckpointError, match=r"state.json: format_version = .*: this heed reads 1 to 3; use a"
     ) as told:
         checkpoint.read_state(folder)
     assert ("newer heed" in str(told.value)) == (version == checkpoint.FORMAT_VERSION + 1)
@@ -108,6 +130,17 @@ def test_an_export_has_the_mode_that_the_umask_gives(runs, mode, tmp_path):
 
     export(runs / "songs", tmp_path / "exported")
     assert modes(tmp_path / "exported") == {mode}
+
+
+def test_states_of_another_shape_are_one_line(tmp_path):
+    """torch would read beyond them."""
+    model = GPT(TINY)
+    optimizers = build_optimizers(model, OptimConfig(), torch.float32)
+    folder = checkpoint.save(tmp_path, 1, model, optimizers, {})
+    states = {name: {"momentum": torch.zeros(2, 2)} for name, _ in model.named_parameters()}
+    torch.save(states, folder / "optimizer.pt")
+    with pytest.raises(CheckpointError, match=r"momentum of model.embed_tokens.weight is \(2, 2\), not \(97, 32\)"):
+        checkpoint.load_optimizers(folder, optimizers)
 
 
 def test_another_number_of_optimizers_is_one_line(folder):

@@ -1,28 +1,36 @@
-"""Several processes: rank 0 decides for all, and a killed one ends the run with a checkpoint that loads."""
+"""Several processes: rank 0 decides for all, they wait for each other, a lost one ends the run with a checkpoint."""
 
+import datetime
+import functools
+import itertools
 import os
-import re
 import signal
-import subprocess
 import sys
 import time
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from tests.conftest import ROOT, SMALL, UNTRACED_ENV
+import train
+from data import shards
+from data.loader import Loader
+from model import GPT
+from tests.conftest import SMALL, TINY, losses
+from tests.training import ranks
+from tests.training.ranks import HANGS, Ranks, call
 from training import checkpoint, device, distributed
-from training.config import ConfigError, TrainConfig
+from training.config import Config, ConfigError, TrainConfig
+from training.device import Machine
 from training.distributed import DistributedError, World
-
-HANGS = 300  # seconds, after which a test gives up; nothing is measured by it
+from training.validation_loss import validate
 
 
 class Follower(World):
     """Process 1 of two, without the other one: what rank 0 chose is given."""
 
     def share(self, value):
-        return self.patient
+        return self.store
 
 
 @pytest.mark.parametrize("gain", [0.1, 9.0])
@@ -44,71 +52,163 @@ def test_each_kind_of_device_has_its_backend():
     """On a machine with a GPU, too, `--train.device cpu` needs gloo."""
     assert distributed.backends(cuda=True) == "cpu:gloo,cuda:nccl"
     assert distributed.backends(cuda=False) == "gloo"
-    assert distributed.STEP_TIMEOUT.total_seconds() <= 60
+    assert distributed.TIMEOUT.total_seconds() == 600
 
 
 def test_a_failed_collective_is_one_line():
     with (
         pytest.raises(DistributedError, match="another process of this run has ended") as told,
-        distributed._together(),
+        distributed.together(),
     ):
-        raise RuntimeError("[gloo]\n Connection closed by peer\n" * 20)
+        raise RuntimeError("[third_party/gloo]\n Connection closed by peer\n" * 20)
     assert "\n" not in str(told.value) and len(str(told.value)) < 400
+    with pytest.raises(torch.OutOfMemoryError), distributed.together():
+        raise torch.OutOfMemoryError("another error keeps its traceback")
 
 
-def start(tmp_path, text, name, *words, script=str(ROOT / "train.py")):
-    flags = [*SMALL, f"--data.source={text}", "--train.micro_batch_size=2", f"--name={name}", *words]
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        script,
-    ]
-    environment = {"HEED_RUNS": str(tmp_path), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [*launch, "shakespeare", *flags], cwd=ROOT, env=UNTRACED_ENV | environment, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )  # fmt: skip
+def enter(rank):
+    """Two machines of two processes; the main process is late."""
+    world = distributed.init_distributed()
+    time.sleep(0.5 * (rank == 0))
+    logged = []
+    with World(rank, 4, rank % 2, world.store).in_turn("text", logged.append):
+        order = world.store.add("order", 1)
+    return order, logged
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_process_ends_the_run_and_its_checkpoint_loads(tmp_path, text, rank):
-    """The processes measure different gains of bf16; the run has one dtype, and is killed after some saves. One process
-    verifies the text."""
-    script = tmp_path / "ranks.py"
-    script.write_text(
-        "import os, train\nfrom data import shards\nfrom training import device\n"
-        "map = shards._map\n"
-        "def logged(path, dtype, tokens, sha256):\n"
-        "    if sha256: os.write(1, f'verified by {os.environ[\"RANK\"]}\\n'.encode())\n"
-        "    return map(path, dtype, tokens, sha256)\n"
-        "shards._map = logged\n"
-        "os.write(1, f'pid {os.environ[\"RANK\"]} {os.getpid()}\\n'.encode())\n"
-        "device._bf16_gain = lambda: [0.1, 9.0][int(os.environ['RANK'])]\ntrain.main()\n"
+def test_the_main_process_is_first_then_the_first_of_each_machine():
+    results = call(4, enter)
+    order = [place for place, _ in results]
+    assert order[0] == 1 and order[2] < order[3] and sorted(order) == [1, 2, 3, 4]
+    assert [logged for _, logged in results] == [["text: 3 other processes wait for it"], [], [], []]
+
+
+def impatient(rank):
+    world = distributed.init_distributed()
+    distributed.PATIENCE = datetime.timedelta(seconds=0.2)
+    if rank == 0:
+        return ""
+    try:
+        with distributed.together(), world.in_turn("text", print):
+            return "entered"
+    except DistributedError as error:
+        return str(error)
+
+
+def test_a_process_that_waited_too_long_says_so():
+    assert "another process of this run has ended or does not answer" in call(2, impatient)[1]
+
+
+class Text:
+    """A text of some targets for `validate`, which reads it through `validation`."""
+
+    chat, tokens, num_targets = False, 5 * 32 - 3, 5 * 32 - 3
+
+    def read(self, start, count):
+        return torch.arange(start, start + count).remainder(90).numpy()
+
+
+def validated(rank, sequences):
+    """The validation loss, and the number of forward passes."""
+    world = distributed.init_distributed()
+    torch.manual_seed(0)
+    model, count, loss = GPT(TINY), itertools.count(), GPT.loss
+    GPT.loss = lambda *a: (next(count), loss(*a))[1]
+    model = GPT(TINY)
+    config = Config("x", model=TINY, train=TrainConfig(steps=1, batch_tokens=32, micro_batch_size=sequences))
+    machine = Machine(torch.device("cpu"), torch.float32, "eager", ())
+    return validate(model, Text(), config, world, machine, 0), next(count)
+
+
+def check_validation(size, sequences, call=call):
+    """AssertionError unless the loss is that of one process, and all processes make as many forward passes."""
+    ((alone, batches),) = ranks.call(1, validated, sequences)
+    assert batches == -(-5 // sequences)
+    results = call(size, validated, sequences)
+    assert all(loss == pytest.approx(alone, rel=1e-6) for loss, _ in results)
+    assert {passes for _, passes in results} == {-(-batches // size)}
+
+
+@pytest.mark.parametrize("sequences", [1, 2])
+@pytest.mark.parametrize("size", [2, 4])
+def test_validation_on_any_number_of_processes_is_that_on_one(size, sequences):
+    check_validation(size, sequences)
+
+
+FOREVER = ("--train.steps=1000000", "--train.num_evals=1", "--train.save_minutes=1e-9")
+
+
+def trained(rank, runs, words, lost, how, at=3):
+    """train.py; the process `lost` sends itself the signal `how` in step `at`. A collective may take six seconds. The
+    processes measure different gains of bf16."""
+    os.dup2(os.open(runs / f"log-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
+    os.dup2(1, 2)
+    batch, mapped = Loader.batch, shards._map
+
+    def watched(self, step, *a):
+        if rank == lost and step == at:
+            os.kill(os.getpid(), how)
+        return batch(self, step, *a)
+
+    def verified(path, dtype, tokens, sha256):
+        if sha256:
+            print(f"verified by {rank}")
+        return mapped(path, dtype, tokens, sha256)
+
+    Loader.batch, shards._map, train.RUNS = watched, verified, runs
+    device._bf16_gain = lambda: [0.1, 9.0][rank > 0]
+    distributed.init_distributed = functools.partial(
+        distributed.init_distributed, timeout=datetime.timedelta(seconds=6)
     )
-    words = ("--train.steps=1000000", "--train.num_evals=1", "--train.save_minutes=1e-9", "--train.dtype=auto")
-    process = start(tmp_path, text, "lost", *words, script=str(script))
-    said, pids = "", {}
-    for line in process.stdout:
-        said += line
-        if found := re.match(r"pid (\d) (\d+)", line):
-            pids[int(found[1])] = int(found[2])
-        if line.startswith("step 1/"):
-            break
-    assert len(pids) == 2, said
-    run = tmp_path / "lost"
-    while not (run / "latest").exists() and process.poll() is None:
-        time.sleep(0.01)
-    os.kill(pids[rank], signal.SIGKILL)
-    rest, _ = process.communicate(timeout=HANGS)
-    assert process.returncode != 0
-    assert set(re.findall(r"verified by (\d)", said)) == {"0"}
-    assert "dtype float32 (bfloat16 matmul 0.1x fp32, measured)" in said
-    if rank == 1:
-        assert "train.py: another process of this run has ended or does not answer" in rest
-    state = checkpoint.read_state(checkpoint.find(run, "latest"))
-    assert state["step"] >= 1 and state["dtype"] == "float32"
-    with pytest.raises(ProcessLookupError):
-        os.kill(pids[1 - rank], 0)
+    sys.argv = ["train.py", *words]
+    train.main()
+
+
+def started(runs, text, *words, size=2, lost=-1, how=0):
+    flags = ["shakespeare", "--name=run", *SMALL, f"--data.source={text}", "--train.micro_batch_size=2", *words]
+    return Ranks(size, trained, runs, flags, lost, how)
+
+
+def test_a_run_on_several_meshes_is_that_of_one_process(run_training, text, tmp_path):
+    """Stopped on two processes that hold one copy of the model, resumed on two copies of two."""
+    words = ("--train.steps=6", "--train.num_evals=2")
+    whole = run_training("whole", *words)
+    run = started(tmp_path, text, *words, "--train.shard=0", lost=1, how=signal.SIGTERM)
+    assert run.ends() == [128, 128 + signal.SIGTERM]
+    said = (tmp_path / "log-0").read_text()
+    assert "mesh 2 devices = 1 copies of the model x 2 devices (train.shard)\n" in said
+    assert "= 2 devices x 2 micro-batches x 2 sequences x 32 tokens\n" in said
+    assert started(tmp_path, text, *words, "--train.shard=2", "--resume", size=4).ends() == [0] * 4
+    said = (tmp_path / "log-0").read_text()
+    assert "changed train.shard 0 -> 2\n" in said
+    assert said.count("step 6 | val_loss") == 1 and (tmp_path / "log-1").read_text() == ""
+    for key in ("loss", "grad_norm", "val_loss"):
+        assert losses(tmp_path / "run", key) == pytest.approx(losses(whole, key), rel=1e-5)
+    theirs, ours = (
+        load_file(checkpoint.find(run, "latest") / "model.safetensors") for run in (whole, tmp_path / "run")
+    )
+    assert theirs.keys() == ours.keys()
+    assert all(torch.allclose(ours[name], weight, atol=1e-5) for name, weight in theirs.items())
+
+
+def test_a_number_of_devices_that_cannot_hold_a_copy_is_one_line(tmp_path, text):
+    assert started(tmp_path, text, "--train.steps=1", "--train.shard=3").ends() == [2, 2]
+    error = "train.py: train.shard = 3: must divide the number of devices, 2\n"
+    assert [(tmp_path / f"log-{rank}").read_text().endswith(error) for rank in (0, 1)] == [True, True]
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_process_ends_the_run_and_its_checkpoint_loads(tmp_path, text, how):
+    """Killed or asleep. One process verifies the text, and the run has one dtype."""
+    run = started(tmp_path, text, *FOREVER, "--train.dtype=auto", "--train.shard=2", lost=1, how=how)
+    run.processes[0].join(HANGS)
+    assert run.processes[0].exitcode == 2
+    run.processes[1].kill()
+    assert run.ends() == [2, -signal.SIGKILL]
+    said = [(tmp_path / f"log-{rank}").read_text() for rank in (0, 1)]
+    assert "train.py: another process of this run has ended or does not answer" in said[0]
+    assert "Traceback" not in said[0]
+    assert "verified by 0" in said[0] and "verified" not in said[1]
+    assert "dtype float32 (bfloat16 matmul 0.1x fp32, measured)" in said[0]
+    state = checkpoint.read_state(checkpoint.find(tmp_path / "run", "latest"))
+    assert state["step"] == 3 and state["dtype"] == "float32"

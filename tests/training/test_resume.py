@@ -123,8 +123,8 @@ def test_saving_by_time():
 def test_saving_after_every_step_changes_nothing(run_training, monkeypatch):
     words = ("--train.steps=6", "--train.num_evals=2", "--model.dropout=0.1", "--model.attention_dropout=0.1")
     plain = run_training("plain", *words)
-    saved, save = [], checkpoint.save
-    monkeypatch.setattr(checkpoint, "save", lambda run, step, *a: (saved.append(step), save(run, step, *a))[1])
+    saved, save = [], checkpoint.Saver.save
+    monkeypatch.setattr(checkpoint.Saver, "save", lambda self, step, *a: (saved.append(step), save(self, step, *a))[1])
     often = run_training("often", *words, "--train.save_minutes=1e-9")
     assert saved == [1, 2, 3, 4, 5, 6]
     assert weights(often) == weights(plain)
@@ -140,7 +140,7 @@ def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_again(run_tra
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save", killed)
+        patch.setattr(checkpoint.Saver, "save", killed)
         with pytest.raises(KeyboardInterrupt):
             run_training("early", *words)
     run = run_training("early", *words, "--resume")
@@ -153,7 +153,7 @@ def test_such_a_run_remembers_where_its_weights_came_from(runs, text, tmp_path, 
              "--train.dtype=float32", "--data.val_fraction=0.2", "--train.prompt=", "--train.num_evals=1",
              "--train.steps=2", f"--data.source={text}")  # fmt: skip
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        patch.setattr(checkpoint.Saver, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             train_here(tmp_path, "shakespeare", "--name=tuned", f"--init-from={runs / 'songs'}", *flags)
     run = train_here(tmp_path, "shakespeare", "--name=tuned", "--resume", *flags)
