@@ -107,8 +107,8 @@ def test_help_does_not_import_torch():
 
 
 def test_imports_are_light():
-    """torch's compiler and Triton take seconds to import: only what uses them does."""
-    heavy = ["torch._dynamo", "triton", "datasets", "wandb"]
+    """torch's compiler, its DTensor and Triton take seconds to import: only what uses them does."""
+    heavy = ["torch._dynamo", "torch.distributed.tensor", "triton", "datasets", "wandb"]
     code = f"import sys, train; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
