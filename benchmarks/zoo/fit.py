@@ -19,6 +19,18 @@ from training.optimizers import build_optimizers, lr_factor, set_learning_rate
 Batch = tuple[Tensor, Tensor]
 
 
+def machine() -> device.Machine:
+    """Where models are trained: see above."""
+    return device.choose(TrainConfig(steps=1, device="cpu", dtype="float32"))
+
+
+def how() -> str:
+    """A paragraph below a table: the implementation of all members."""
+    return (
+        f"\n\nTrained on a CPU, one thread per model, fp32, {machine().reasons[2]}, except what C++ does not support."
+    )
+
+
 def task_optim(lr: float, steps: int) -> OptimConfig:
     """Optimizers for synthetic tasks, with `lr` times the learning rates at which softmax attention learns them."""
     return OptimConfig(lr=1e-2 * lr, muon_lr=1e-2 * lr, warmup_steps=steps // 20)
@@ -35,11 +47,11 @@ def fit(
         seed: of the weights.
         loss_of: sum of the cross-entropies of a step's targets.
     """
-    machine = device.choose(TrainConfig(steps=max(steps, 1), device="cpu", dtype="float32"))
+    where = machine()
     torch.manual_seed(seed)
     model = GPT(config)
-    optimize_layers(model, machine)
-    optimizers = build_optimizers(model, optim, machine.dtype)
+    optimize_layers(model, where)
+    optimizers = build_optimizers(model, optim, where.dtype)
     for step in range(steps):
         set_learning_rate(optimizers, lr_factor(step, steps, optim))
         x, y = batch(step)

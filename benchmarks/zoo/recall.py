@@ -13,7 +13,7 @@ import torch
 from torch import Generator, Tensor
 
 from benchmarks.zoo import members
-from benchmarks.zoo.fit import Batch, accuracy, fit, task_optim
+from benchmarks.zoo.fit import Batch, accuracy, fit, how, task_optim
 from benchmarks.zoo.pictures import Curves, Panel, curves, draw
 from benchmarks.zoo.results import Point, Row, best_rate, groups, markdown, mean, span
 from kernels.reference_attention import IGNORE_INDEX
@@ -97,12 +97,12 @@ def best(rows: list[Row]) -> dict[tuple[str, int], list[Row]]:
 
 def table(rows: list[Row]) -> str:
     header = ["values recalled of", "head size", "state, bytes", *(f"n = {n}" for n in PAIRS), "best rate", "seconds"]
-    return markdown(header, (
-        [
-            member, head_dim, f"{own[0]['state bytes']:,}", *(span(own, f"accuracy at {n}", 2) for n in PAIRS),
-            f"{own[0]['lr']:.2g}", f"{mean(own, 'seconds'):.0f}",
-        ] for (member, head_dim), own in best(rows).items()
-    ))  # fmt: skip
+    lines = []
+    for (member, head_dim), own in best(rows).items():
+        accuracies = (span(own, f"accuracy at {n}", 2) for n in PAIRS)
+        size, lr, seconds = f"{own[0]['state bytes']:,}", f"{own[0]['lr']:.2g}", f"{mean(own, 'seconds'):.0f}"
+        lines.append([member, head_dim, size, *accuracies, lr, seconds])
+    return markdown(header, lines) + how()
 
 
 def picture(rows: list[Row], path: Path) -> None:

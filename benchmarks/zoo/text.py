@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.zoo import members
-from benchmarks.zoo.fit import fit
+from benchmarks.zoo.fit import fit, how
 from benchmarks.zoo.pictures import Panel, curves, draw
 from benchmarks.zoo.results import Point, Row, best_rate, groups, markdown, mean, span
 from data.loader import Loader, validation
@@ -80,7 +80,7 @@ def table(rows: list[Row]) -> str:
         seconds, size = f"{mean(best, 'seconds'):.0f}", (f"{best[0][name]:,}" for name in ("parameters", "state bytes"))
         lines.append([member, span(best, "bits per byte"), f"{best[0]['lr']:.2g}", *size, seconds])
     lines.sort(key=lambda line: line[1])
-    return markdown(["", "bits per byte", "best rate", "parameters", "state, bytes", "seconds"], lines)
+    return markdown(["", "bits per byte", "best rate", "parameters", "state, bytes", "seconds"], lines) + how()
 
 
 def picture(rows: list[Row], path: Path) -> None:
