@@ -29,8 +29,8 @@ MUTANTS = [  # file in training/, name, right, wrong, check
     ("distributed", "a copy's rows in another order", ".full_tensor() if", ".full_tensor().flip(0) if", RESUME),
     ("checkpoint", "moments are not loaded", "= part.clone()", "= 0 * part", RESUME),
     ("checkpoint", "moments of the rows alone", "= whole(value)", "= getattr(value, '_local_tensor', value)", RESUME),
-    ("validation_loss", "the last batch counts twice", "if world.rank >= len(batch)", "if False", EVALUATE),
-    ("validation_loss", "a process has no batch", "min(world.rank, len(batch) - 1)", "world.rank", EVALUATE),
+    ("validation_loss", "the last batch counts twice", "if world.rank >= len(group)", "if False", EVALUATE),
+    ("validation_loss", "a process has no batch", "min(world.rank, len(group) - 1)", "world.rank", EVALUATE),
 ]
 
 

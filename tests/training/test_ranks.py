@@ -104,6 +104,10 @@ class Text:
 
     chat, tokens, num_targets = False, 5 * 32 - 3, 5 * 32 - 3
 
+    @property
+    def parts(self):
+        return [(self, 1.0)]
+
     def read(self, start, count):
         return torch.arange(start, start + count).remainder(90).numpy()
 
