@@ -291,7 +291,7 @@ def write(folder: Path, splitter: Splitter, tokenizer: Tokenizer, log: Log, proc
             log(f"tokens of {corpus.name}: {done / 1e6:,.0f}{size} MB, {rate:.1f} MB/s\r")
     splits: dict[str, Any] = {split: writer.finish() for split, writer in writers.items()}
     counts = ", ".join(f"{split} {s['tokens']:,} ({s['documents']:,} documents)" for split, s in splits.items())
-    log(f"tokens of {corpus.name}: {counts}, {done / 1e6:.1f} MB in {time.perf_counter() - started:.1f} s")
+    log(f"tokens of {corpus.name}: {counts}, {(done - before) / 1e6:.1f} MB in {time.perf_counter() - started:.1f} s")
     about = (
         tokenizer.sha256,
         tokenizer.vocab_size,
