@@ -144,7 +144,8 @@ def test_random_requests_leave_nothing_behind(songs, count):
         tasks = len(asyncio.all_tasks(served.scheduler.loop))
         asyncio.run(clients(1000, count // CLIENTS - 10))
         grown = left() - before
-        assert sum(grown.values()) < 200, grown.most_common(10)  # fewer than requests
+        # One object left behind by each request would be as many; weak references come and go.
+        assert sum(grown.values()) < count - 10 * CLIENTS, grown.most_common(10)
         assert len(asyncio.all_tasks(served.scheduler.loop)) <= tasks
         assert served.scheduler.thread.is_alive()
         assert all(outcomes[name] > 5 for name in ("200", "streamed", "left", "damaged 400", "cut off"))
