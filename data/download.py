@@ -8,7 +8,7 @@ checked, and the text is read from the zip archive. No code of the package runs.
 import ast
 import ensurepip
 import hashlib
-import importlib.util
+import importlib.machinery
 import json
 import os
 import re
@@ -88,7 +88,9 @@ PUBLIC_TEXTS = {
 def pip() -> list[str]:
     """The command that runs pip. Where it is not installed, as in environments made by uv, it is the pip that Python
     brings along for new environments: it runs from its archive. Raises ValueError."""
-    if importlib.util.find_spec("pip"):
+    # importlib.util.find_spec would ask setuptools' hook too: it takes the name for a run of pip, and later in this
+    # process neither setuptools nor torch.compile could be imported (Python 3.11).
+    if importlib.machinery.PathFinder.find_spec("pip"):
         return [sys.executable, "-m", "pip"]
     if archives := sorted((Path(ensurepip.__file__).parent / "_bundled").glob("pip-*.whl")):
         return [sys.executable, str(archives[-1] / "pip")]

