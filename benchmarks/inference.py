@@ -180,6 +180,10 @@ def setting(
                 first[engine].append(times[0])
                 rate[engine].append(batch * (tokens - 1) / (times[-1] - times[0]))
     ours = {engine.name: engine for engine in rate}
+    for name in ours:
+        if in_cpp := ours.get(f"{name} in C++"):
+            python = statistics.median(a / b for a, b in zip(rate[in_cpp], rate[ours[name]], strict=False))
+            print(f"batch {batch}, prompt {length}: {name} is {python:.2f} times as fast from C++ as from Python")
     rows = []
     for engine in there:
         row: dict[str, Any] = {"engine": engine.name, "precision": engine.precision}

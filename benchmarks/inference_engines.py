@@ -21,6 +21,7 @@ import torch
 
 from inference.huge_pages import use_huge_pages
 from inference.quantize import quantize
+from kernels.cpu import build
 from model import GPT, ModelConfig
 from sample import SamplingParams, generate
 from training.device_memory import peak_memory
@@ -39,10 +40,13 @@ ENGINES = {
     "transformers bf16": ("bf16", "transformers"),
     "llama.cpp F32": ("fp32", "llama_cpp"),
     "llama.cpp BF16": ("bf16", "llama_cpp"),
+    "llama.cpp BF16 in C++": ("bf16", "llama_cpp"),  # shows what the loop in Python costs
     "llama.cpp Q8_0": ("int8", "llama_cpp"),
     "nanoGPT": ("fp32", ""),
 }
-GGUF = {"llama.cpp F32": "f32", "llama.cpp BF16": "bf16", "llama.cpp Q8_0": "q8_0"}
+GGUF = {
+    "llama.cpp F32": "f32", "llama.cpp BF16": "bf16", "llama.cpp BF16 in C++": "bf16", "llama.cpp Q8_0": "q8_0",
+}  # fmt: skip
 
 
 def missing(name: str) -> str:
@@ -60,7 +64,7 @@ def write(folder: Path, config: ModelConfig, names: list[str]) -> None:
             weight.data *= 5
     torch.save(model.state_dict(), folder / "model.pt")
     (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
-    if formats := [GGUF[name] for name in names if name in GGUF]:
+    if formats := {GGUF[name] for name in names if name in GGUF}:
         from convert import to_gguf
         from data.tokenizer import Tokenizer
 
@@ -133,7 +137,8 @@ def transformers(folder: Path, name: str, nanogpt: Path | None, device: str) -> 
 
 
 def llama(folder: Path, name: str, nanogpt: Path | None, device: str) -> Generate:
-    """llama.cpp's llama_decode with one batch per step. The KV cache is fp32 with F32, else 16 bits, the default."""
+    """llama.cpp's llama_decode with one batch per step, called from Python or from llama_loop.cpp. The KV cache is fp32
+    with F32, else 16 bits, the default."""
     import llama_cpp as lib
 
     silent = lib.llama_log_callback(lambda *_: None)
@@ -175,7 +180,23 @@ def llama(folder: Path, name: str, nanogpt: Path | None, device: str) -> Generat
         V = config["vocab_size"]
         return np.ctypeslib.as_array(lib.llama_get_logits(ctx), (wanted, V)).argmax(1)
 
-    def generate_tokens(prompt: list[int], batch: int, tokens: int) -> Iterator[np.ndarray]:
+    def cpp_loop(ctx: Any, step: np.ndarray, position: int, tokens: int) -> Iterator[tuple[float, np.ndarray]]:
+        """The rest of the generation by llama_loop.cpp: (time, tokens (batch,)) of each step."""
+        made, seconds = np.empty((tokens, len(step)), np.int32), np.empty(tokens)
+        arrays = (np.ctypeslib.as_ctypes(array) for array in (step.astype(np.int32), made, seconds))
+        called = (
+            ctypes.cast(f, ctypes.c_void_p) for f in (lib.llama_decode, lib.llama_get_logits, lib.llama_batch_init)
+        )
+        generate_in_cpp = build.library(str(Path(__file__).with_name("llama_loop"))).generate
+        start = time.perf_counter()
+        failed = generate_in_cpp(
+            ctypes.c_void_p(ctx), *called, *arrays, len(step), position, tokens, config["vocab_size"]
+        )
+        if failed:
+            raise RuntimeError(f"llama_decode returned {failed}")
+        yield from zip((start + seconds).tolist(), made, strict=True)
+
+    def generate_tokens(prompt: list[int], batch: int, tokens: int) -> Iterator[Any]:
         size = -(-(len(prompt) + tokens) // 256) * 256
         ctx = context(batch, size)
         for begin in range(0, len(prompt), 512):
@@ -185,6 +206,9 @@ def llama(folder: Path, name: str, nanogpt: Path | None, device: str) -> Generat
             lib.llama_memory_seq_cp(lib.llama_get_memory(ctx), 0, other, -1, -1)
         step = step.repeat(batch)
         yield step
+        if name.endswith("in C++"):
+            yield from cpp_loop(ctx, step, len(prompt), tokens - 1)
+            return
         for position in range(len(prompt), len(prompt) + tokens - 1):
             step = decode(ctx, step.tolist(), [position] * batch, list(range(batch)), batch)
             yield step

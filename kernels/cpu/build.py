@@ -69,7 +69,8 @@ def check_tensor(name: str, x: Tensor, dtype: torch.dtype, *shape: int) -> Tenso
 
 @functools.cache
 def library(name: str, **types: torch.dtype) -> ctypes.CDLL:
-    """kernels/cpu/NAME.cpp, compiled with `types` as macros (ELEMENT=torch.float32). Raises Unavailable.
+    """kernels/cpu/NAME.cpp, compiled with `types` as macros (ELEMENT=torch.float32). `name` may be an absolute path
+    without the suffix. Raises Unavailable.
 
     The compiled file is named by a hash of all that it depends on: source, compiler, flags, processor; and of the user,
     who loads no code of another user from a shared folder.
