@@ -245,14 +245,14 @@ class Config:
 
 def check_context_parallel(model: ModelConfig, n: int, method: str) -> None:
     """Raise ValueError if n devices cannot share a sequence: if something but softmax attention needs all of it."""
-    others = [letter for letter in sorted(set(model.layer_pattern)) if letter in MIXERS]
+    others = [f"{MIXERS[letter].__name__}, {letter}," for letter in model.layer_pattern if letter in MIXERS]
     rules = {
         "context": (model.context % (2 * n) == 0, f"must be a multiple of {2 * n}, two chunks per device"),
-        "layer_pattern": (not others, f"must consist of L and S: {', '.join(others)} would need whole sequences"),
+        "layer_pattern": (not others, f"must consist of L and S: {''.join(others[:1])} needs whole sequences"),
         "attention_dropout": (not model.attention_dropout, "must be 0"),
         "router_aux_loss_coef": (
             not (model.n_expert and model.router_aux_loss_coef),
-            "must be 0: the load-balancing loss is one of whole sequences",
+            "must be 0, the load-balancing loss needs whole sequences",
         ),
         "n_kv_head": (method != "ulysses" or model.n_kv_head % n == 0, f"must be divisible by {n} for ulysses"),
     }
