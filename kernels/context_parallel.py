@@ -53,7 +53,6 @@ class ContextParallel:
         """This device's part of whole sequences: (B, T, ...) -> (B, 2c, ...). T must be divisible by 2n."""
         return by_device(x, self.size)[self.rank]
 
-    @torch.compiler.disable  # a compiled layer calls it between two graphs: collectives are no part of them
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, mask_spec: MaskSpec = CAUSAL, *, alibi_slopes: Tensor | None = None,
         sinks: Tensor | None = None, document_ids: Tensor | DocumentBounds | None = None, **options: Any,

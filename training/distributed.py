@@ -189,9 +189,10 @@ def share_sequences(model: GPT, world: World, method: str) -> str:
         method, why = ("gather", "within a machine") if together else ("ring", "across machines")
     group = dist.new_group(list(ranks), timeout=world.timeout, use_local_synchronization=True)
     parallel, loss = ContextParallel(group, method), model.loss
+    attend = torch.compiler.disable(parallel.attention)  # a compiled layer calls it between two graphs
     layer: Any
     for layer in model.model.layers:
-        layer.self_attn.attend = parallel.attention
+        layer.self_attn.attend = attend
 
     def own_loss(tokens: Tensor, targets: Tensor) -> Tensor:
         positions = torch.arange(tokens.shape[1], device=tokens.device)[None]

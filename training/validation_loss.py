@@ -43,9 +43,7 @@ def validate(
             if stop and number % check_every == 0 and sum(world.all_reduce_sum([stop.requested], machine.device)):
                 return None
             factor, inputs, targets = group[min(world.data_rank, len(group) - 1)]
-            if world.data_rank >= len(
-                group
-            ):  # there is none left for this process, but all make as many forward passes
+            if world.data_rank >= len(group):  # none is left for this process, but all make as many forward passes
                 targets = torch.full_like(targets, IGNORE_INDEX)
             with machine.autocast():
                 total += factor * float(model.loss(inputs.to(machine.device), targets.to(machine.device)))
