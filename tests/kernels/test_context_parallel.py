@@ -104,9 +104,12 @@ def test_three_processes_in_a_ring():
 
 def flash(rank: int, dtype, backend):
     parallel = joined("ring")
-    mine = [parallel.split(x).requires_grad_() for x in tensors(24, dtype, 2, 16)[:3]]
-    out = parallel.attention(*mine, backend=backend)
-    out.backward(parallel.split(tensors(24, dtype, 2, 16)[3]))
+    *mine, dout, _ = (parallel.split(x) for x in tensors(24, torch.promote_types(dtype, torch.float32), 2, 16))
+    mine = [x.requires_grad_() for x in mine]
+    with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):  # what is sent is bf16
+        out = parallel.attention(*mine, backend=backend)
+    assert out.dtype == dtype
+    out.backward(dout.to(dtype))
     return [x.detach().float().numpy() for x in (out, *(x.grad for x in mine))]
 
 
