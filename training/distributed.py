@@ -159,7 +159,7 @@ def parallelize(model: GPT, world: World, shard: int, device: torch.device, meth
     Neighbouring ranks, which are on one machine, hold a copy together. From now on a forward pass is one of all
     processes, and parameters are DTensors: `local`, `whole` and `divided` are for them. With `world.context` above 1,
     neighbouring ranks also call `model.loss` with the same sequences, and each gets the loss of its own part of the
-    targets. method: `train.context_method`. Returns the lines to log.
+    targets; without a cache, nothing else may be called. method: `train.context_method`. Returns the lines to log.
     """
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # two seconds to import

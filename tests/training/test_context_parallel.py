@@ -22,7 +22,7 @@ MANY = [*CONTEXT_PARALLEL, "fused", SAVED]
     ("copies", "shard", "context", "method", "names"),
     [
         (2, 1, 2, "gather", MANY),
-        (1, 2, 2, "ring", [*MANY, "compiled"]),
+        (1, 2, 2, "ring", [*FEW, "fused", "compiled", SAVED]),
         (1, 2, 2, "ulysses", [*FEW, "ALiBi, a gate", SAVED]),
         (2, 2, 2, "ring", FEW),
         (1, 4, 4, "gather", FEW),
