@@ -204,6 +204,7 @@ class Attention(nn.Module):
         C, H, K, D = config.n_embd, config.n_head, config.n_kv_head, config.head_dim
         self.layer, self.head_dim, self.gate, self.mask_spec = layer, D, config.gate, config.mask_spec(layer)
         self.softmax_scale, self.dropout = D**-0.5 if config.scale_scores else 1.0, config.attention_dropout
+        self.attend = attention  # or of several devices, see kernels/context_parallel.py
         self.register_buffer("alibi_slopes", alibi_slopes(H) if config.positions == "alibi" else None, persistent=False)
         self.q_proj = nn.Linear(C, H * D * (2 if config.gate else 1), bias=False)
         self.k_proj = nn.Linear(C, K * D, bias=False)
@@ -231,7 +232,7 @@ class Attention(nn.Module):
         if cache is not None:
             (k, v), lengths = cache.update(self.layer, k, v), cache.lengths + T  # (B, S, K, D)
             block_table = cache.block_table
-        out = attention(
+        out = self.attend(
             q, k, v, self.mask_spec, softmax_scale=self.softmax_scale, cache_seqlens=lengths, block_table=block_table,
             alibi_slopes=self.alibi_slopes, dropout_p=self.dropout if self.training else 0.0,
         )  # fmt: skip  # (B, T, H, D)
@@ -288,13 +289,17 @@ class Decoder(nn.Module):
         self.register_buffer("cos", cos, persistent=False)  # (context, D)
         self.register_buffer("sin", sin, persistent=False)
 
-    def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """tokens (B, T) -> hidden states, the input of the head, (B, T, C). Raises ValueError: too many tokens."""
+    def forward(self, tokens: Tensor, cache: KVCache | None = None, positions: Tensor | None = None) -> Tensor:
+        """tokens (B, T) -> hidden states, the input of the head, (B, T, C). Raises ValueError: too many tokens.
+
+        positions: of the tokens, (B or 1, T); by default they are consecutive, from 0 or after those in the cache.
+        """
         T, context = tokens.shape[1], self.cos.shape[0]
         most = context if cache is None else min(context, KVCache.CHUNK)
         if most < T:
             raise ValueError(f"{T} tokens at once, but at most {most} fit")
-        positions = torch.arange(T, device=tokens.device)[None] if cache is None else cache.positions(T)  # (B or 1, T)
+        if positions is None:  # (B or 1, T)
+            positions = torch.arange(T, device=tokens.device)[None] if cache is None else cache.positions(T)
         x = self.embed_tokens(tokens)  # (B, T) -> (B, T, C)
         if self.embed_positions is not None:
             x = x + self.embed_positions(positions).to(x.dtype)
@@ -368,12 +373,13 @@ class GPT(nn.Module):
         """Logits after the last of the tokens (B, T), (B, V) fp32. For the rest see `forward`."""
         return self.head(self.model(tokens, cache)[:, -1]).float()  # (B, T, C) -> (B, C) -> (B, V)
 
-    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+    def loss(self, tokens: Tensor, targets: Tensor, positions: Tensor | None = None) -> Tensor:
         """Sum of the cross-entropies of targets (B, T), in nats, fp32; a target of IGNORE_INDEX (-100) is left out.
 
+        positions: of the tokens, (B or 1, T); by default 0 ... T - 1.
         In training, the load-balancing loss of experts is added, times its coefficient and the number of targets.
         """
-        x = self.model(tokens).flatten(0, 1)  # (B, T, C) -> (B * T, C)
+        x = self.model(tokens, positions=positions).flatten(0, 1)  # (B, T, C) -> (B * T, C)
         loss = linear_cross_entropy(x, self.head_weight, targets.flatten())
         if self.training and self.config.n_expert:
             loss = loss + self.config.router_aux_loss_coef * load_balancing_loss(self.model.layers, targets)

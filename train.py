@@ -57,7 +57,7 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
 
     # 1. Machine: device, dtype, layer implementation ----------------------------------------------------------------
 
-    world = distributed.init_distributed()
+    world = distributed.init_distributed(context=config.train.context_parallel)
     log = metrics.log if world.main else lambda _: None
     run = RUNS / config.name
     if resume and run_folder.unstarted(run):
@@ -86,7 +86,7 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
     # 3. Model, optimizers, batch ------------------------------------------------------------------------------------
 
     config = with_vocab_size(config, tokenizer)
-    context, micro_batch, share = config.model.context, *split_batch(config, world.size)  # share: sequences per process
+    context, micro_batch, share = config.model.context, *split_batch(config, world.data_size)  # share: sequences
     num_params, token_flops = count_parameters(config.model), flops_per_token(config.model)
     shard = distributed.devices_per_copy(config.train.shard, world)
     check_fits(num_params, machine.device, shard)
@@ -95,8 +95,7 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
     if world.size == 1:
         model.to(machine.device)
     else:
-        distributed.parallelize(model, world, shard, machine.device)
-        log(f"mesh {world.size} devices = {world.size // shard} copies of the model x {shard} devices (train.shard)")
+        log(distributed.parallelize(model, world, shard, machine.device, config.train.context_method))
     model.model.activation_checkpointing = config.train.activation_checkpointing
     if note := optimize_layers(model, machine):
         log(note)
@@ -108,7 +107,7 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
         log(f"init {origin}")
     log(
         f"batch {config.train.batch_tokens:,} tokens = {world.size} devices x {share // micro_batch} micro-batches "
-        f"x {micro_batch} sequences x {context} tokens"
+        f"x {micro_batch} sequences x {context // world.context} tokens"
     )
 
     # 4. Run folder: new, or resumed ---------------------------------------------------------------------------------
@@ -190,9 +189,10 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
         factor = lr_factor(step, budget.num_steps, config.optim)
         set_learning_rate(optimizers, factor)
         torch.manual_seed((config.train.seed * 1_000_003 + step) * 1_009 + world.rank)
-        x, y = loader.batch(step, share * world.size, world.rank, world.size)  # (share, context) each
+        x, y = loader.batch(step, share * world.data_size, world.data_rank, world.data_size)  # (share, context) each
         # The loss is the mean over the targets of all processes: conversations differ in how many they have.
-        num_targets = world.all_reduce_sum([float((y != IGNORE_INDEX).sum())], machine.device)[0] / world.size
+        counted = float((y != IGNORE_INDEX).sum()) / world.context
+        num_targets = world.all_reduce_sum([counted], machine.device)[0] / world.size  # per process
 
         # Forward and backward, micro-batch by micro-batch.
         loss = torch.zeros((), dtype=torch.float32, device=machine.device)
@@ -311,13 +311,14 @@ def with_vocab_size(config: Config, tokenizer: Tokenizer) -> Config:
 
 
 def split_batch(config: Config, devices: int) -> tuple[int, int]:
-    """Sequences per micro-batch and per device in one step."""
+    """Sequences per micro-batch and per device, or group of devices that share them, in one step."""
+    what = "devices" if config.train.context_parallel == 1 else "groups of devices (train.context_parallel)"
     sequences = config.train.batch_tokens // config.model.context
     micro_batch = min(config.train.micro_batch_size, sequences // devices)
     if micro_batch == 0 or sequences % (micro_batch * devices):
         raise ConfigError(
             f"train.batch_tokens = {config.train.batch_tokens}: {sequences} sequences of {config.model.context} tokens "
-            f"are not divisible into {devices} devices x micro-batches of {config.train.micro_batch_size} sequences "
+            f"are not divisible into {devices} {what} x micro-batches of {config.train.micro_batch_size} sequences "
             "(train.micro_batch_size)"
         )
     return micro_batch, sequences // devices

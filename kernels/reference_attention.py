@@ -145,3 +145,23 @@ def reference_attention(
     weighed = read.view(B, K, H // K, T, S)  # h -> k, g
     out = torch.einsum("bkgts,bskd->btkgd", weighed, v.to(dtype)).reshape(B, T, H, D)  # k, g -> h
     return out.to(q.dtype), lse.transpose(1, 2), weights  # (B, H, T) -> (B, T, H)
+
+
+def reference_backward(
+    dout: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, mask_spec: MaskSpec, softmax_scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv (Dao 2023, arXiv 2307.08691, section 2.3), without a softcap.
+
+    If k and v are only some of the keys over which out (B, T, H, D) and lse (B, T, H) were computed, these are the dk
+    and dv of those, and what they contribute to dq.
+    """
+    K, dtype = k.shape[2], lse.dtype
+    k, v = k.to(dtype), v.to(dtype)
+    q, dout, out = (x.to(dtype).unflatten(2, (K, -1)) for x in (q, dout, out))  # (B, T, H, D) -> (B, T, K, G, D)
+    mask = attention_mask(mask_spec, q.shape[1], k.shape[1], q.device, None, None)[:, None, None]  # (1, 1, 1, T, S)
+    scores = (torch.einsum("btkgd,bskd->bkgts", q, k) * softmax_scale).masked_fill(~mask, float("-inf"))
+    lse, delta = (x.unflatten(2, (K, -1)).movedim(1, 3)[..., None] for x in (lse, (out * dout).sum(-1).flatten(2)))
+    weights = (scores - lse).exp()  # (B, K, G, T, S) - (B, K, G, T, 1)
+    dscores = weights * (torch.einsum("btkgd,bskd->bkgts", dout, v) - delta) * softmax_scale
+    dq = torch.einsum("bkgts,bskd->btkgd", dscores, k).flatten(2, 3)  # (B, T, K, G, D) -> (B, T, H, D)
+    return dq, torch.einsum("bkgts,btkgd->bskd", dscores, q), torch.einsum("bkgts,btkgd->bskd", weights, dout)

@@ -3,7 +3,7 @@
 `apply_fused_layers(model)` replaces the `forward` of every layer and of the last norm from outside. Results
 and gradients are those of model.py: tests/training/test_apply_fused_layers.py compares them in fp64 for every supported
 flag. A layer of zoo/ keeps its mixer as it is, one with experts its feed-forward networks, and one with dropout of the
-attention weights its attention, in training; the rest is fused.
+attention weights (in training) or context parallelism its attention; the rest is fused.
 """
 
 import functools
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inference.engine import SUPPORTED, check_supported
-from kernels import cpu, preferred
+from kernels import attention, cpu, preferred
 from kernels.cpu import bindings, fused_layers
 from kernels.cpu.fused_layers import PackedWeight
 from model import GPT, Attention, Block, Decoder, FeedForward, KVCache
@@ -103,10 +103,11 @@ class FusedBlock:
             for weight in self.packed:
                 weight.key = None
         dropout = block.dropout if block.training else 0.0
-        if isinstance(block.self_attn, Attention) and not (block.training and block.self_attn.dropout):
-            x = self.attend(block.self_attn, x, cos, sin, dropout)
+        mixer = block.self_attn
+        if isinstance(mixer, Attention) and mixer.attend is attention and not (block.training and mixer.dropout):
+            x = self.attend(mixer, x, cos, sin, dropout)
         else:
-            mixed = block.self_attn(fused_rms_norm(block.input_layernorm, x), cos, sin, None)
+            mixed = mixer(fused_rms_norm(block.input_layernorm, x), cos, sin, None)
             x = x + F.dropout(mixed, dropout)
         norm = block.post_attention_layernorm
         if isinstance(block.mlp, MixtureOfExperts):

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data.mixture import BLOCK, apportion
+from kernels.context_parallel import METHODS
 from model import ModelConfig, check_numbers
+from zoo import MIXERS
 
 MAX_NAME = 200  # characters of a run's name: file systems allow 255 bytes
 MAX_VOCAB = 1_000_000
@@ -164,6 +166,10 @@ class TrainConfig:
     """sequences per forward pass on one device: lower it if memory runs out, the result stays the same"""
     shard: int = 1
     """devices that hold one copy of the model together: 1 gives each device its own, 0 takes all of a machine"""
+    context_parallel: int = 1
+    """devices that share each sequence, for long contexts; 1 gives each device whole sequences"""
+    context_method: str = "auto"
+    """how they compute attention: auto (gather within a machine, ring across machines) | gather | ring | ulysses"""
     activation_checkpointing: bool = False
     """store only the inputs of each layer and recompute its activations in the backward pass: slower, less memory"""
     num_evals: int = 4
@@ -199,6 +205,11 @@ class TrainConfig:
             batch_tokens=(self.batch_tokens >= 1, "must be at least 1"),
             micro_batch_size=(self.micro_batch_size >= 1, "must be at least 1"),
             shard=(self.shard >= 0, "must be at least 0"),
+            context_parallel=(self.context_parallel >= 1, "must be at least 1"),
+            context_method=(
+                self.context_method in ("auto", *METHODS),
+                f"must be auto, {', '.join(METHODS[:-1])} or {METHODS[-1]}",
+            ),
             num_evals=(self.num_evals >= 1, "must be at least 1: the last evaluation is the result"),
             eval_tokens=(self.eval_tokens >= 0, "must be at least 0"),
             save_minutes=(self.save_minutes >= 0, "must be at least 0"),
@@ -228,6 +239,26 @@ class Config:
         if self.train.batch_tokens % self.model.context:
             why = f"must be a multiple of model.context = {self.model.context}"
             raise ValueError(f"train.batch_tokens = {self.train.batch_tokens}: {why}")
+        if (n := self.train.context_parallel) > 1:
+            check_context_parallel(self.model, n, self.train.context_method)
+
+
+def check_context_parallel(model: ModelConfig, n: int, method: str) -> None:
+    """Raise ValueError if n devices cannot share a sequence: if something but softmax attention needs all of it."""
+    others = [f"{MIXERS[letter].__name__}, {letter}," for letter in model.layer_pattern if letter in MIXERS]
+    rules = {
+        "context": (model.context % (2 * n) == 0, f"must be a multiple of {2 * n}, two chunks per device"),
+        "layer_pattern": (not others, f"must consist of L and S: {''.join(others[:1])} needs whole sequences"),
+        "attention_dropout": (not model.attention_dropout, "must be 0"),
+        "router_aux_loss_coef": (
+            not (model.n_expert and model.router_aux_loss_coef),
+            "must be 0, the load-balancing loss needs whole sequences",
+        ),
+        "n_kv_head": (method != "ulysses" or model.n_kv_head % n == 0, f"must be divisible by {n} for ulysses"),
+    }
+    for name, (holds, why) in rules.items():
+        if not holds:
+            raise ValueError(f"model.{name} = {getattr(model, name)!r}: {why} (train.context_parallel = {n})")
 
 
 SECTIONS: dict[str, type] = {"model": ModelConfig, "data": DataConfig, "optim": OptimConfig, "train": TrainConfig}

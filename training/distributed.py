@@ -8,6 +8,10 @@ of them has some rows of every weight, gradient and moment. A layer's weights ar
 computes, and its gradients are averaged over the mesh while the layer before it computes (Zhao et al. 2023, arXiv
 2304.11277). With `train.shard` 1 there is nothing to gather: data parallelism (Li et al. 2020, arXiv 2006.15704).
 
+With `train.context_parallel` n, each n neighbouring devices have the same sequences, and each of them a part of their
+tokens (kernels/context_parallel.py). It does not matter how these groups lie in the mesh: the loss is a sum over all
+targets, each of which is on one device, so gradients are averaged as before.
+
 A process that ends breaks the connections of the others, and one that hangs lets their next collective time out: both
 end the run, and the last checkpoint is good. What may take longer than a collective, preparing a text, is waited for on
 the store through which the processes found each other.
@@ -24,6 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kernels.context_parallel import ContextParallel
 from model import GPT
 from training.config import ConfigError
 from training.matrix_owners import rows_of
@@ -54,14 +59,25 @@ def together() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class World:
-    """The rank of this process, the number of processes, the rank on this machine, the store that all share, and the
-    timeout of a collective."""
+    """The rank of this process, the number of processes, the rank on this machine, the store that all share, the
+    timeout of a collective, and the number of processes that share a sequence (train.context_parallel)."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     store: Any = None
     timeout: datetime.timedelta = TIMEOUT
+    context: int = 1
+
+    @property
+    def data_rank(self) -> int:
+        """The number of the group of processes that share sequences: others have other ones."""
+        return self.rank // self.context
+
+    @property
+    def data_size(self) -> int:
+        """The number of these groups."""
+        return self.size // self.context
 
     @property
     def main(self) -> bool:
@@ -110,14 +126,19 @@ def backends(cuda: bool) -> str:
     return "cpu:gloo,cuda:nccl" if cuda else "gloo"
 
 
-def init_distributed(timeout: datetime.timedelta = TIMEOUT) -> World:
-    """Join the process group, if torchrun started one. timeout: of a collective."""
+def init_distributed(timeout: datetime.timedelta = TIMEOUT, context: int = 1) -> World:
+    """Join the process group, if torchrun started one.
+
+    timeout: of a collective. context: `train.context_parallel`; raises ConfigError if it does not divide the processes.
+    """
+    if (devices := int(os.environ.get("WORLD_SIZE", "1"))) % context:
+        raise ConfigError(f"train.context_parallel = {context}: must divide the number of devices, {devices}")
     if "WORLD_SIZE" not in os.environ:
         return World()
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
     backend = backends(torch.cuda.is_available())
     dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
-    return World(rank, size, int(os.environ["LOCAL_RANK"]), store, timeout)
+    return World(rank, size, int(os.environ["LOCAL_RANK"]), store, timeout, context)
 
 
 def devices_per_copy(shard: int, world: World) -> int:
@@ -132,11 +153,13 @@ def devices_per_copy(shard: int, world: World) -> int:
     return devices
 
 
-def parallelize(model: GPT, world: World, shard: int, device: torch.device) -> None:
+def parallelize(model: GPT, world: World, shard: int, device: torch.device, method: str = "auto") -> str:
     """Divide the model, in place, among the processes of a mesh (replicate, shard), and move it to their devices.
 
     Neighbouring ranks, which are on one machine, hold a copy together. From now on a forward pass is one of all
-    processes, and parameters are DTensors: `local`, `whole` and `divided` are for them.
+    processes, and parameters are DTensors: `local`, `whole` and `divided` are for them. With `world.context` above 1,
+    neighbouring ranks also call `model.loss` with the same sequences, and each gets the loss of its own part of the
+    targets; without a cache, nothing else may be called. method: `train.context_method`. Returns the lines to log.
     """
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # two seconds to import
@@ -151,8 +174,32 @@ def parallelize(model: GPT, world: World, shard: int, device: torch.device) -> N
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)  # what is in no layer
-    for method in ("loss", "next_logits"):
-        register_fsdp_forward_method(model, method)
+    for name in ("loss", "next_logits"):
+        register_fsdp_forward_method(model, name)
+    line = f"mesh {world.size} devices = {world.size // shard} copies of the model x {shard} devices (train.shard)"
+    return line if world.context == 1 else f"{line}\n{share_sequences(model, world, method)}"
+
+
+def share_sequences(model: GPT, world: World, method: str) -> str:
+    """From now on `model.loss` is context-parallel: see `parallelize`. Returns the line to log."""
+    n, ranks = world.context, range(world.data_rank * world.context, (world.data_rank + 1) * world.context)
+    why = "train.context_method"
+    if method == "auto":
+        together = world.share(int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) % n == 0
+        method, why = ("gather", "within a machine") if together else ("ring", "across machines")
+    group = dist.new_group(list(ranks), timeout=world.timeout, use_local_synchronization=True)
+    parallel, loss = ContextParallel(group, method), model.loss
+    attend = torch.compiler.disable(parallel.attention)  # a compiled layer calls it between two graphs
+    layer: Any
+    for layer in model.model.layers:
+        layer.self_attn.attend = attend
+
+    def own_loss(tokens: Tensor, targets: Tensor) -> Tensor:
+        positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        return loss(parallel.split(tokens), parallel.split(targets), parallel.split(positions))
+
+    model.loss = own_loss  # type: ignore[method-assign, assignment]
+    return f"context {world.data_size} groups of {n} devices share sequences: {method} ({why})"
 
 
 def reduce_gradients(model: Any, last: bool) -> None:

@@ -29,7 +29,7 @@ def validate(
     """Mean loss over all targets of a text, in nats/token; None if `stop` was requested meanwhile.
 
     For a mixture, the mean of its sources' losses with their weights. The processes share the batches, and stop
-    together.
+    together. Those with the same sequences (context parallelism) have the same batches, each for some of the targets.
     """
     model.eval()
     total, check_every = 0.0, 1 if world.size == 1 else CHECK_EVERY
@@ -39,11 +39,11 @@ def validate(
         for inputs, targets in validation(part, config.model.context, config.train.micro_batch_size, eot)
     )
     try:
-        for number, group in enumerate(iter(lambda: list(itertools.islice(batches, world.size)), [])):
+        for number, group in enumerate(iter(lambda: list(itertools.islice(batches, world.data_size)), [])):
             if stop and number % check_every == 0 and sum(world.all_reduce_sum([stop.requested], machine.device)):
                 return None
-            factor, inputs, targets = group[min(world.rank, len(group) - 1)]
-            if world.rank >= len(group):  # there is none left for this process, but all make as many forward passes
+            factor, inputs, targets = group[min(world.data_rank, len(group) - 1)]
+            if world.data_rank >= len(group):  # none is left for this process, but all make as many forward passes
                 targets = torch.full_like(targets, IGNORE_INDEX)
             with machine.autocast():
                 total += factor * float(model.loss(inputs.to(machine.device), targets.to(machine.device)))

@@ -43,6 +43,7 @@ def test_every_field_can_be_overridden():
                 "yarn_original_context",
                 "batch_tokens",
                 "context",
+                "context_parallel",
                 "rope_theta",
                 "n_expert",
                 "n_expert_active",
@@ -57,9 +58,10 @@ def test_override_fields_that_change_together():
         "model.n_head": "8", "model.n_kv_head": "8", "model.layer_pattern": "SL", "model.window": "5",
         "model.yarn_factor": "2", "model.yarn_original_context": "64", "model.context": "128",
         "model.rope_theta": "500", "model.n_expert": "4", "model.n_expert_active": "2",
-        "train.batch_tokens": "1280", "name": "other",
+        "train.batch_tokens": "1280", "name": "other", "model.router_aux_loss_coef": "0", "train.context_parallel": "4",
     }  # fmt: skip
     changed = load("shakespeare", pairs)
+    assert changed.train.context_parallel == 4
     assert (changed.model.n_kv_head, changed.model.window, changed.model.yarn_factor) == (8, 5, 2.0)
     assert (changed.train.batch_tokens, changed.name) == (1280, "other")
 

@@ -8,11 +8,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from model import GPT
 from tests.training.ranks import call
+from tests.training.sent_bytes import Sent
 from tests.training.test_parallel import PLAIN, joined
 from training import distributed, matrix_owners, optimizers
 from training.config import OptimConfig
@@ -82,27 +81,6 @@ def test_owners_have_about_equal_work(copies, parts):
         assert max(sum(map(len, copy)) for copy in numbers) == -(-len(shapes) // copies)
 
 
-class Sent(TorchDispatchMode):
-    """Counts the bytes that a process sends, by operation; of an all-reduce, which sends 2 (R - 1) / R of it, the
-    tensor."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = dict.fromkeys(("_allgather_base_", "_reduce_scatter_base_", "allreduce_", "alltoall_base_",
-                                    "allgather_"), 0)  # fmt: skip
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        space, _, name = str(function).removesuffix(".default").partition(".")
-        if space == "c10d":
-            first, second = (sum(x.nbytes for x in tree_leaves(a) if isinstance(x, torch.Tensor)) for a in args[:2])
-            sent = abs(first - second)  # gathered or scattered, without its own part
-            if name == "alltoall_base_":
-                counts = args[4]  # of numbers to each process; this one is the first
-                sent = sum(counts[1:]) * args[1].element_size()
-            self.bytes[name] += sent
-        return function(*args, **(kwargs or {}))
-
-
 def communicated(rank: int, size: int, shard: int, config, micro_batches: int):
     """Bytes that rank 0 of `size` sends in a step, by operation. The other processes are not there."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
@@ -135,6 +113,7 @@ def test_communicated_bytes_are_those_of_the_formula(size, shard):
     back = sum(4 * matrices[n][0] * matrices[n][1] - rows[n] for n in numbers[0][0])
     across = max(sum(rows[n] for part in copy for n in part) for copy in numbers)
     assert sent == {
+        "send": 0,
         "_allgather_base_": m * (P + blocks) * (S - 1) // S,
         "_reduce_scatter_base_": m * P * (S - 1) // S,
         "allreduce_": P // S,

@@ -30,15 +30,22 @@ CONFIGS = {
     "RWKV-7": dataclasses.replace(PLAIN, layer_pattern="WL"),
     "experts, learned positions": dataclasses.replace(PLAIN, n_expert=4, n_expert_active=2, positions="learned"),
 }
+CONTEXT_PARALLEL = {  # for test_context_parallel.py
+    "full and window layers": dataclasses.replace(PLAIN, layer_pattern="SLL", n_layer=3, window=5),
+    "ALiBi, a gate": dataclasses.replace(PLAIN, positions="alibi", gate=True),
+    "experts without their loss, learned positions": dataclasses.replace(
+        PLAIN, n_expert=4, n_expert_active=2, router_aux_loss_coef=0.0, positions="learned", tie_embeddings=False
+    ),
+}
 STEPS, BATCH, SAMPLE = 3, 12, 6  # sequences, tokens
 
 
-def build(name: str, world: World, shard: int):
+def build(name: str, world: World, shard: int, method: str = "auto"):
     """The model and its optimizers, on a mesh if there are several processes."""
     torch.manual_seed(0)
-    model = GPT(CONFIGS[name])
+    model = GPT((CONFIGS | CONTEXT_PARALLEL)[name])
     if world.size > 1:
-        distributed.parallelize(model, world, shard, torch.device("cpu"))
+        distributed.parallelize(model, world, shard, torch.device("cpu"), method)
     model.model.activation_checkpointing = name.endswith("recomputed")
     if name == "fused":
         apply_fused_layers(model)
@@ -50,14 +57,14 @@ def build(name: str, world: World, shard: int):
 
 def train(model, os_, world: World, steps) -> list[float]:
     """Train on two micro-batches a step, with clipping. Returns the gradient norm and the loss of each step."""
-    found, share = [], BATCH // world.size
+    found, share = [], BATCH // world.data_size
     for step in steps:
         random = torch.Generator().manual_seed(step)
-        tokens = torch.randint(37, (BATCH, 17), generator=random)[world.rank * share : (world.rank + 1) * share]
+        tokens = torch.randint(37, (BATCH, 17), generator=random)[world.data_rank * share :][:share]
         total = 0.0
         for number, rows in enumerate(tokens.chunk(2)):
             distributed.reduce_gradients(model, last=number == 1)
-            loss = model.loss(rows[:, :-1], rows[:, 1:].contiguous()) / (16 * share)
+            loss = model.loss(rows[:, :-1], rows[:, 1:].contiguous()) / (16 * share / world.context)
             loss.backward()
             total += float(loss.detach())
         found.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)))
@@ -68,8 +75,8 @@ def train(model, os_, world: World, steps) -> list[float]:
     return found
 
 
-def joined() -> World:
-    return distributed.init_distributed(datetime.timedelta(seconds=30))
+def joined(context: int = 1) -> World:
+    return distributed.init_distributed(datetime.timedelta(seconds=30), context)
 
 
 @functools.cache
@@ -81,14 +88,14 @@ def alone(name: str):
     return found, matrices, [int(token) for token in generate(model.eval(), [1, 2, 3], max_new_tokens=SAMPLE)]
 
 
-def on_a_mesh(rank: int, shard: int, names):
+def on_a_mesh(rank: int, shard: int, names, context: int, method: str):
     """For each configuration: losses and norms, matrices that this process orthogonalized, bytes that it holds, a
     sample. It evaluates before the first step, as a resumed run may."""
-    world, found, real = joined(), {}, optimizers.orthogonalize
+    world, found, real = joined(context), {}, optimizers.orthogonalize
     for name in names:
         counts: list[int] = []
         optimizers.orthogonalize = lambda x, dtype, counts=counts: (counts.append(len(x)), real(x, dtype))[1]
-        model, os_ = build(name, world, shard)
+        model, os_ = build(name, world, shard, method)
         kind = "compiled" if name == "compiled" else "eager"
         machine = Machine(torch.device("cpu"), torch.float32, kind, ())
         with machine.uncompiled(), torch.no_grad():
@@ -103,9 +110,9 @@ def on_a_mesh(rank: int, shard: int, names):
     return found
 
 
-def check_mesh(copies: int, shard: int, names, call=call) -> None:
+def check_mesh(copies: int, shard: int, names, context: int = 1, method: str = "auto", call=call) -> None:
     """AssertionError unless everything is as on one process."""
-    results = call(copies * shard, on_a_mesh, shard, names)
+    results = call(copies * shard, on_a_mesh, shard, names, context, method)
     for name in names:
         losses, matrices, sample = alone(name)
         per_process = [result[name] for result in results]
@@ -116,7 +123,7 @@ def check_mesh(copies: int, shard: int, names, call=call) -> None:
         assert sum(counted for _, counted, _, _ in per_process) == matrices * STEPS, name  # each matrix once
         if copies * shard <= matrices:
             assert min(counted for _, counted, _, _ in per_process) > 0, name
-        whole = GPT(CONFIGS[name])
+        whole = GPT((CONFIGS | CONTEXT_PARALLEL)[name])
         size = sum(p.nbytes for p in whole.parameters())
         size += sum(p.nbytes for key, p in whole.named_parameters() if p.ndim == 2 and ".layers." in key)
         assert sum(held for _, _, held, _ in per_process) == copies * size, name
@@ -137,9 +144,9 @@ def test_compiled_layers():
 SAVED = "untied, a window, recomputed"
 
 
-def saves(rank: int, shard: int, run):
+def saves(rank: int, shard: int, run, context: int = 1):
     """Save after a step, and go on."""
-    world = joined()
+    world = joined(context)
     model, os_ = build(SAVED, world, shard)
     train(model, os_, world, range(1))
     saver = checkpoint.Saver(run, 2, world)
@@ -149,8 +156,8 @@ def saves(rank: int, shard: int, run):
     return found
 
 
-def resumes(rank: int, shard: int, run, world=None):
-    world = world or joined()
+def resumes(rank: int, shard: int, run, world=None, context: int = 1):
+    world = world or joined(context)
     model, os_ = build(SAVED, world, shard)
     folder = checkpoint.find(run, "latest")
     checkpoint.load_weights(folder, model)

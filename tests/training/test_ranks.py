@@ -112,31 +112,33 @@ class Text:
         return torch.arange(start, start + count).remainder(90).numpy()
 
 
-def validated(rank, sequences):
+def validated(rank, sequences, context=1):
     """The validation loss, and the number of forward passes."""
-    world = distributed.init_distributed()
+    world = distributed.init_distributed(context=context)
     torch.manual_seed(0)
     model, count, loss = GPT(TINY), itertools.count(), GPT.loss
     GPT.loss = lambda *a: (next(count), loss(*a))[1]
     model = GPT(TINY)
+    if context > 1:
+        distributed.parallelize(model, world, 1, torch.device("cpu"), "ring")
     config = Config("x", model=TINY, train=TrainConfig(steps=1, batch_tokens=32, micro_batch_size=sequences))
     machine = Machine(torch.device("cpu"), torch.float32, "eager", ())
     return validate(model, Text(), config, world, machine, 0), next(count)
 
 
-def check_validation(size, sequences, call=call):
+def check_validation(size, sequences, context=1, call=call):
     """AssertionError unless the loss is that of one process, and all processes make as many forward passes."""
     ((alone, batches),) = ranks.call(1, validated, sequences)
     assert batches == -(-5 // sequences)
-    results = call(size, validated, sequences)
+    results = call(size, validated, sequences, context)
     assert all(loss == pytest.approx(alone, rel=1e-6) for loss, _ in results)
-    assert {passes for _, passes in results} == {-(-batches // size)}
+    assert {passes for _, passes in results} == {-(-batches // (size // context))}
 
 
 @pytest.mark.parametrize("sequences", [1, 2])
-@pytest.mark.parametrize("size", [2, 4])
-def test_validation_on_any_number_of_processes_is_that_on_one(size, sequences):
-    check_validation(size, sequences)
+@pytest.mark.parametrize(("size", "context"), [(2, 1), (4, 1), (4, 2)])
+def test_validation_on_any_number_of_processes_is_that_on_one(size, sequences, context):
+    check_validation(size, sequences, context)
 
 
 FOREVER = ("--train.steps=1000000", "--train.num_evals=1", "--train.save_minutes=1e-9")
@@ -174,7 +176,7 @@ def started(runs, text, *words, size=2, lost=-1, how=0):
 
 
 def test_a_run_on_several_meshes_is_that_of_one_process(run_training, text, tmp_path):
-    """Stopped on two processes that hold one copy of the model, resumed on two copies of two."""
+    """Stopped on two processes that hold one copy of the model, resumed on two copies of two, which share sequences."""
     words = ("--train.steps=6", "--train.num_evals=2")
     whole = run_training("whole", *words)
     run = started(tmp_path, text, *words, "--train.shard=0", lost=1, how=signal.SIGTERM)
@@ -182,9 +184,13 @@ def test_a_run_on_several_meshes_is_that_of_one_process(run_training, text, tmp_
     said = (tmp_path / "log-0").read_text()
     assert "mesh 2 devices = 1 copies of the model x 2 devices (train.shard)\n" in said
     assert "= 2 devices x 2 micro-batches x 2 sequences x 32 tokens\n" in said
-    assert started(tmp_path, text, *words, "--train.shard=2", "--resume", size=4).ends() == [0] * 4
+    words += ("--train.shard=2", "--train.context_parallel=2", "--train.context_method=ring")
+    assert started(tmp_path, text, *words, "--resume", size=4).ends() == [0] * 4
     said = (tmp_path / "log-0").read_text()
-    assert "changed train.shard 0 -> 2\n" in said
+    assert "mesh 4 devices = 2 copies of the model x 2 devices (train.shard)\n" in said
+    assert "context 2 groups of 2 devices share sequences: ring (train.context_method)\n" in said
+    assert "= 4 devices x 2 micro-batches x 2 sequences x 16 tokens\n" in said
+    assert "changed train.shard 0 -> 2, train.context_parallel 1 -> 2, train.context_method auto -> ring\n" in said
     assert said.count("step 6 | val_loss") == 1 and (tmp_path / "log-1").read_text() == ""
     for key in ("loss", "grad_norm", "val_loss"):
         assert losses(tmp_path / "run", key) == pytest.approx(losses(whole, key), rel=1e-5)
@@ -195,9 +201,11 @@ def test_a_run_on_several_meshes_is_that_of_one_process(run_training, text, tmp_
     assert all(torch.allclose(ours[name], weight, atol=1e-5) for name, weight in theirs.items())
 
 
-def test_a_number_of_devices_that_cannot_hold_a_copy_is_one_line(tmp_path, text):
-    assert started(tmp_path, text, "--train.steps=1", "--train.shard=3").ends() == [2, 2]
-    error = "train.py: train.shard = 3: must divide the number of devices, 2\n"
+@pytest.mark.parametrize("flag", ["train.shard", "train.context_parallel"])
+def test_a_number_of_devices_that_cannot_share_is_one_line(tmp_path, text, flag):
+    context = "--model.context=30", "--train.batch_tokens=240"
+    assert started(tmp_path, text, "--train.steps=1", *context, f"--{flag}=3").ends() == [2, 2]
+    error = f"train.py: {flag} = 3: must divide the number of devices, 2\n"
     assert [(tmp_path / f"log-{rank}").read_text().endswith(error) for rank in (0, 1)] == [True, True]
 
 
