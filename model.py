@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels import CAUSAL, MaskSpec, attention
+from kernels import CAUSAL, DocumentBounds, MaskSpec, attention, document_bounds
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.kv_cache import KVCache
 from zoo import MIXERS
@@ -220,7 +220,7 @@ class Attention(nn.Module):
         size = context if window is None else min(context, window + KVCache.CHUNK - 1)
         return [(batch, size, config.n_kv_head, config.head_dim)] * 2  # (B, S, K, D)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, **options: Any) -> Tensor:
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim * (2 if self.gate else 1))  # (B, T, H*D) -> (B, T, H, D or 2D)
         if self.gate:
@@ -234,7 +234,7 @@ class Attention(nn.Module):
             block_table = cache.block_table
         out = self.attend(
             q, k, v, self.mask_spec, softmax_scale=self.softmax_scale, cache_seqlens=lengths, block_table=block_table,
-            alibi_slopes=self.alibi_slopes, dropout_p=self.dropout if self.training else 0.0,
+            alibi_slopes=self.alibi_slopes, dropout_p=self.dropout if self.training else 0.0, **options,
         )  # fmt: skip  # (B, T, H, D)
         if self.gate:
             out = out * gate.sigmoid()
@@ -265,8 +265,8 @@ class Block(nn.Module):
         self.mlp = MixtureOfExperts(config, FeedForward) if config.n_expert else FeedForward(config)
         self.dropout = config.dropout
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(x), cos, sin, cache)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None, **options: Any) -> Tensor:
+        attended = self.self_attn(self.input_layernorm(x), cos, sin, cache, **options)
         x = x + F.dropout(attended, self.dropout, self.training)
         return x + F.dropout(self.mlp(self.post_attention_layernorm(x)), self.dropout, self.training)
 
@@ -281,6 +281,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.dropout = config.dropout
         self.activation_checkpointing = False  # in training, recompute a layer's activations in the backward pass
+        self.document_start: int | None = None  # the token before which attention ends (data.document_mask)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
         self.embed_positions = position_embedding(config)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
@@ -289,10 +290,19 @@ class Decoder(nn.Module):
         self.register_buffer("cos", cos, persistent=False)  # (context, D)
         self.register_buffer("sin", sin, persistent=False)
 
-    def forward(self, tokens: Tensor, cache: KVCache | None = None, positions: Tensor | None = None) -> Tensor:
+    def documents(self, tokens: Tensor) -> DocumentBounds | None:
+        """The documents of whole sequences (B, T), between which there is no attention; None: no such limit."""
+        start = self.document_start
+        return None if start is None else document_bounds((tokens == start).cumsum(1))
+
+    def forward(
+        self, tokens: Tensor, cache: KVCache | None = None, positions: Tensor | None = None,
+        documents: DocumentBounds | None = None
+    ) -> Tensor:  # fmt: skip
         """tokens (B, T) -> hidden states, the input of the head, (B, T, C). Raises ValueError: too many tokens.
 
         positions: of the tokens, (B or 1, T); by default they are consecutive, from 0 or after those in the cache.
+        documents: by default those of the tokens.
         """
         T, context = tokens.shape[1], self.cos.shape[0]
         most = context if cache is None else min(context, KVCache.CHUNK)
@@ -305,11 +315,14 @@ class Decoder(nn.Module):
             x = x + self.embed_positions(positions).to(x.dtype)
         x = F.dropout(x, self.dropout, self.training)
         cos, sin = (table[positions][:, :, None].to(x.dtype) for table in (self.cos, self.sin))  # (B or 1, T, 1, D)
+        if documents is None and cache is None:
+            documents = self.documents(tokens)
+        options: dict[str, Any] = {} if documents is None else {"document_ids": documents}  # which zoo/ does not know
         for layer in self.layers:
-            if self.activation_checkpointing and self.training:
-                x = checkpoint(layer, x, cos, sin, use_reentrant=False)  # Chen et al. 2016, arXiv 1604.06174
+            if self.activation_checkpointing and self.training:  # Chen et al. 2016, arXiv 1604.06174
+                x = checkpoint(layer, x, cos, sin, use_reentrant=False, **options)
             else:
-                x = layer(x, cos, sin, cache)
+                x = layer(x, cos, sin, cache, **options)
         return self.norm(x)
 
 
@@ -373,13 +386,13 @@ class GPT(nn.Module):
         """Logits after the last of the tokens (B, T), (B, V) fp32. For the rest see `forward`."""
         return self.head(self.model(tokens, cache)[:, -1]).float()  # (B, T, C) -> (B, C) -> (B, V)
 
-    def loss(self, tokens: Tensor, targets: Tensor, positions: Tensor | None = None) -> Tensor:
+    def loss(self, tokens: Tensor, targets: Tensor, **of_tokens: Any) -> Tensor:
         """Sum of the cross-entropies of targets (B, T), in nats, fp32; a target of IGNORE_INDEX (-100) is left out.
 
-        positions: of the tokens, (B or 1, T); by default 0 ... T - 1.
+        of_tokens: positions and documents, see `Decoder.forward`.
         In training, the load-balancing loss of experts is added, times its coefficient and the number of targets.
         """
-        x = self.model(tokens, positions=positions).flatten(0, 1)  # (B, T, C) -> (B * T, C)
+        x = self.model(tokens, **of_tokens).flatten(0, 1)  # (B, T, C) -> (B * T, C)
         loss = linear_cross_entropy(x, self.head_weight, targets.flatten())
         if self.training and self.config.n_expert:
             loss = loss + self.config.router_aux_loss_coef * load_balancing_loss(self.model.layers, targets)

@@ -196,7 +196,8 @@ def share_sequences(model: GPT, world: World, method: str) -> str:
 
     def own_loss(tokens: Tensor, targets: Tensor) -> Tensor:
         positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-        return loss(parallel.split(tokens), parallel.split(targets), parallel.split(positions))
+        of_tokens = {"positions": parallel.split(positions), "documents": model.model.documents(tokens)}
+        return loss(parallel.split(tokens), parallel.split(targets), **of_tokens)
 
     model.loss = own_loss  # type: ignore[method-assign, assignment]
     return f"context {world.data_size} groups of {n} devices share sequences: {method} ({why})"

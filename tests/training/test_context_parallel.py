@@ -22,8 +22,8 @@ MANY = [*CONTEXT_PARALLEL, "fused", SAVED]
     ("copies", "shard", "context", "method", "names"),
     [
         (2, 1, 2, "gather", MANY),
-        (1, 2, 2, "ring", [*FEW, "fused", "compiled", SAVED]),
-        (1, 2, 2, "ulysses", [*FEW, "ALiBi, a gate", SAVED]),
+        (1, 2, 2, "ring", [*FEW, "documents, a window", "fused", "compiled", SAVED]),
+        (1, 2, 2, "ulysses", [*FEW, "documents, a window", "ALiBi, a gate", SAVED]),
         (2, 2, 2, "ring", FEW),
         (1, 4, 4, "gather", FEW),
         (4, 1, 4, "ring", FEW),

@@ -29,8 +29,11 @@ CONFIGS = {
     "Gated DeltaNet": dataclasses.replace(PLAIN, layer_pattern="DL"),
     "RWKV-7": dataclasses.replace(PLAIN, layer_pattern="WL"),
     "experts, learned positions": dataclasses.replace(PLAIN, n_expert=4, n_expert_active=2, positions="learned"),
+    "documents": PLAIN,
+    "documents, fused": PLAIN,
 }
 CONTEXT_PARALLEL = {  # for test_context_parallel.py
+    "documents, a window": dataclasses.replace(PLAIN, layer_pattern="SL", window=9),
     "full and window layers": dataclasses.replace(PLAIN, layer_pattern="SLL", n_layer=3, window=5),
     "ALiBi, a gate": dataclasses.replace(PLAIN, positions="alibi", gate=True),
     "experts without their loss, learned positions": dataclasses.replace(
@@ -47,7 +50,9 @@ def build(name: str, world: World, shard: int, method: str = "auto"):
     if world.size > 1:
         distributed.parallelize(model, world, shard, torch.device("cpu"), method)
     model.model.activation_checkpointing = name.endswith("recomputed")
-    if name == "fused":
+    if name.startswith("documents"):
+        model.model.document_start = 3
+    if name.endswith("fused"):
         apply_fused_layers(model)
     if name == "compiled" and world.size > 1:
         for layer in model.model.layers:
