@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels import CAUSAL, MaskSpec, attention
+from kernels import CAUSAL, DocumentBounds, MaskSpec, attention, document_bounds
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.kv_cache import KVCache
 from zoo import MIXERS
@@ -220,7 +220,9 @@ class Attention(nn.Module):
         size = context if window is None else min(context, window + KVCache.CHUNK - 1)
         return [(batch, size, config.n_kv_head, config.head_dim)] * 2  # (B, S, K, D)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, documents: DocumentBounds | None = None
+    ) -> Tensor:
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim * (2 if self.gate else 1))  # (B, T, H*D) -> (B, T, H, D or 2D)
         if self.gate:
@@ -234,7 +236,7 @@ class Attention(nn.Module):
             block_table = cache.block_table
         out = self.attend(
             q, k, v, self.mask_spec, softmax_scale=self.softmax_scale, cache_seqlens=lengths, block_table=block_table,
-            alibi_slopes=self.alibi_slopes, dropout_p=self.dropout if self.training else 0.0,
+            document_ids=documents, alibi_slopes=self.alibi_slopes, dropout_p=self.dropout if self.training else 0.0,
         )  # fmt: skip  # (B, T, H, D)
         if self.gate:
             out = out * gate.sigmoid()
@@ -265,8 +267,14 @@ class Block(nn.Module):
         self.mlp = MixtureOfExperts(config, FeedForward) if config.n_expert else FeedForward(config)
         self.dropout = config.dropout
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(x), cos, sin, cache)
+    def mix(self, x: Tensor, *args: Any) -> Tensor:
+        """The mixer's output; args: cos, sin, cache, and documents, which only Attention knows."""
+        return self.self_attn(x, *(args if args[3] is not None else args[:3]))
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None, documents: DocumentBounds | None = None
+    ) -> Tensor:
+        attended = self.mix(self.input_layernorm(x), cos, sin, cache, documents)
         x = x + F.dropout(attended, self.dropout, self.training)
         return x + F.dropout(self.mlp(self.post_attention_layernorm(x)), self.dropout, self.training)
 
@@ -281,6 +289,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.dropout = config.dropout
         self.activation_checkpointing = False  # in training, recompute a layer's activations in the backward pass
+        self.document_start: int | None = None  # the token before which attention ends (data.document_mask)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
         self.embed_positions = position_embedding(config)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
@@ -305,11 +314,15 @@ class Decoder(nn.Module):
             x = x + self.embed_positions(positions).to(x.dtype)
         x = F.dropout(x, self.dropout, self.training)
         cos, sin = (table[positions][:, :, None].to(x.dtype) for table in (self.cos, self.sin))  # (B or 1, T, 1, D)
+        documents = None
+        if self.document_start is not None and cache is None:
+            documents = document_bounds((tokens == self.document_start).cumsum(1))
         for layer in self.layers:
             if self.activation_checkpointing and self.training:
-                x = checkpoint(layer, x, cos, sin, use_reentrant=False)  # Chen et al. 2016, arXiv 1604.06174
+                # Chen et al. 2016, arXiv 1604.06174
+                x = checkpoint(layer, x, cos, sin, None, documents, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, cache)
+                x = layer(x, cos, sin, cache, documents)
         return self.norm(x)
 
 

@@ -72,7 +72,7 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
     # 2. Data: tokenized shards --------------------------------------------------------------------------------------
 
     with world.in_turn("text", log):  # the other processes find in the cache what the main process prepared
-        folder = prepare(**dataclasses.asdict(config.data))
+        folder = prepare(**config.data.preparation)
     train_text, val_text = (open_shards(folder, split, verify=world.local_rank == 0) for split in ("train", "val"))
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     answers = f", {train_text.num_targets:,} and {val_text.num_targets:,} of them in answers" if train_text.chat else ""
@@ -97,6 +97,7 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
     else:
         log(distributed.parallelize(model, world, shard, machine.device, config.train.context_method))
     model.model.activation_checkpointing = config.train.activation_checkpointing
+    model.model.document_start = tokenizer.eot if config.data.document_mask else None
     if note := optimize_layers(model, machine):
         log(note)
     optimizers = build_optimizers(model, config.optim, machine.dtype)

@@ -6,7 +6,6 @@ The text is tokenized in one process per core. Stopped or killed, the same comma
 """
 
 import argparse
-import dataclasses
 import difflib
 import sys
 from typing import NoReturn
@@ -56,7 +55,7 @@ def run(known: argparse.Namespace) -> str:
     """Prepare, verify, and return the line to print."""
     given = {name: value for name, value in vars(known).items() if name.startswith("data.") and value is not None}
     data = load(known.recipe, given).data
-    folder = prepare(**dataclasses.asdict(data), processes=known.processes)
+    folder = prepare(**data.preparation, processes=known.processes)
     train, val = (open_shards(folder, split).tokens for split in ("train", "val"))
     return f"{data.name}: {train:,} train tokens and {val:,} val tokens are in {folder}"
 

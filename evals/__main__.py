@@ -56,6 +56,9 @@ def run(a: argparse.Namespace) -> None:
     config = load_recipe(str(a.run / "config.toml"))
     machine = device.choose(TrainConfig(steps=1, dtype="float32", compile="off"))
     model.to(machine.device)
+    if config.data.document_mask:
+        model.model.document_start = tokenizer.eot
+        print("attention within documents (data.document_mask)")
     rows = []
     if not a.text and not a.tasks:
         text = own_validation(a.run, config)

@@ -45,7 +45,7 @@ def tokens_of(source: str, text_column: str, limit: int, tokenizer: Tokenizer, f
 
 def own_validation(run: Path, config: Config) -> AnyShards:
     """The validation text of a run, cached or tokenized again. Raises CheckpointError if the text has changed."""
-    data = dataclasses.asdict(config.data)
+    data = config.data.preparation
     if config.data.tokenizer not in KINDS:  # a file, which may be gone: the run has a copy
         data["tokenizer"] = str(run / "tokenizer.json")
     folder = prepare(**data)

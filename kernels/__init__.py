@@ -88,9 +88,10 @@ def attention(
     _check(q, k, v, cache_seqlens, block_table, ids, alibi_slopes, sinks, dropout_p, dropout_seed)
     drops = dropout_p > 0
     extras = return_lse or mask_spec.softcap is not None or sinks is not None
-    plain = cache_seqlens is None and document_ids is None and alibi_slopes is None and not extras
+    plain = cache_seqlens is None and alibi_slopes is None and not extras
     whole = plain and mask_spec.causal and q.shape[1] == k.shape[1]
-    maskless = plain and not drops and mask_spec.window is None and (whole or not mask_spec.causal)  # fast in SDPA
+    unlimited = mask_spec.window is None and document_ids is None
+    maskless = plain and not drops and unlimited and (whole or not mask_spec.causal)  # fast in SDPA
     if torch.is_autocast_enabled(q.device.type):  # as torch's own attention does
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     if backend is None:
@@ -116,15 +117,18 @@ def attention(
 
     if backend == "cpp":
         if not whole:
-            raise ValueError("backend = 'cpp' supports causal masks and windows only, with as many queries as keys")
+            raise ValueError(
+                "backend = 'cpp' supports causal masks, windows and documents only, with as many queries as keys"
+            )
         cpu.require(q)
-        return bindings.Attend.apply(q, k, v, softmax_scale, mask_spec.window or 0)
+        return bindings.Attend.apply(q, k, v, softmax_scale, mask_spec.window or 0, _bounds(document_ids))
     if backend == "blocks":
         if not plain or q.shape[1] > k.shape[1]:
             raise ValueError(
-                "backend = 'blocks' supports causal masks and windows only, with at most as many queries as keys"
+                "backend = 'blocks' supports causal masks, windows and documents only, with at most as many queries as "
+                "keys"
             )
-        return blocks_attention(q, k, v, mask_spec, softmax_scale, dropout_p, seed)
+        return blocks_attention(q, k, v, mask_spec, softmax_scale, dropout_p, seed, _bounds(document_ids))
     if backend in ("flash", "decode") and not torch.compiler.is_compiling():
         _need_triton(backend, q.device)
     if backend == "flash":
@@ -154,6 +158,10 @@ def attention(
         extra = ids, alibi_slopes, sinks, dropout_p, seed
         out, lse, _ = reference_attention(q, k, v, mask_spec, softmax_scale, cache_seqlens, *extra)
     return (out, lse) if return_lse else out
+
+
+def _bounds(document_ids: Tensor | DocumentBounds | None) -> DocumentBounds | None:
+    return document_bounds(document_ids) if isinstance(document_ids, Tensor) else document_ids
 
 
 def _need_triton(backend: str, device: torch.device) -> None:

@@ -42,7 +42,7 @@ def test_validation_covers_every_token_and_reports_bits_per_byte(runs, monkeypat
     model = GPT(ModelConfig(**checkpoint.read_state(folder)["config"]["model"])).eval()
     checkpoint.load_weights(folder, model)
     tokenizer = Tokenizer.load(run / "tokenizer.json")
-    prepared = train.prepare(**dataclasses.asdict(train.load(str(run / "config.toml")).data))
+    prepared = train.prepare(**train.load(str(run / "config.toml")).data.preparation)
     val = Shards(prepared, "val")
     stream = [tokenizer.eot, *val.read(0, val.tokens).tolist()]
     nats, context = 0.0, model.config.context

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inference.engine import SUPPORTED, check_supported
-from kernels import attention, cpu, preferred
+from kernels import DocumentBounds, attention, cpu, preferred
 from kernels.cpu import bindings, fused_layers
 from kernels.cpu.fused_layers import PackedWeight
 from model import GPT, Attention, Block, Decoder, FeedForward, KVCache
@@ -70,6 +70,8 @@ def optimize_layers(model: GPT, machine: Machine) -> str:
     if model.config.attention_dropout and backend in ("cpp", "sdpa"):
         other = "blocks" if backend == "cpp" else "reference"
         notes.append(f"attention {other} in training ({backend} does not support model.attention_dropout)")
+    if model.model.document_start is not None:
+        notes.append("attention within documents (data.document_mask)")
     return "\n".join(notes)
 
 
@@ -94,7 +96,10 @@ class FusedBlock:
             self.down = PackedWeight(mlp, "down_proj")
             self.packed += [self.gate_up, self.down]
 
-    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None) -> Tensor:
+    def __call__(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None,
+        documents: DocumentBounds | None = None
+    ) -> Tensor:  # fmt: skip
         """x (B, T, C); cos, sin (1, T, 1, D) -> (B, T, C)."""
         block = self.block
         if cache is not None:
@@ -105,9 +110,9 @@ class FusedBlock:
         dropout = block.dropout if block.training else 0.0
         mixer = block.self_attn
         if isinstance(mixer, Attention) and mixer.attend is attention and not (block.training and mixer.dropout):
-            x = self.attend(mixer, x, cos, sin, dropout)
+            x = self.attend(mixer, x, cos, sin, dropout, documents)
         else:
-            mixed = mixer(fused_rms_norm(block.input_layernorm, x), cos, sin, None)
+            mixed = block.mix(fused_rms_norm(block.input_layernorm, x), cos, sin, None, documents)
             x = x + F.dropout(mixed, dropout)
         norm = block.post_attention_layernorm
         if isinstance(block.mlp, MixtureOfExperts):
@@ -115,7 +120,10 @@ class FusedBlock:
         weights = (*self.gate_up.weights, *self.down.weights)
         return fused_layers.FeedForward.apply(x, norm.weight, norm.eps, dropout, self.gate_up, self.down, *weights)
 
-    def attend(self, attention: Attention, x: Tensor, cos: Tensor, sin: Tensor, dropout: float) -> Tensor:
+    def attend(
+        self, attention: Attention, x: Tensor, cos: Tensor, sin: Tensor, dropout: float,
+        documents: DocumentBounds | None
+    ) -> Tensor:  # fmt: skip
         """x + attention(norm(x)), (B, T, C) -> (B, T, C)."""
         D, q_norm, k_norm = attention.head_dim, attention.q_norm, attention.k_norm
         gains = [n.weight if isinstance(n, nn.RMSNorm) else None for n in (q_norm, k_norm)]
@@ -125,7 +133,7 @@ class FusedBlock:
         norm = self.block.input_layernorm
         return fused_layers.Attention.apply(
             x, norm.weight, norm.eps, dropout, self.qkv, self.o, *gains, cos[0, :, 0], sin[0, :, 0], heads,
-            *self.qkv.weights, *self.o.weights,
+            documents, *self.qkv.weights, *self.o.weights,
         )  # fmt: skip
 
 

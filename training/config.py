@@ -4,7 +4,7 @@ The docstring under a field documents it, here and in `--help`. training/config_
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from data.mixture import BLOCK, apportion
@@ -73,6 +73,13 @@ class DataConfig:
     """bpe | byte | char, trained on the source; or a tokenizer.json, or a hub name"""
     vocab_size: int = 4096
     """size of a bpe vocabulary; the other tokenizers have a fixed size"""
+    document_mask: bool = False
+    """tokens attend within their own document only, in training and validation"""
+
+    @property
+    def preparation(self) -> dict[str, Any]:
+        """The arguments of `data.prepare.prepare`: all fields but `document_mask`, which changes no token."""
+        return {name: value for name, value in asdict(self).items() if name != "document_mask"}
 
     @property
     def chat(self) -> bool:
@@ -241,6 +248,12 @@ class Config:
             raise ValueError(f"train.batch_tokens = {self.train.batch_tokens}: {why}")
         if (n := self.train.context_parallel) > 1:
             check_context_parallel(self.model, n, self.train.context_method)
+        if self.data.document_mask and (others := set(self.model.layer_pattern) - {"L", "S"}):
+            why = f"{min(others)} in model.layer_pattern reads the documents before; only L and S can leave them out"
+            raise ValueError(f"data.document_mask = true: {why}")
+        if self.data.document_mask and self.train.context_parallel > 1:
+            why = f"devices that share a sequence (train.context_parallel = {self.train.context_parallel}) do not know it"
+            raise ValueError(f"data.document_mask = true: {why}")
 
 
 def check_context_parallel(model: ModelConfig, n: int, method: str) -> None:

@@ -20,7 +20,8 @@ OWN = re.compile(
     r"config\.toml|tokenizer\.json|tokenizer_config\.json|metrics\.jsonl|metrics\.damaged\.jsonl|loss\.png|latest|best"
     r"|wandb|step-\d+|\.(draft|aside)-(step-\d+|config\.toml|metrics\.jsonl|loss\.png|latest|best|pointer-\w+)"
 )
-FIXED = ("train.seed", "train.batch_tokens", "optim.optimizer")  # what a batch or the saved state depends on
+# what a batch, its loss or the saved state depends on
+FIXED = ("train.seed", "train.batch_tokens", "optim.optimizer", "data.document_mask")
 
 
 def has_checkpoint(run: Path) -> bool:
@@ -101,6 +102,9 @@ def check_resume(run: Path, state: dict[str, Any], identity: dict[str, Any], con
             for name, now in dataclasses.asdict(getattr(config, section)).items()
             if (was := state["config"][section].get(name, now)) != now
         }
+        masked = state["config"]["data"].get("document_mask", False)  # of data the rest is in the text's hash
+        if masked != config.data.document_mask:
+            changed["data.document_mask"] = (masked, config.data.document_mask)
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"runs/{run.name}: state.json is incomplete: {checkpoint.one_line(error)}") from None
     refused += [f"{name} was {changed[name][0]!r}, is {changed[name][1]!r}" for name in FIXED if name in changed]

@@ -61,7 +61,7 @@ def measure(member: str, lr: float, seed: int, steps: int, source: str) -> dict[
 def corpus(source: str) -> tuple[Config, Shards, Shards]:
     """The recipe with the size of its vocabulary, its training text, and its validation text."""
     recipe = load("shakespeare", {"data.source": source})
-    folder = prepare(**dataclasses.asdict(recipe.data), log=lambda line: print(line, file=sys.stderr))
+    folder = prepare(**recipe.data.preparation, log=lambda line: print(line, file=sys.stderr))
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     model = dataclasses.replace(recipe.model, vocab_size=tokenizer.vocab_size)
     return dataclasses.replace(recipe, model=model), Shards(folder, "train"), Shards(folder, "val")

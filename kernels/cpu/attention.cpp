@@ -21,9 +21,20 @@ struct Attention {
     int64_t B, T, H, K, D, normed, window, tokens, pitch;  // window: keys that a query sees, its own included; 0 is all
     double eps, scale;
     const float *gain_q, *gain_k, *cos, *sin;  // gains (D), ones without QK-norm; cos and sin (T, D)
+    const int32_t *starts, *ends;  // (B, T): the keys of a position's document are starts ... ends - 1; null is one document
     // A token's row of qkv has `pitch` numbers; what follows its queries, keys and values is not attention's.
     int64_t width() const { return round_up(D, 32); }
-    int64_t begin(int64_t query) const { return window ? std::max<int64_t>(0, query + 1 - window) : 0; }
+    // The first key that a query of sequence b sees. It never falls from one query to the next.
+    int64_t begin(int64_t b, int64_t query) const {
+        int64_t start = starts ? starts[b * T + query] : 0;
+        return window ? std::max(start, query + 1 - window) : start;
+    }
+    // The query after the last one that sees a key; keys beyond T are seen by none that is stored.
+    int64_t end(int64_t b, int64_t key) const {
+        int64_t end = ends && key < T ? ends[b * T + key] : tokens;
+        return window ? std::min(end, key + window) : end;
+    }
+    bool limited() const { return window || ends; }
 };
 
 // 1. From a token's row to what is multiplied, and back --------------------------------------------------------------
@@ -152,15 +163,16 @@ struct Softmax {
         for (int64_t q = 0; q < BLOCK; q += LANES) {
             Floats before = load(top + q), most = before / LOG2_E, sum = load(total + q);
             for (int64_t k = 0; k < n; k++) keep_larger(most, load(scores + k * BLOCK + q));
-            Floats now = most * LOG2_E, kept = exp2(before - now);
-            now = most == -INFINITY ? Floats{} : now, sum *= kept;  // no key so far: weights of 0, not of infinity
+            Floats now = most == -INFINITY ? Floats{} : most * LOG2_E;  // no key so far: weights of 0, not of infinity
+            Floats kept = exp2(before - now);
+            store(top + q, most * LOG2_E), sum *= kept;
             for (int64_t k = 0; k < n; k += 2) {
                 Floats a = exp2(load(scores + k * BLOCK + q) * LOG2_E - now);
                 Floats b = exp2(load(scores + (k + 1) * BLOCK + q) * LOG2_E - now);
                 store_pair(weights + (k / 32 * BLOCK / 16 + q / 16) * TILE + k % 32 * 16, a, b, q % 16);
                 sum += a + b;
             }
-            store(top + q, most * LOG2_E), store(total + q, sum);
+            store(total + q, sum);
             for (int64_t d = 0; d < width; d++) store(sums + d * BLOCK + q, load(sums + d * BLOCK + q) * kept);
         }
     }
@@ -176,10 +188,10 @@ struct Softmax {
 };
 
 // Scores of n keys from `key` on, by BLOCK queries from `query` on: minus infinity where the query does not see the key.
-static void hide(const Attention& m, int64_t key, int64_t n, int64_t query, float* scores) {
+static void hide(const Attention& m, int64_t b, int64_t key, int64_t n, int64_t query, float* scores) {
     for (int64_t k = 0; k < n; k++, scores += BLOCK) {
         int64_t from = std::clamp<int64_t>(key + k - query, 0, BLOCK);
-        int64_t to = m.window ? std::clamp<int64_t>(key + k + m.window - query, 0, BLOCK) : BLOCK;
+        int64_t to = m.limited() ? std::clamp<int64_t>(m.end(b, key + k) - query, 0, BLOCK) : BLOCK;
         std::fill(scores, scores + from, -INFINITY), std::fill(scores + to, scores + BLOCK, -INFINITY);
     }
 }
@@ -211,11 +223,11 @@ extern "C" void heed_attention(const Attention& m, const E* qkv, E* out, float* 
                 for (int64_t q = 0; q < m.T; q += BLOCK) {
                     softmax.begin(D);
                     int64_t end = q + BLOCK, n;  // of the keys that these queries see
-                    for (int64_t first = m.begin(q) / 32 * 32; first < end; first += n) {
+                    for (int64_t first = m.begin(b, q) / 32 * 32; first < end; first += n) {
                         n = std::min(CHUNK, end - first);
                         for (int64_t i = 0; i < n; i += 32)
                             multiply<false, X>(keys + (first + i) * D, D, at(qt, 0, q), D, BLOCK, softmax.scores + i * BLOCK, BLOCK);
-                        if (m.window || first + n > q) hide(m, first, n, q, softmax.scores);
+                        if (m.limited() || first + n > q) hide(m, b, first, n, q, softmax.scores);
                         softmax.add(n, D);
                         for (int64_t d = 0; d < D; d += 32)
                             multiply<true, X>(vt + d * T + first, T, softmax.packed(), n, BLOCK, softmax.sums + d * BLOCK, BLOCK);
@@ -235,9 +247,9 @@ extern "C" void heed_attention(const Attention& m, const E* qkv, E* out, float* 
 
 // With p = exp2(score - lse) and delta = sum(dout * out), dscore = p * (dp - delta), for `key`, one of the BLOCK keys, and
 // the queries first ... first + BLOCK: a row of p and dscore, as they are multiplied.
-static inline void gradient_row(const Attention& m, int64_t key, int64_t first, float* scores, const float* dp,
+static inline void gradient_row(const Attention& m, int64_t b, int64_t key, int64_t first, float* scores, const float* dp,
                                 const float* lse, const float* delta, X* p, X* dscores) {
-    int64_t to = m.window ? std::min(BLOCK, key + m.window - first) : BLOCK;
+    int64_t to = m.limited() ? std::min(BLOCK, m.end(b, key) - first) : BLOCK;
     int64_t from = std::min(std::max<int64_t>(0, key - first), BLOCK);
     std::fill(scores, scores + from, -INFINITY), std::fill(scores + std::max<int64_t>(to, 0), scores + BLOCK, -INFINITY);
     for (int64_t i = 0; i < BLOCK; i += LANES) {
@@ -281,13 +293,13 @@ extern "C" void heed_attention_backward(const Attention& m, const E* qkv, const 
                 }
                 std::fill_n((float*)dqt, T * D, 0.f);
                 for (int64_t key = 0; key < T; key += BLOCK)
-                    for (int64_t i = key; i < T && !(m.window && m.begin(i) >= key + BLOCK); i += BLOCK) {
+                    for (int64_t i = key; i < T && m.begin(b, i) < key + BLOCK; i += BLOCK) {
                         for (int64_t r = 0; r < BLOCK; r += 32) {
                             multiply<false, X>(keys + (key + r) * D, D, at(qt, 0, i), D, BLOCK, scores + r * BLOCK, BLOCK);
                             multiply<false, X>(values + (key + r) * D, D, at(gt, 0, i), D, BLOCK, dweights + r * BLOCK, BLOCK);
                         }
                         for (int64_t r = 0; r < BLOCK; r++)
-                            gradient_row(m, key + r, i, scores + r * BLOCK, dweights + r * BLOCK, ends + i, delta + i,
+                            gradient_row(m, b, key + r, i, scores + r * BLOCK, dweights + r * BLOCK, ends + i, delta + i,
                                          weights + r * BLOCK, dscores + r * BLOCK);
                         for (int64_t r = 0; r < BLOCK; r += 32) {
                             multiply<true, X>(weights + r * BLOCK, BLOCK, at(g, i, 0), BLOCK, D, dv + (key + r) * D, D);

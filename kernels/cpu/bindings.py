@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from kernels.cpu import build
 from kernels.cpu.build import check_tensor
+from kernels.reference_attention import DocumentBounds
 
 
 def norm(x: Tensor, gain: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -101,15 +102,17 @@ class Heads(NamedTuple):
 
 
 def attention(
-    qkv: Tensor, gain_q: Tensor | None, gain_k: Tensor | None, cos: Tensor, sin: Tensor, heads: Heads
-) -> tuple[Tensor, Tensor]:
+    qkv: Tensor, gain_q: Tensor | None, gain_k: Tensor | None, cos: Tensor, sin: Tensor, heads: Heads,
+    documents: DocumentBounds | None = None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """QK-norm, RoPE and causal attention of qkv (B, T, (H + 2K) D or more) -> out (B, T, H * D) and the log-sum-exp of
     the scores (B, H, T rounded up), in base 2, for the backward.
 
     Queries and keys are normed if gains (D,) are given. cos, sin (T, D): as model.py's `apply_rotary_emb` reads them.
+    documents: the bounds (B, T) of packed documents, between which nothing is attended to.
     """
     B, T, _ = qkv.shape
-    shape, _kept = _shape(qkv, gain_q, gain_k, cos, sin, heads)
+    shape, _kept = _shape(qkv, gain_q, gain_k, cos, sin, heads, documents)
     out = torch.empty(B, T, heads.queries * heads.head_dim, dtype=qkv.dtype)
     lse = torch.empty(B, heads.queries, shape.tokens, dtype=torch.float32)
     build.call(build.library("attention", ELEMENT=qkv.dtype).heed_attention, shape, qkv, out, lse)
@@ -118,11 +121,11 @@ def attention(
 
 def attention_backward(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, gain_q: Tensor | None, gain_k: Tensor | None, cos: Tensor,
-    sin: Tensor, heads: Heads
+    sin: Tensor, heads: Heads, documents: DocumentBounds | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """dqkv and the gradients of both gains, from the arguments and results of `attention`. What follows queries, keys
     and values in a row of dqkv is not written."""
-    shape, _kept = _shape(qkv, gain_q, gain_k, cos, sin, heads)
+    shape, _kept = _shape(qkv, gain_q, gain_k, cos, sin, heads, documents)
     dout, (B, T, _) = dout.contiguous(), qkv.shape
     for name, x in (("out", out), ("dout", dout)):
         check_tensor(name, x, qkv.dtype, B, T, heads.queries * heads.head_dim)
@@ -139,13 +142,14 @@ class Shape(Structure):
     _fields_ = (
         *((name, c_int64) for name in ("B", "T", "H", "K", "D", "normed", "window", "tokens", "pitch")),
         *((name, c_double) for name in ("eps", "scale")),
-        *((name, c_void_p) for name in ("gain_q", "gain_k", "cos", "sin")),
+        *((name, c_void_p) for name in ("gain_q", "gain_k", "cos", "sin", "starts", "ends")),
     )
 
 
 def _shape(
-    qkv: Tensor, gain_q: Tensor | None, gain_k: Tensor | None, cos: Tensor, sin: Tensor, heads: Heads
-) -> tuple[Shape, list[Tensor]]:
+    qkv: Tensor, gain_q: Tensor | None, gain_k: Tensor | None, cos: Tensor, sin: Tensor, heads: Heads,
+    documents: DocumentBounds | None
+) -> tuple[Shape, list[Tensor]]:  # fmt: skip
     """The structure, and the tensors that it points to, which must outlive it."""
     (B, T, pitch), (H, K, D) = qkv.shape, heads[:3]
     if D % 2 or H % K or pitch < (H + 2 * K) * D:
@@ -156,23 +160,29 @@ def _shape(
     for name, x, shape in zip(("gain_q", "gain_k", "cos", "sin"), tables, ((D,), (D,), (T, D), (T, D)), strict=True):
         check_tensor(name, x, torch.float32, *shape)
     tokens = math.ceil(T / 64) * 64  # BLOCK in attention.cpp
-    pointers = (x.data_ptr() for x in tables)
+    bounds = [] if documents is None else [x.contiguous() for x in documents]
+    for name, x in zip(DocumentBounds._fields, bounds, strict=False):
+        check_tensor(name, x, torch.int32, B, T)
+    pointers = [x.data_ptr() for x in tables] + ([x.data_ptr() for x in bounds] or [0, 0])
     counts = (B, T, H, K, D, gain_q is not None, heads.window, tokens, pitch)
-    return Shape(*counts, heads.eps, heads.scale, *pointers), tables
+    return Shape(*counts, heads.eps, heads.scale, *pointers), tables + bounds
 
 
 class Attend(torch.autograd.Function):
-    """Causal attention without norm and RoPE: `apply(q, k, v, scale, window)`, q (B, T, H, D), k and v (B, T, K, D) ->
-    (B, T, H, D)."""
+    """Causal attention without norm and RoPE: `apply(q, k, v, scale, window, documents)`, q (B, T, H, D), k and v
+    (B, T, K, D) -> (B, T, H, D). documents: see `attention`."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, documents: DocumentBounds | None
+    ) -> Tensor:
         B, T, H, D = q.shape
         qkv = torch.cat((q, k, v), dim=2).view(B, T, -1)  # (B, T, H + 2K, D) -> (B, T, (H + 2K) D)
         cos, sin = torch.ones(T, D, dtype=torch.float32), torch.zeros(T, D, dtype=torch.float32)
         ctx.heads = Heads(H, k.shape[2], D, window, scale, 0.0)
-        out, lse = attention(qkv, None, None, cos, sin, ctx.heads)
+        out, lse = attention(qkv, None, None, cos, sin, ctx.heads, documents)
         ctx.save_for_backward(qkv, out, lse, cos, sin)
+        ctx.documents = documents
         return out.view(B, T, H, D)
 
     @staticmethod
@@ -180,8 +190,8 @@ class Attend(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         qkv, out, lse, cos, sin = ctx.saved_tensors
         (B, T, H, D), K = dout.shape, ctx.heads.keys
-        dqkv, _, _ = attention_backward(dout.flatten(2), qkv, out, lse, None, None, cos, sin, ctx.heads)
-        return *dqkv.view(B, T, -1, D).split((H, K, K), dim=2), None, None
+        dqkv, _, _ = attention_backward(dout.flatten(2), qkv, out, lse, None, None, cos, sin, ctx.heads, ctx.documents)
+        return *dqkv.view(B, T, -1, D).split((H, K, K), dim=2), None, None, None
 
 
 class Loss(Structure):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels.dropout import dropout
-from kernels.reference_attention import MaskSpec
+from kernels.reference_attention import DocumentBounds, MaskSpec
 
 BLOCK = 64  # queries: with fewer, matmuls are too small to be efficient; with more, more masked scores are computed
 BLOCKS = 8  # maximum number, since torch.compile unrolls the loop
@@ -40,9 +40,11 @@ def block_mask(mask_spec: MaskSpec, at: int, R: int, low: int, high: int, device
 
 def blocks_attention(
     q: Tensor, k: Tensor, v: Tensor, mask_spec: MaskSpec, softmax_scale: float, dropout_p: float,
-    dropout_seed: Tensor | None
+    dropout_seed: Tensor | None, documents: DocumentBounds | None = None
 ) -> Tensor:  # fmt: skip
     """q (B, T, H, D), k and v (B, S, K, D) -> (B, T, H, D), as `kernels.attention`; T at most S, no softcap.
+
+    documents: the bounds (B, S) of packed documents.
 
     Scores are rounded to the dtype of the matmuls; the softmax is computed in at least fp32.
     """
@@ -55,9 +57,14 @@ def blocks_attention(
         at = S - T + first  # the position of the block's first query
         block = q[:, :, :, first : first + R].reshape(B * K, -1, D)  # (B, K, G, R, D) -> (B * K, G * R, D)
         hidden = ~block_mask(mask_spec, at, R, low, high)  # (R, keys)
+        if documents is not None:  # (B, R, 1) > (keys,) -> (B, R, keys) -> (B * K, R, keys)
+            keys = torch.arange(low, high, dtype=torch.int32, device=q.device)
+            starts, ends = (x[:, at : at + R, None] for x in documents)
+            hidden = (hidden | (keys < starts) | (keys >= ends)).repeat_interleave(K, 0)
         # Added by the matmul itself, the mask costs no pass over the scores, forward or backward.
-        bias = torch.zeros(R, high - low, dtype=q.dtype).masked_fill(hidden, float("-inf")).repeat(H // K, 1)
-        scores = torch.baddbmm(bias, block, k[:, low:high].mT)  # (G * R, keys) + (B * K, G * R, D) (B * K, D, keys)
+        bias = torch.zeros(hidden.shape, dtype=q.dtype).masked_fill(hidden, float("-inf"))
+        bias = bias.repeat(*[1] * (bias.ndim - 2), H // K, 1)  # (1 or B * K, R, keys) -> (., G * R, keys)
+        scores = torch.baddbmm(bias, block, k[:, low:high].mT)  # bias + (B * K, G * R, D) (B * K, D, keys)
         weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32))  # (B * K, G * R, keys)
         if dropout_seed is not None:  # (B * K, G * R, keys) -> (B, H, R, keys), K, G -> H
             weights = dropout(weights.view(B, H, R, -1), dropout_p, dropout_seed, at, low).view_as(weights)

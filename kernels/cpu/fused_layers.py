@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from kernels.cpu import build
 from kernels.cpu.bindings import Heads, attention, attention_backward, autocast_dtype, pack
 from kernels.cpu.build import check_tensor
+from kernels.reference_attention import DocumentBounds
 
 
 class PackedWeight:
@@ -126,17 +127,18 @@ class FeedForward(torch.autograd.Function):
 
 class Attention(torch.autograd.Function):
     """x + dropout(attention(norm(x))): `apply(x, gain, eps, dropout, qkv, o, gain_q, gain_k, cos, sin, heads,
-    *weights)`.
+    documents, *weights)`.
 
     x: (B, T, C) fp32. qkv: q_proj, k_proj and v_proj ((H + 2K) D, C), with a gate ((2H + 2K) D, C). o: o_proj (C, H *
-    D). gain_q, gain_k: (D,) or None. cos, sin: (T, D). weights: those of qkv and o, to which autograd hands the
-    gradients.
+    D). gain_q, gain_k: (D,) or None. cos, sin: (T, D). documents: see `bindings.attention`. weights: those of qkv and
+    o, to which autograd hands the gradients.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, gain: Tensor, eps: float, dropout: float, qkv: PackedWeight, o: PackedWeight,
-        gain_q: Tensor | None, gain_k: Tensor | None, cos: Tensor, sin: Tensor, heads: Heads, *weights: Tensor
+        gain_q: Tensor | None, gain_k: Tensor | None, cos: Tensor, sin: Tensor, heads: Heads,
+        documents: DocumentBounds | None, *weights: Tensor
     ) -> Tensor:  # fmt: skip
         dtype, x = autocast_dtype(x), x.contiguous()
         (B, T, C), N = x.shape, sum(len(w) for w in weights[:3])
@@ -145,13 +147,13 @@ class Attention(torch.autograd.Function):
         mixed, inverse = torch.empty(B, T, N, dtype=dtype), torch.empty(B, T, dtype=torch.float32)
         call = linear(dtype)
         build.call(call.heed_norm_linear, x, gain, eps, qkv(dtype)[0], mixed, inverse, B * T, C, N)
-        attended, lse = attention(mixed, gain_q, gain_k, cos, sin, heads)  # (B, T, H * D)
+        attended, lse = attention(mixed, gain_q, gain_k, cos, sin, heads, documents)  # (B, T, H * D)
         read = attended * mixed[..., -attended.shape[2] :].sigmoid() if qkv.gated else attended
         out = torch.empty_like(x)
         build.call(call.heed_linear_add, read, o(dtype)[0], None if dropout else x, out, B * T, read.shape[2], C)
         out, mask = drop(out, x, dropout)
         ctx.save_for_backward(x, gain, inverse, mixed, attended, lse, mask, gain_q, gain_k, cos, sin, *weights)
-        ctx.packed, ctx.dropout, ctx.heads = (qkv, o), dropout, heads
+        ctx.packed, ctx.dropout, ctx.heads, ctx.documents = (qkv, o), dropout, heads, documents
         return out
 
     @staticmethod
@@ -169,14 +171,14 @@ class Attention(torch.autograd.Function):
         build.call(call.heed_linear_add_backward, dout, read, packed, dread, do, B * T, Q, C)
         dattended = dread if gate is None else dread * gate
         dmixed, dgain_q, dgain_k = attention_backward(
-            dattended, mixed, attended, lse, gain_q, gain_k, cos, sin, ctx.heads
+            dattended, mixed, attended, lse, gain_q, gain_k, cos, sin, ctx.heads, ctx.documents
         )
         if gate is not None:
             dmixed[..., -Q:] = dread * attended * gate * (1 - gate)
         dx, dgain, dqkv = torch.empty_like(x), torch.empty_like(gain), torch.empty(N, C, dtype=torch.float32)
         backward, packed = call.heed_norm_linear_backward, qkv(mixed.dtype)[1]
         build.call(backward, dmixed, x, gain, inverse, packed, dy, dx, dgain, dqkv, B * T, C, N)
-        return dx, dgain, *[None] * 4, dgain_q, dgain_k, *[None] * 3, *qkv.split(dqkv), do
+        return dx, dgain, *[None] * 4, dgain_q, dgain_k, *[None] * 4, *qkv.split(dqkv), do
 
 
 def check_layer(x: Tensor, gain: Tensor, weights: Sequence[Tensor], shapes: list[tuple[int, ...]]) -> None:

@@ -35,10 +35,20 @@ MUTANTS["attention.cpp"] = [
     ("scale: of the queries' gradient", "float scale = h < m.H ? m.scale : 1;", "float scale = 1;"),
     ("QK-norm: the keys' gain is the queries'", "m.H + k, dk, dqkv, sums_k", "m.H + k, dk, dqkv, sums_q"),
     ("mask: a query's own key is hidden", "(key + k - query, 0, BLOCK)", "(key + k + 1 - query, 0, BLOCK)"),
-    ("mask: a window of one too many", "key + k + m.window - query", "key + k + m.window + 1 - query"),
+    ("mask: a window of one too many", "m.end(b, key + k) - query", "m.end(b, key + k) + (m.window > 0) - query"),
     ("mask: later keys are visible backward", "from = std::min(std::max<int64_t>(0, key - first), BLOCK)", "from = 0"),
-    ("mask: a window of one too many backward", "key + m.window - first", "key + m.window + 1 - first"),
-    ("mask: a visible block is skipped backward", "m.begin(i) >= key + BLOCK", "m.begin(i) >= key"),
+    ("mask: a window of one too many backward", "m.end(b, key) - first", "m.end(b, key) + (m.window > 0) - first"),
+    ("mask: a visible block is skipped backward", "m.begin(b, i) < key + BLOCK", "m.begin(b, i) < key"),
+    ("documents: their first key is hidden", "m.begin(b, q) / 32 * 32", "(m.begin(b, q) + m.limited()) / 32 * 32"),
+    ("documents: the next one is seen", "ends[b * T + key] : tokens", "ends[b * T + key] + 1 : tokens"),
+    ("documents: not with a window", "window ? std::min(end, key + window) : end", "window ? key + window : end"),
+    ("documents: those of the first sequence", "ends[b * T + key] :", "ends[key] :"),
+    (
+        "documents: their keys are skipped",
+        "starts ? starts[b * T + query] : 0",
+        "starts ? starts[b * T + query] + 64 : 0",
+    ),
+    ("documents: a chunk without a key", "most == -INFINITY ? Floats{} : most * LOG2_E", "most * LOG2_E"),
     ("softmax: the sum of earlier keys is not rescaled", ", sum *= kept;", ";"),
     (
         "softmax: the values of earlier keys are not rescaled",
@@ -170,6 +180,20 @@ def layers() -> None:
     exact = results(copy.deepcopy(model).double(), tokens)
     for name, error in relative_errors(results(fused(model), tokens), exact).items():
         assert error < 1e-4, name
+    documents()
+
+
+def documents() -> None:
+    """Other documents in each sequence: of one token, of more than a chunk of keys; with and without a window."""
+    config = dataclasses.replace(TINY, context=330, window=40, layer_pattern="SL")
+    tokens = torch.randint(1, 97, (2, 330), generator=torch.Generator().manual_seed(0))
+    tokens[0, [3, 4, 70, 250]] = tokens[1, [31, 200, 320]] = 0
+    for changed in ({}, {"layer_pattern": "L", "window": 0}):
+        model = randomized(dataclasses.replace(config, **changed))
+        model.model.document_start = 0
+        exact = results(copy.deepcopy(model).double(), tokens)
+        for name, error in relative_errors(results(fused(model), tokens), exact).items():
+            assert error < 1e-4, name
 
 
 @torch.inference_mode()

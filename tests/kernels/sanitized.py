@@ -38,7 +38,7 @@ SIZES = st.integers(1, 70)
 def models(draw: st.DrawFn, context: int) -> GPT:
     """Models whose sizes are seldom multiples of anything."""
     K, window = draw(st.integers(1, 3)), draw(st.one_of(st.just(0), st.integers(1, context)))
-    return randomized(
+    model = randomized(
         ModelConfig(
             vocab_size=draw(SIZES), context=context, n_layer=draw(st.integers(1, 2)), n_kv_head=K,
             n_head=K * draw(st.integers(1, 3)), n_embd=draw(SIZES), head_dim=2 * draw(st.integers(1, 35)),
@@ -46,6 +46,8 @@ def models(draw: st.DrawFn, context: int) -> GPT:
             gate=draw(st.booleans()), tie_embeddings=draw(st.booleans()),
         )
     )  # fmt: skip
+    model.model.document_start = draw(st.sampled_from([None, 0]))
+    return model
 
 
 def finite(*tensors: torch.Tensor) -> None:

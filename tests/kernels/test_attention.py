@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import triton
 
 import kernels
-from kernels import CAUSAL, FULL, MaskSpec, attention, gpu_choices, preferred
+from kernels import CAUSAL, FULL, MaskSpec, attention, document_bounds, gpu_choices, preferred
 from kernels.cpu import blockwise_attention
 from kernels.triton import flash_attention, flash_decoding
 
@@ -68,7 +68,7 @@ def test_attention_and_its_gradients_equal_the_definition(backend, pattern, T, S
         return
     if backend == "cpp" and (T != S or not pattern.causal):
         with pytest.raises(
-            ValueError, match="'cpp' supports causal masks and windows only, with as many queries as keys"
+            ValueError, match="'cpp' supports causal masks, windows and documents only, with as many queries as keys"
         ):
             attention(*draw(2, T, S, H, K, 6), pattern, backend=backend)
         return
@@ -103,14 +103,38 @@ def test_a_cache_is_read_by_position_also_when_it_is_a_ring(backend, window, wri
     torch.testing.assert_close(got.double(), expected, atol=2e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_documents_do_not_see_each_other(backend):
-    q, k, v = draw(1, 9, 9, 2, 1, 4)
-    ids = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2, 2]])
-    expected, _ = truth(*(x.double() for x in (q, k, v)), lambda b, t, s: s <= t and ids[b, t] == ids[b, s], 0.5)
-    torch.testing.assert_close(
-        attention(q, k, v, document_ids=ids, backend=backend).double(), expected, atol=2e-6, rtol=1e-5
-    )
+@pytest.mark.parametrize("bounds", [False, True])
+@pytest.mark.parametrize("backend", [*BACKENDS, "blocks", "cpp"])
+@pytest.mark.parametrize("pattern", [CAUSAL, FULL, MaskSpec(True, 2)])
+def test_documents_do_not_see_each_other(backend, pattern, bounds, monkeypatch):
+    if backend == "cpp" and not pattern.causal:
+        return
+    monkeypatch.setattr(blockwise_attention, "BLOCK", 2)
+    q, k, v = (x.requires_grad_() for x in draw(2, 9, 9, 4, 2, 4))
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    ids = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2, 2], [0, 1, 1, 1, 1, 1, 1, 1, 2]])
+    near = seen_by_distance(pattern, 9, 9)
+    expected, _ = truth(*exact, lambda b, t, s: near(b, t, s) and ids[b, t] == ids[b, s], 0.5)
+    got = attention(q, k, v, pattern, document_ids=document_bounds(ids) if bounds else ids, backend=backend)
+    torch.testing.assert_close(got.double(), expected, atol=2e-6, rtol=1e-5)
+    weight = torch.randn(expected.shape, dtype=torch.float64)
+    (got.double() * weight).sum().backward()
+    (expected * weight).sum().backward()
+    for ours, theirs in zip((q, k, v), exact, strict=True):
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, atol=5e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("preferred", "chosen"), [("cpp", "Attend"), ("blocks", "blocks_attention")])
+def test_documents_are_trained_with_the_same_backend(preferred, chosen, monkeypatch):
+    called = []
+    for owner, name in ((kernels, "blocks_attention"), (kernels.bindings.Attend, "apply"), (kernels, "_sdpa")):
+        real = getattr(owner, name)
+        said = getattr(owner, "__name__", "") if name == "apply" else name
+        monkeypatch.setattr(owner, name, lambda *a, said=said, real=real: (called.append(said), real(*a))[1])
+    monkeypatch.setattr(kernels, "preferred", lambda device: (preferred, ""))
+    q, k, v = (x.requires_grad_() for x in draw(1, 9, 9, 2, 1, 4))
+    attention(q, k, v, document_ids=torch.zeros(1, 9, dtype=torch.int64))
+    assert called == [chosen]
 
 
 @pytest.mark.parametrize(
@@ -294,8 +318,8 @@ def test_views_that_are_not_contiguous():
         ({"cache_seqlens": torch.tensor([1])}, r"cache_seqlens has shape \(1,\)"),
         ({"document_ids": torch.zeros(2, 3)}, r"document_ids has shape \(2, 3\)"),
         ({"backend": "sdpa", "sinks": torch.zeros(4)}, "neither softcap nor sinks"),
-        ({"backend": "blocks", "sinks": torch.zeros(4)}, "supports causal masks and windows only"),
-        ({"backend": "cpp", "sinks": torch.zeros(4)}, "supports causal masks and windows only"),
+        ({"backend": "blocks", "sinks": torch.zeros(4)}, "supports causal masks, windows and documents only"),
+        ({"backend": "cpp", "sinks": torch.zeros(4)}, "supports causal masks, windows and documents only"),
         ({"backend": "decode"}, "needs a cache: pass cache_seqlens"),
         ({"backend": "flash", "cache_seqlens": torch.tensor([4, 4])}, "computes whole sequences"),
         ({"sinks": torch.zeros(3)}, r"sinks has shape \(3,\)"),

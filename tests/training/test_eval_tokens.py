@@ -1,6 +1,5 @@
 """train.eval_tokens: evaluation on the first documents, the whole validation text at the end."""
 
-import dataclasses
 import math
 
 import pytest
@@ -15,7 +14,7 @@ from training import checkpoint, metrics
 
 @pytest.fixture(scope="module")
 def val(runs):
-    folder = prepare(**dataclasses.asdict(train.load(str(runs / "songs" / "config.toml")).data))
+    folder = prepare(**train.load(str(runs / "songs" / "config.toml")).data.preparation)
     return Shards(folder, "val"), Tokenizer.load(folder / "tokenizer.json")
 
 

@@ -25,6 +25,8 @@ CONFIGS = {
     "tied": PLAIN,
     "fused": PLAIN,
     "compiled": PLAIN,
+    "documents": PLAIN,
+    "documents, fused": PLAIN,
     "untied, a window, recomputed": dataclasses.replace(PLAIN, tie_embeddings=False, layer_pattern="SL", window=5),
     "Gated DeltaNet": dataclasses.replace(PLAIN, layer_pattern="DL"),
     "RWKV-7": dataclasses.replace(PLAIN, layer_pattern="WL"),
@@ -47,7 +49,9 @@ def build(name: str, world: World, shard: int, method: str = "auto"):
     if world.size > 1:
         distributed.parallelize(model, world, shard, torch.device("cpu"), method)
     model.model.activation_checkpointing = name.endswith("recomputed")
-    if name == "fused":
+    if name.startswith("documents"):
+        model.model.document_start = 3
+    if name.endswith("fused"):
         apply_fused_layers(model)
     if name == "compiled" and world.size > 1:
         for layer in model.model.layers:
