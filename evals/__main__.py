@@ -3,10 +3,11 @@
     python -m evals runs/shakespeare                           the run's validation text
     python -m evals runs/shakespeare --text kjv my-notes/      any text that data.source takes
     python -m evals runs/shakespeare --tasks example_tasks.jsonl   last words, cloze, multiple choice
+    python -m evals runs/shakespeare --needle                  a needle in a haystack, by length and depth
 
 A text is evaluated like the validation text in training: documents are separated by an end-of-text token and cut into
 sequences of model.context tokens; every token is predicted once. The computation is in fp32. Task formats: see
-evals/tasks.py. For lm-eval's tasks, see evals/lm_eval_adapter.py.
+evals/tasks.py, and for --needle evals/needle.py. For lm-eval's tasks, see evals/lm_eval_adapter.py.
 """
 
 import argparse
@@ -15,11 +16,13 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.report import table
-from evals import tasks
+from data.tokenizer import Tokenizer
+from evals import needle, tasks
 from evals.perplexity import measure, own_validation, tokens_of
+from model import GPT
 from sample import load
 from training import device
-from training.config import TrainConfig
+from training.config import Config, TrainConfig
 from training.config_files import load as load_recipe
 
 
@@ -44,6 +47,13 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
         metavar="FILE",
         help="JSONL of lambada, cloze and choice items, see docs/8-evaluation.md",
     )
+    p.add_argument("--needle", action="store_true", help="find a sentence in the run's validation text, or in --text")
+    p.add_argument(
+        "--lengths", nargs="+", type=int, default=[], metavar="N", help="of --needle, in tokens; default: the context, "
+        "half, a quarter and an eighth of it",
+    )  # fmt: skip
+    p.add_argument("--items", type=int, default=20, metavar="N", help="of --needle, per length and depth; default: 20")
+    p.add_argument("--out", type=Path, metavar="DIR", help="folder for needle.json and needle.png")
     return p.parse_args(words)
 
 
@@ -51,6 +61,10 @@ def run(a: argparse.Namespace) -> None:
     """Evaluate and print the results as tables."""
     if a.limit < 0:
         raise ValueError(f"--limit {a.limit}: must be at least 0")
+    if a.items < 1:
+        raise ValueError(f"--items {a.items}: must be at least 1")
+    if not a.needle and (a.lengths or a.out):
+        raise ValueError("--lengths and --out: go with --needle")
     items = {path: tasks.read(path) for path in a.tasks}  # a malformed line fails before any slow step
     model, tokenizer = load(a.run, a.checkpoint)
     config = load_recipe(str(a.run / "config.toml"))
@@ -59,6 +73,9 @@ def run(a: argparse.Namespace) -> None:
     if config.data.document_mask:
         model.model.document_start = tokenizer.eot
         print("attention within documents (data.document_mask)")
+    if a.needle:
+        find_needles(a, model, tokenizer, config)
+        return
     rows = []
     if not a.text and not a.tasks:
         text = own_validation(a.run, config)
@@ -78,6 +95,23 @@ def run(a: argparse.Namespace) -> None:
     ]
     if rows:
         print(table(["file", "task", "items", "accuracy", "accuracy per byte", "perplexity"], rows))
+
+
+def find_needles(a: argparse.Namespace, model: GPT, tokenizer: Tokenizer, config: Config) -> None:
+    """Evaluate --needle, and print its table."""
+    if a.tasks or len(a.text) > 1:
+        raise ValueError("--needle: goes with one --text at most, and without --tasks")
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        if a.text:
+            text = tokens_of(a.text[0], a.text_column, a.limit, tokenizer, Path(folder))
+        else:
+            text, _ = own_validation(a.run, config).parts[0]
+        lengths = a.lengths or needle.default_lengths(model.config.context)
+        cells = needle.evaluate(model, tokenizer, text, lengths, a.items)
+    print(f"{text.manifest.source}: {a.items} items, choice of {needle.CANDIDATES} words, gain in nats")
+    print(table(["tokens", "", *(f"{depth:.0%}" for depth in needle.DEPTHS)], needle.rows(cells)))
+    if a.out:
+        needle.save(a.out, cells, {"run": str(a.run), "text": text.manifest.source, "items": a.items})
 
 
 def main(words: list[str] | None = None) -> int:
