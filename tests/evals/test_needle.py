@@ -98,10 +98,8 @@ def test_a_real_model_reads_the_needle_exactly_within_its_receptive_field(patter
         # Within reach of the last position that predicts; a word that begins within it may end beyond it.
         assert (one != other) == (pattern == "L" or away <= layers * (window - 1)), (depth, away)
         read.append(one != other)
-    assert (
-        read
-        == {("L", 1): [True] * 5, ("S", 1): [False] * 4 + [True], ("S", 3): [False] * 2 + [True] * 3}[pattern, layers]
-    )
+    expected = {("L", 1): [True] * 5, ("S", 1): [False] * 4 + [True], ("S", 3): [False] * 3 + [True] * 2}
+    assert read == expected[pattern, layers]
 
 
 def test_an_item():
