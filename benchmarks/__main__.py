@@ -14,6 +14,7 @@ python -m benchmarks tiles [KERNEL]          GPU: search tile sizes, print rows 
 python -m benchmarks data [--megabytes N]    CPU: text to tokens to batches, against datasets.map and nanoGPT
 python -m benchmarks step RECIPE             CPU or GPU: tokens per second and MFU of a training step
 python -m benchmarks scaling [--out DIR]     CPU or GPU: time and memory of a training step against model sizes
+python -m benchmarks scale --paper            no GPU needed: count memory and time of a step on 8, 64 and 512 GPUs
 python -m benchmarks zoo [EXPERIMENT ...]    CPU: attention and its alternatives: recall, copying, text, decoding, ...
 """
 
@@ -41,6 +42,8 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     scaling = commands.add_parser("scaling", help="time and memory against context, width, batch, vocabulary")
     scaling.add_argument("--quick", action="store_true", help="tiny sizes, to test the code")
     scaling.add_argument("--out", type=Path, metavar="DIR", help="folder for a CSV and a plot")
+    scale = commands.add_parser("scale", help="memory and time of a step on 8, 64 and 512 GPUs")
+    scale.add_argument("--paper", action="store_true", required=True, help="counted, not measured")
     step = commands.add_parser("step", help="tokens per second and MFU of a training step")
     step.add_argument("recipe", help="a name in configs/, or a TOML file")
     step.add_argument("settings", nargs="*", metavar="SECTION.FIELD=VALUE", help="changes to it: model.n_embd=256")
@@ -196,6 +199,10 @@ def main(a: argparse.Namespace) -> int:
         from benchmarks import scaling
 
         return scaling.run(a.quick, a.out)
+    if a.command == "scale":
+        from benchmarks import paper
+
+        return paper.run()
     if a.command == "step":
         from benchmarks import training_step
 

@@ -48,7 +48,6 @@ MUTANTS["attention.cpp"] = [
         "starts ? starts[b * T + query] : 0",
         "starts ? starts[b * T + query] + 64 : 0",
     ),
-    ("documents: a chunk without a key", "most == -INFINITY ? Floats{} : most * LOG2_E", "most * LOG2_E"),
     ("softmax: the sum of earlier keys is not rescaled", ", sum *= kept;", ";"),
     (
         "softmax: the values of earlier keys are not rescaled",
