@@ -25,12 +25,12 @@ CONFIGS = {
     "tied": PLAIN,
     "fused": PLAIN,
     "compiled": PLAIN,
-    "documents": PLAIN,
-    "documents, fused": PLAIN,
     "untied, a window, recomputed": dataclasses.replace(PLAIN, tie_embeddings=False, layer_pattern="SL", window=5),
     "Gated DeltaNet": dataclasses.replace(PLAIN, layer_pattern="DL"),
     "RWKV-7": dataclasses.replace(PLAIN, layer_pattern="WL"),
     "experts, learned positions": dataclasses.replace(PLAIN, n_expert=4, n_expert_active=2, positions="learned"),
+    "documents": PLAIN,
+    "documents, fused": PLAIN,
 }
 CONTEXT_PARALLEL = {  # for test_context_parallel.py
     "full and window layers": dataclasses.replace(PLAIN, layer_pattern="SLL", n_layer=3, window=5),
