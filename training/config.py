@@ -252,7 +252,7 @@ class Config:
             why = f"{min(others)} in model.layer_pattern reads the documents before; only L and S can leave them out"
             raise ValueError(f"data.document_mask = true: {why}")
         if self.data.document_mask and self.train.context_parallel > 1:
-            why = f"devices that share a sequence (train.context_parallel = {self.train.context_parallel}) do not know it"
+            why = f"does not go with train.context_parallel = {self.train.context_parallel}"
             raise ValueError(f"data.document_mask = true: {why}")
 
 

@@ -134,6 +134,17 @@ def test_what_carries_a_state_across_documents_is_refused(letter):
         Config("x", model=model, data=DataConfig(document_mask=True), train=TrainConfig(steps=1, batch_tokens=64))
 
 
+def test_context_parallelism_is_refused():
+    """A device has some tokens of a sequence: where documents begin before them, it does not see."""
+    with pytest.raises(ValueError, match=r"data.document_mask = true: does not go with train.context_parallel = 2"):
+        Config(
+            "x",
+            model=TINY,
+            data=DataConfig(document_mask=True),
+            train=TrainConfig(steps=1, batch_tokens=64, context_parallel=2),
+        )
+
+
 MASK = ("--data.document_mask=true", "--train.steps=6", "--train.num_evals=2")
 
 
