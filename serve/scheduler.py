@@ -10,6 +10,7 @@ functions to call and parts of texts, so nothing is locked and no step waits for
 """
 
 import asyncio
+import concurrent.futures
 import logging
 import queue
 import threading
@@ -17,13 +18,14 @@ import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, TypeVar
 
 from inference.continuous_batching import ContinuousBatch, Logprobs, Sequence
 from inference.stop_strings import GeneratedText
 from model import GPT
 from serve.metrics import Metrics
 
+T = TypeVar("T")
 FinishReason = Literal["stop", "length"]
 
 
@@ -131,6 +133,20 @@ class Scheduler:
         """End all generations."""
         for generation in list(self.generations):
             self.cancel(generation, failed)
+
+    async def between_steps(self, work: Callable[[], T]) -> T:
+        """The result of a function that the thread calls between two steps. Raises what it raises."""
+        done: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+        def call() -> None:
+            if done.set_running_or_notify_cancel():
+                try:
+                    done.set_result(work())
+                except Exception as error:
+                    done.set_exception(error)
+
+        self.inbox.put(call)
+        return await asyncio.wrap_future(done)
 
     def _deliver(self, results: list[Result]) -> None:
         """Hand out what a step has made."""
