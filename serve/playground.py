@@ -26,7 +26,7 @@ from serve.limits import Limits
 from serve.openai_api import ApiError, Body, Message, chat_prompt, check_ids, spell
 
 PAGE = Path(__file__).with_name("page")
-SCRIPTS = ("distribution.js", "client.js", "text.js", "maps.js", "main.js")  # in the order in which they run
+SCRIPTS = ("distribution", "client", "text", "maps", "session", "show", "main")  # .js, in the order in which they run
 MAP_BYTES = 1 << 23  # of a response; of a model with 12 layers of 12 heads, 340 tokens
 RIVALS = 6  # most likely tokens at each position
 
@@ -36,7 +36,7 @@ RIVALS = 6  # most likely tokens at each position
 def page() -> HTMLResponse:
     """The response to GET /."""
     style = (PAGE / "style.css").read_text(encoding="utf-8")
-    script = "\n".join((PAGE / name).read_text(encoding="utf-8") for name in SCRIPTS)
+    script = "\n".join((PAGE / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS)
     html = (PAGE / "index.html").read_text(encoding="utf-8").replace("STYLE", style).replace("SCRIPT", script)
     policy = (
         f"default-src 'none'; style-src {sha256(style)}; script-src {sha256(script)}; connect-src 'self'; "

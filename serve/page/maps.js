@@ -5,7 +5,8 @@
 function unpack(layer) {
   const all = bytes(layer.roots);
   const size = all.length / layer.largest.length;
-  const heads = layer.largest.map((largest, head) => ({ largest, roots: all.subarray(head * size, (head + 1) * size) }));
+  const rootsOf = (head) => all.subarray(head * size, (head + 1) * size);
+  const heads = layer.largest.map((largest, head) => ({ largest, roots: rootsOf(head) }));
   const sum = new Float32Array(size);
   for (const { largest, roots } of heads) {
     for (let at = 0; at < size; at++) sum[at] += largest * (roots[at] / 255) ** 2;
@@ -16,9 +17,9 @@ function unpack(layer) {
 }
 
 class Maps {
-  // changed() is called when another head is chosen, or when another query or key is pointed at.
-  constructor(grid, canvas, changed) {
-    Object.assign(this, { grid, canvas, changed, layer: 0, head: 0, layers: [], tokens: [], size: 0 });
+  // changed() is called when another head is chosen, pointAt(query) when a weight of a query is pointed at, or none: -1.
+  constructor(grid, canvas, changed, pointAt) {
+    Object.assign(this, { grid, canvas, changed, pointAt, layer: 0, head: 0, layers: [], tokens: [], size: 0 });
     Object.assign(this, { buttons: [], query: -1, key: -1, pointed: null });
     grid.addEventListener("keydown", (event) => this.move(event));
     canvas.addEventListener("pointermove", (event) => this.point(event));
@@ -76,9 +77,10 @@ class Maps {
   }
 
   move(event) {
-    const [down, right] = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key] ?? [];
-    if (down === undefined) return;
+    const steps = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
+    if (!(event.key in steps)) return;
     event.preventDefault();
+    const [down, right] = steps[event.key];
     let layer = this.layer + down;
     while (this.buttons[layer]?.length === 0) layer += down; // a layer without a map
     const button = this.buttons[layer]?.[this.head + right];
@@ -165,6 +167,6 @@ class Maps {
     const query = event ? Math.floor(event.offsetY / this.cell) : -1;
     const inside = key >= 0 && key <= query && query < this.size;
     this.pointed = inside ? { query, key } : null;
-    this.changed();
+    this.pointAt(inside ? query : -1);
   }
 }

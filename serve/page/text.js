@@ -117,7 +117,6 @@ class TextView {
   }
 
   hover(index) {
-    if (index === this.hovered) return;
     this.hovered = index;
     this.mark();
   }
