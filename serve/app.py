@@ -97,12 +97,11 @@ def create_app(
     async def chat_completions(asked: ChatRequest, request: Request) -> Response:
         return await generate(asked, request)
 
-    page, run = playground.page(), playground.about(name, model, tokenizer, limits)
-    inspecting = asyncio.Lock()  # one text between two steps of the batch
+    run = playground.about(name, model, tokenizer, limits)
 
     @app.get("/")
     async def playground_page() -> Response:
-        return page
+        return playground.page()
 
     @app.get("/playground/run")
     async def playground_run() -> Any:
@@ -110,15 +109,12 @@ def create_app(
 
     @app.post("/playground/inspect")
     async def playground_inspect(asked: playground.InspectRequest, request: Request) -> Response:
-        async def inspect() -> dict[str, Any]:
-            async with inspecting:
-                return await scheduler.between_steps(partial(playground.inspect, model, tokenizer, ids))
-
         try:
             ids = await asyncio.to_thread(asked.ids, tokenizer, model.config)
         except ValueError as error:
             raise ApiError(400, str(error)) from None
-        return JSONResponse(await while_connected(request, inspect()))
+        inspect = partial(playground.inspect, model, tokenizer, ids)
+        return JSONResponse(await while_connected(request, scheduler.between_steps(inspect)))
 
     @app.get("/health")
     async def health() -> Response:

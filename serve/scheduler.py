@@ -15,6 +15,7 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from functools import partial
@@ -87,6 +88,7 @@ class Scheduler:
         self.inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self.delivered = threading.Semaphore()  # the thread is at most one step ahead of what was handed out
+        self.between: deque[Callable[[], None]] = deque()  # of the thread: to call between two steps, one at a time
         self.owners: dict[Sequence, tuple[Generation, int]] = {}  # of the thread: whose sequence it is, and its index
         self.generations: set[Generation] = set()  # of the event loop
         self.metrics = Metrics(self.running, lambda: max(0, self.unfinished() - self.running()))
@@ -135,7 +137,7 @@ class Scheduler:
             self.cancel(generation, failed)
 
     async def between_steps(self, work: Callable[[], T]) -> T:
-        """The result of a function that the thread calls between two steps. Raises what it raises."""
+        """The result of a function that the thread calls between two steps; of several, one. Raises what it raises."""
         done: concurrent.futures.Future[T] = concurrent.futures.Future()
 
         def call() -> None:
@@ -145,7 +147,7 @@ class Scheduler:
                 except Exception as error:
                     done.set_exception(error)
 
-        self.inbox.put(call)
+        self.inbox.put(partial(self.between.append, call))
         return await asyncio.wrap_future(done)
 
     def _deliver(self, results: list[Result]) -> None:
@@ -179,11 +181,15 @@ class Scheduler:
 
     def _run(self) -> None:
         while True:
-            while self.batch.idle or not self.inbox.empty():
+            while (self.batch.idle and not self.between) or not self.inbox.empty():
                 call = self.inbox.get()
                 if call is None:
                     return
                 call()
+            if self.between:
+                self.between.popleft()()
+                if self.batch.idle:
+                    continue
             try:
                 results = [self._part(sequence) for sequence in self.batch.step()]
             except Exception as error:  # out of memory, or logits that are not finite; which sequence it is, is unknown

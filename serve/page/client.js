@@ -19,7 +19,8 @@ async function request(path, body, signal) {
   if (response.ok) return response;
   const answer = await response.json().catch(() => null);
   const reason = answer?.error?.message ?? `status ${response.status}`;
-  throw new Problem(reason[0].toUpperCase() + reason.slice(1) + (reason.endsWith(".") ? "" : "."));
+  const sentence = reason.replace(/^[a-z](?=[a-z]* [a-z])/, (first) => first.toUpperCase()); // no name of a field
+  throw new Problem(sentence + (sentence.endsWith(".") ? "" : "."));
 }
 
 async function requestJson(path, body, signal) {

@@ -17,7 +17,7 @@ function unpack(layer) {
 }
 
 class Maps {
-  // changed() is called when another head is chosen, pointAt(query) when a weight of a query is pointed at, or none: -1.
+  // changed() is called when another head is chosen, pointAt(query) when a weight is pointed at, or none, with -1.
   constructor(grid, canvas, changed, pointAt) {
     Object.assign(this, { grid, canvas, changed, pointAt, layer: 0, head: 0, layers: [], tokens: [], size: 0 });
     Object.assign(this, { buttons: [], query: -1, key: -1, pointed: null });

@@ -1,8 +1,8 @@
 """What the playground shows of a text, and who may reach the server."""
 
 import base64
+import concurrent.futures
 import dataclasses
-import itertools
 import json
 
 import httpx2
@@ -142,24 +142,24 @@ def test_weights_that_are_damaged_are_reported(songs, endless):
         assert ask(served, text="a")["tokens"]
 
 
-def test_a_text_is_inspected_between_two_steps(served):
-    """A step that has begun ends first; of many texts, there is one between two steps."""
-    order: list[str] = []
-    step, work = served.scheduler.batch.step, served.scheduler.between_steps
-    try:
+def test_between_two_steps_there_is_at_most_one_text(endless):
+    model, tokenizer = load(endless)
+    with running(model, tokenizer, max_sequences=1) as served, concurrent.futures.ThreadPoolExecutor(6) as pool:
+        order: list[str] = []
+        step, work = served.scheduler.batch.step, served.scheduler.between_steps
         served.scheduler.batch.step = lambda: (order.append("step"), step())[1]
         served.scheduler.between_steps = lambda call: work(lambda: (order.append("text"), call())[1])
-        create = served.client.completions.create
-        with create(model="songs", prompt="Song 5:", max_tokens=1000, temperature=0, stream=True) as stream:
-            next(iter(stream))
-            for _ in range(3):
-                assert ask(served, text=TEXT)
-    finally:
-        served.scheduler.batch.step, served.scheduler.between_steps = step, work
-    assert order.count("text") == 3
-    texts = [at for at, what in enumerate(order) if what == "text"]
-    assert all("step" in order[a:b] for a, b in itertools.pairwise(texts))
-    eventually(served.idle)
+        served.hold()
+        options = {"max_tokens": 200, "temperature": 0, "stream": True}
+        with served.client.completions.create(model="songs", prompt="a", **options) as stream:
+            eventually(lambda: order == ["step"])
+            asked = [pool.submit(ask, served, text=TEXT) for _ in range(6)]
+            eventually(lambda: served.scheduler.inbox.qsize() == 6)
+            assert order == ["step"]  # none during a step
+            served.go()
+            assert sum(len(chunk.choices) for chunk in stream) == 200
+        assert all(found.result()["tokens"] for found in asked)
+        assert order[:13] == ["step", "text"] * 6 + ["step"]
 
 
 # Who may reach the server -------------------------------------------------------------------------------------------

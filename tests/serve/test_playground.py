@@ -23,7 +23,7 @@ FLAGS = (
     "--disable-component-update --disable-sync"
 )
 PROMPT = "Song 5: the 5 birds"
-expect.set_options(timeout=10_000)
+expect.set_options(timeout=60_000)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def visit(chromium):
 
     def go(served: Running, **options) -> Page:
         page = chromium.new_context(**options).new_page()
-        page.set_default_timeout(10_000)
+        page.set_default_timeout(60_000)
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("console", lambda message: "Security" in message.text and wrong.append(message.text))
         page.on("request", lambda request: request.url.startswith(served.address) or wrong.append(request.url))
@@ -124,6 +124,14 @@ def test_sliders_show_the_distribution_that_is_sampled_from(visit, served, tempe
         assert name.replace("\n", "") == served.tokenizer.decode([int(expected.indices[at])]).replace("\n", "")
     assert page.locator("#next .out").count() == max(0, 6 - kept)
     assert page.locator("#kept").inner_text().startswith("300 tokens" if kept == 300 else f"{kept} of 300 tokens")
+
+
+def test_a_line_break_breaks_the_line_of_the_text_but_not_of_a_list(visit, served):
+    page = visit(served)
+    write(page, served, "Song\n")
+    tokens(page).last.click()
+    assert page.locator("#text .newline").text_content() == "\n"
+    assert page.locator("#token h2 .newline").text_content() == ""
 
 
 def test_markup_is_text(visit, served):
@@ -319,7 +327,7 @@ def test_a_prompt_that_is_too_long_is_said_in_a_sentence(visit, served):
     expect(alert).to_be_hidden()
     page.fill("#length", "0")
     page.click("#generate")
-    expect(alert).to_contain_text("Max_tokens = 0: must be greater than or equal to 1.")
+    expect(alert).to_contain_text("max_tokens = 0: must be greater than or equal to 1.")
     page.click("#dismiss")
     expect(alert).to_be_hidden()
 
