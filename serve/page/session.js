@@ -41,6 +41,8 @@ async function inspect(body, before = [], known = []) {
   state.shown = before.length;
   state.next = { ...sortedLogits(new Float32Array(bytes(found.logits).buffer)), likeliest: rivals.at(-1) };
   view.show(state.tokens, state.shown);
+  $("maps").hidden = tokens.length < 2; // a single token attends to itself
+  $("no-maps").hidden = !$("maps").hidden;
   maps.set(found.maps, tokens, state.run.mixers);
   maps.drawAll();
   showNext();

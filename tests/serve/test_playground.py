@@ -93,8 +93,10 @@ def test_each_token_of_a_prompt_is_shaded_by_its_surprise(visit, served):
     page = visit(served)
     assert page.locator("h1").inner_text() == "heed songs"
     expect(tokens(page)).to_have_text(["<|endoftext|>"])  # an empty text begins a document
+    assert page.locator("#maps").is_hidden() and page.locator("#no-maps").is_visible()
     page.locator("#prompt").press_sequentially(PROMPT)
     ids = write(page, served)
+    assert page.locator("#maps").is_visible() and page.locator("#no-maps").is_hidden()
     assert "".join(tokens(page).all_text_contents()) == PROMPT
     weights = page.evaluate("view.nodes.map((node) => Number(node.style.getPropertyValue('--weight')))")
     bits = -next_logits(served, ids).double().log_softmax(1)[range(len(ids) - 1), ids[1:]] / torch.tensor(2.0).log()
