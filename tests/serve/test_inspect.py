@@ -78,7 +78,7 @@ def test_maps_are_the_attention_weights_to_half_a_step(served):
 
 @pytest.mark.parametrize("kind", ["none", "bf16", "int8"])
 def test_a_layer_without_a_map_has_none(songs, kind):
-    config = dataclasses.replace(TINY, vocab_size=300, layer_pattern="LM", n_kv_head=4)
+    config = dataclasses.replace(TINY, vocab_size=300, layer_pattern="LR", n_kv_head=4)
     model = randomized(config)
     if kind != "none":
         quantize(model, kind)

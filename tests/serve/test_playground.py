@@ -303,11 +303,11 @@ def test_another_token_can_be_chosen(visit, served):
 
 
 def test_layers_without_a_map_say_so(visit, songs):
-    config = dataclasses.replace(TINY, vocab_size=300, layer_pattern="ML", n_kv_head=4)
+    config = dataclasses.replace(TINY, vocab_size=300, layer_pattern="RL", n_kv_head=4)
     with running(randomized(config), songs[1], max_sequences=1) as served:
         page = visit(served)
         write(page, served)
-        assert page.locator("#heads .none").all_inner_texts() == ["Mamba2: no map"]
+        assert page.locator("#heads .none").all_inner_texts() == ["LSTM: no map"]
         assert page.locator("#heads [aria-pressed=true]").get_attribute("aria-label") == "Layer 2, head 1"
 
 
