@@ -1,8 +1,10 @@
-"""python -m serve RUN: an HTTP server with OpenAI's API.
+"""python -m serve RUN: an HTTP server with OpenAI's API, and a page to try the model in a browser.
 
     python -m serve runs/shakespeare
     curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
         -d '{"model": "shakespeare", "prompt": "ROMEO:", "max_tokens": 100}'
+
+http://127.0.0.1:8000 is the playground: the probability of each token, its rivals, and what it attends to.
 
 Requests of different lengths are generated together, each with the text that sample.py generates for it alone. There is
 no authentication: whoever reaches the port can use the model.
@@ -41,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
     from inference.quantize import quantize
     from sample import load
     from serve.app import create_app
-    from serve.server import Server, bind
+    from serve.server import Server, allowed_hosts, bind
     from training.device import has_bf16
 
     bound = bind(args.host, args.port)  # before the model, which takes a while
@@ -49,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     kind = args.quantize or ("bf16" if has_bf16(model.model.cos.device) else "none")
     if kind != "none":
         quantize(model, kind)
-    app = create_app(args.run.resolve().name, model, tokenizer, limits, args.cors)
+    app = create_app(args.run.resolve().name, model, tokenizer, limits, args.cors, allowed_hosts(bound))
     Server(app, limits).run([bound])
 
 

@@ -3,12 +3,15 @@
 POST /v1/completions, /v1/chat/completions     generate
 GET  /v1/models, /v1/models/NAME               the one model
 GET  /health, /metrics                         for who watches the server
+GET  /, /playground/run                        the playground
+POST /playground/inspect                       how a text looks to the model
 """
 
 import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Coroutine
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -16,12 +19,13 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from data.tokenizer import Tokenizer
 from model import GPT
-from serve import openai_api
+from serve import openai_api, playground
 from serve.limits import Limits
 from serve.metrics import Metrics
 from serve.openai_api import ApiError, ApiResponse, ChatRequest, CompletionRequest
@@ -30,10 +34,13 @@ from serve.scheduler import Generation, QueueFull, Scheduler
 # 1. Routes ----------------------------------------------------------------------------------------------------------
 
 
-def create_app(name: str, model: GPT, tokenizer: Tokenizer, limits: Limits, origins: list[str]) -> FastAPI:
+def create_app(
+    name: str, model: GPT, tokenizer: Tokenizer, limits: Limits, origins: list[str], hosts: list[str]
+) -> FastAPI:
     """The application for one model, whose `state.scheduler` runs from its start-up to its shutdown.
 
-    name: of the model, for clients. origins: of the web pages that may use the server (CORS).
+    name: of the model, for clients. origins: of the web pages that may use the server (CORS). hosts: the names that a
+    request may have for the server.
     """
     scheduler = Scheduler(model, limits.max_sequences, limits.max_queue)
 
@@ -45,6 +52,7 @@ def create_app(name: str, model: GPT, tokenizer: Tokenizer, limits: Limits, orig
 
     app = FastAPI(lifespan=lifespan, openapi_url=None)  # the pages about an openapi_url load scripts from elsewhere
     app.state.scheduler = scheduler
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)
     app.add_middleware(RequestLimits, limits=limits, metrics=scheduler.metrics)
     if origins:
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
@@ -88,6 +96,25 @@ def create_app(name: str, model: GPT, tokenizer: Tokenizer, limits: Limits, orig
     @app.post("/v1/chat/completions")
     async def chat_completions(asked: ChatRequest, request: Request) -> Response:
         return await generate(asked, request)
+
+    run = playground.about(name, model, tokenizer, limits)
+
+    @app.get("/")
+    async def playground_page() -> Response:
+        return playground.page()
+
+    @app.get("/playground/run")
+    async def playground_run() -> Any:
+        return run
+
+    @app.post("/playground/inspect")
+    async def playground_inspect(asked: playground.InspectRequest, request: Request) -> Response:
+        try:
+            ids = await asyncio.to_thread(asked.ids, tokenizer, model.config)
+        except ValueError as error:
+            raise ApiError(400, str(error)) from None
+        inspect = partial(playground.inspect, model, tokenizer, ids)
+        return JSONResponse(await while_connected(request, scheduler.between_steps(inspect)))
 
     @app.get("/health")
     async def health() -> Response:

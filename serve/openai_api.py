@@ -1,7 +1,8 @@
 """OpenAI's API: requests, checked and turned into sequences; responses and errors, as OpenAI's clients read them.
 
 What heed does not have, such as tools, is refused: no field is ignored that would change the text. Beyond OpenAI's
-fields there are those of heed's sampling: top_k, min_p and repetition_penalty.
+fields there are those of heed's sampling, top_k, min_p and repetition_penalty, and of completions, as in vLLM,
+return_token_ids: the tokens of each choice, `token_ids`.
 """
 
 import json
@@ -137,6 +138,7 @@ class CompletionRequest(GenerationRequest):
 
     prompt: str | list[str] | list[int] | list[list[int]] = ""
     logprobs: int | None = Field(None, ge=0, le=20)
+    return_token_ids: bool = False
 
     def generation(self, tokenizer: Tokenizer, config: ModelConfig, limits: Limits) -> Generation:
         """What is to be generated. Raises ApiError and ValueError."""
@@ -149,8 +151,7 @@ class CompletionRequest(GenerationRequest):
             if len(ids) > config.context:
                 message = f"the prompt has {len(ids)} tokens, but the model's context is {config.context}"
                 raise ApiError(400, message, "prompt", "context_length_exceeded")
-            if not 0 <= min(ids) <= max(ids) < tokenizer.vocab_size:
-                raise ValueError(f"prompt: token ids must be from 0 to {tokenizer.vocab_size - 1}")
+            check_ids(tokenizer, ids, "prompt")
         return self.sequences(tokenizer, prompts, new_tokens, self.logprobs)
 
     def choice(self, tokenizer: Tokenizer, parts: list[Part], where: str) -> dict[str, Any]:
@@ -165,7 +166,15 @@ class CompletionRequest(GenerationRequest):
                     {top["token"]: top["logprob"] for top in [*token["top_logprobs"], token]} for token in found
                 ],
             }
+        if self.return_token_ids:
+            choice["token_ids"] = [part.token for part in parts]
         return choice
+
+
+def check_ids(tokenizer: Tokenizer, ids: list[int], field: str) -> None:
+    """Raise ValueError if one of the ids, at least one, is not a token's."""
+    if not 0 <= min(ids) <= max(ids) < tokenizer.vocab_size:
+        raise ValueError(f"{field}: token ids must be from 0 to {tokenizer.vocab_size - 1}")
 
 
 def join_texts(content: Any) -> Any:
@@ -182,6 +191,17 @@ class Message(Body):
     content: Annotated[str, BeforeValidator(join_texts)]
 
 
+def chat_prompt(tokenizer: Tokenizer, messages: list[Message], context: int, new_tokens: int) -> list[int]:
+    """The prompt for an answer of up to `new_tokens`. Raises ValueError."""
+    rows = []
+    for message in messages:
+        role = "system" if message.role == "developer" else message.role  # OpenAI's newer name
+        rows.append({"role": role, "content": message.content})
+    turns = chat_format.parse({"messages": rows}, last="user")
+    half, quarter = (min(new_tokens, context // part) for part in (2, 4))
+    return chat_format.render_prompt(tokenizer, turns, context - quarter, half - quarter)
+
+
 class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions. If a conversation is too long, its oldest turns are left out, as in sample.py."""
 
@@ -196,13 +216,7 @@ class ChatRequest(GenerationRequest):
         """What is to be generated. Raises ValueError."""
         new_tokens = self.max_completion_tokens or self.max_tokens or limits.max_tokens
         self.check(limits, new_tokens, 1)
-        rows = []
-        for message in self.messages:
-            role = "system" if message.role == "developer" else message.role  # OpenAI's newer name
-            rows.append({"role": role, "content": message.content})
-        turns = chat_format.parse({"messages": rows}, last="user")
-        half, quarter = (min(new_tokens, config.context // part) for part in (2, 4))
-        prompt = chat_format.render_prompt(tokenizer, turns, config.context - quarter, half - quarter)
+        prompt = chat_prompt(tokenizer, self.messages, config.context, new_tokens)
         return self.sequences(tokenizer, [prompt], new_tokens, self.top_logprobs if self.logprobs else None)
 
     def choice(self, tokenizer: Tokenizer, parts: list[Part], where: str) -> dict[str, Any]:

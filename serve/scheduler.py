@@ -10,20 +10,23 @@ functions to call and parts of texts, so nothing is locked and no step waits for
 """
 
 import asyncio
+import concurrent.futures
 import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, TypeVar
 
 from inference.continuous_batching import ContinuousBatch, Logprobs, Sequence
 from inference.stop_strings import GeneratedText
 from model import GPT
 from serve.metrics import Metrics
 
+T = TypeVar("T")
 FinishReason = Literal["stop", "length"]
 
 
@@ -85,6 +88,7 @@ class Scheduler:
         self.inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self.delivered = threading.Semaphore()  # the thread is at most one step ahead of what was handed out
+        self.between: deque[Callable[[], None]] = deque()  # of the thread: to call between two steps, one at a time
         self.owners: dict[Sequence, tuple[Generation, int]] = {}  # of the thread: whose sequence it is, and its index
         self.generations: set[Generation] = set()  # of the event loop
         self.metrics = Metrics(self.running, lambda: max(0, self.unfinished() - self.running()))
@@ -132,6 +136,20 @@ class Scheduler:
         for generation in list(self.generations):
             self.cancel(generation, failed)
 
+    async def between_steps(self, work: Callable[[], T]) -> T:
+        """The result of a function that the thread calls between two steps; of several, one. Raises what it raises."""
+        done: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+        def call() -> None:
+            if done.set_running_or_notify_cancel():
+                try:
+                    done.set_result(work())
+                except Exception as error:
+                    done.set_exception(error)
+
+        self.inbox.put(partial(self.between.append, call))
+        return await asyncio.wrap_future(done)
+
     def _deliver(self, results: list[Result]) -> None:
         """Hand out what a step has made."""
         self.delivered.release()
@@ -163,11 +181,15 @@ class Scheduler:
 
     def _run(self) -> None:
         while True:
-            while self.batch.idle or not self.inbox.empty():
+            while (self.batch.idle and not self.between) or not self.inbox.empty():
                 call = self.inbox.get()
                 if call is None:
                     return
                 call()
+            if self.between:
+                self.between.popleft()()
+                if self.batch.idle:
+                    continue
             try:
                 results = [self._part(sequence) for sequence in self.batch.step()]
             except Exception as error:  # out of memory, or logits that are not finite; which sequence it is, is unknown

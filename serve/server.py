@@ -1,6 +1,7 @@
 """The process: its socket, and how signals end it."""
 
 import asyncio
+import ipaddress
 import os
 import signal
 import socket
@@ -25,6 +26,13 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
+def allowed_hosts(bound: socket.socket) -> list[str]:
+    """The names that a request may have for the server: on an address of this machine only its names, so that no web
+    page reaches it under a name of its own that leads here (DNS rebinding); elsewhere every name."""
+    address = bound.getsockname()[0]
+    return ["localhost", "[::1]", address] if ipaddress.ip_address(address).is_loopback else ["*"]
+
+
 class Server(uvicorn.Server):
     """uvicorn's server. SIGINT or SIGTERM lets it finish what it has begun, within limits.grace seconds; a second
     signal ends the process at once."""
@@ -46,7 +54,8 @@ class Server(uvicorn.Server):
         """Listen, and print where."""
         await super().startup(sockets)
         host, port = self.servers[0].sockets[0].getsockname()[:2]
-        print(f"serving http://{f'[{host}]' if ':' in host else host}:{port}/v1 (Ctrl-C ends)", flush=True)
+        address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        print(f"serving {address}/v1 and the playground at {address} (Ctrl-C ends)", flush=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Refuse new connections, and end what has not finished within the time."""

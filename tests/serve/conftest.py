@@ -16,7 +16,7 @@ from benchmarks.serving import write_run
 from sample import SamplingParams, load, stream_generate
 from serve.app import create_app
 from serve.limits import Limits
-from serve.server import Server, bind
+from serve.server import Server, allowed_hosts, bind
 from tests.conftest import TINY
 
 GREEDY = SamplingParams(greedy=True)
@@ -34,11 +34,11 @@ def eventually(condition: Callable[[], bool]) -> None:
 class Running:
     """A server in a thread, for one model."""
 
-    def __init__(self, model, tokenizer, name="songs", origins=(), **limits) -> None:
+    def __init__(self, model, tokenizer, name="songs", origins=(), port=0, **limits) -> None:
         self.model, self.tokenizer, self.limits = model, tokenizer, Limits(**limits)
-        app = create_app(name, model, tokenizer, self.limits, list(origins))
+        bound = bind("127.0.0.1", port)
+        app = create_app(name, model, tokenizer, self.limits, list(origins), allowed_hosts(bound))
         self.scheduler, self.server = app.state.scheduler, Server(app, self.limits)
-        bound = bind("127.0.0.1", 0)
         self.port = bound.getsockname()[1]
         self.address = f"http://127.0.0.1:{self.port}"
         self.client = openai.OpenAI(base_url=f"{self.address}/v1", api_key="none", max_retries=0, timeout=60)
@@ -80,7 +80,7 @@ class Running:
     def send(self, **body) -> socket.socket:
         """Send a request; its response is not read."""
         content = json.dumps({"model": "songs", "prompt": "Song 5:"} | body).encode()
-        head = "POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         connection = socket.create_connection(("127.0.0.1", self.port))
         connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
         return connection

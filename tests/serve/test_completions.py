@@ -175,6 +175,16 @@ def test_logprobs_of_completions_are_the_models(served):
             assert all(top[name] == pytest.approx(named[name], abs=1e-5) for name in named)
 
 
+def test_tokens_are_returned_where_asked_for(served):
+    tokens, _ = expected_logprobs(served, served.tokenizer.encode("Song 5:"), 10)
+    for stream in (False, True):
+        body = {"return_token_ids": True}
+        found = complete(served, max_tokens=10, temperature=0, logprobs=0, stream=stream, extra_body=body)
+        choices = [choice for chunk in (found if stream else [found]) for choice in chunk.choices]
+        assert [token for choice in choices for token in choice.token_ids] == tokens
+    assert "token_ids" not in complete(served, max_tokens=1).choices[0].model_dump()
+
+
 def test_the_token_itself_is_among_the_most_likely_ones(served):
     found = complete(served, max_tokens=30, temperature=2, seed=2, logprobs=1).choices[0].logprobs
     for token, logprob, top in zip(found.tokens, found.token_logprobs, found.top_logprobs, strict=True):

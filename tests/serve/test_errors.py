@@ -172,7 +172,8 @@ def test_a_request_that_takes_too_long_has_status_408_or_an_error_in_its_stream(
         with pytest.raises(openai.APIError, match=r"took longer than 0\.2 seconds"):
             list(served.client.completions.create(model="songs", prompt="Song", stream=True))
         head = (
-            "POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
+            "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            "Content-Length: 9\r\n\r\n{"
         )
         with socket.create_connection(("127.0.0.1", served.port)) as connection:
             connection.sendall(head.encode())

@@ -15,7 +15,7 @@ from tests.serve.conftest import GREEDY, Running, eventually, running
 
 CLIENTS = 16
 PROMPTS = ("", "Song 5:", "Song 12: the 5 birds sing", "bees", "to the 1 ants.\nSong")
-HEAD = "POST /v1/completions HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Type: application/json\r\n"
+HEAD = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n"
 
 
 def cases(served: Running) -> list[tuple[dict, list[str]]]:
