@@ -220,14 +220,20 @@ class Attention(nn.Module):
         size = context if window is None else min(context, window + KVCache.CHUNK - 1)
         return [(batch, size, config.n_kv_head, config.head_dim)] * 2  # (B, S, K, D)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
-        B, T, _ = x.shape
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """x (B, T, C) -> q (B, T, H, D), k and v (B, T, K, D), and the gate before its sigmoid (B, T, H, D), if any."""
+        (B, T, _), gate = x.shape, None
         q = self.q_proj(x).view(B, T, -1, self.head_dim * (2 if self.gate else 1))  # (B, T, H*D) -> (B, T, H, D or 2D)
         if self.gate:
             q, gate = q.chunk(2, dim=-1)  # (B, T, H, D) each
         k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K*D) -> (B, T, K, D)
         v = self.v_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K*D) -> (B, T, K, D)
         q, k = apply_rotary_emb(self.q_norm(q), cos, sin), apply_rotary_emb(self.k_norm(k), cos, sin)
+        return q, k, v, gate
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+        B, T, _ = x.shape
+        q, k, v, gate = self.project(x, cos, sin)
         lengths, block_table = None, None
         if cache is not None:
             (k, v), lengths = cache.update(self.layer, k, v), cache.lengths + T  # (B, S, K, D)
@@ -236,7 +242,7 @@ class Attention(nn.Module):
             q, k, v, self.mask_spec, softmax_scale=self.softmax_scale, cache_seqlens=lengths, block_table=block_table,
             alibi_slopes=self.alibi_slopes, dropout_p=self.dropout if self.training else 0.0,
         )  # fmt: skip  # (B, T, H, D)
-        if self.gate:
+        if gate is not None:
             out = out * gate.sigmoid()
         return self.o_proj(out.reshape(B, T, -1))  # (B, T, H, D) -> (B, T, H*D) -> (B, T, C)
 
