@@ -55,13 +55,14 @@ def first_token(share: Tensor) -> Tensor:
     return share[..., 1:, 0].mean(-1)
 
 
-def repeated(vocab_size: int, length: int, seed: int) -> Tensor:
-    """Random tokens, all of them different, and the same once more: (2 * length,). length: at most vocab_size."""
-    return torch.randperm(vocab_size, generator=torch.Generator().manual_seed(seed))[:length].repeat(2)
+def repeated(tokens: Tensor, length: int, seed: int) -> Tensor:
+    """Some of the tokens, all different, in random order, and the same once more: (2 * length,)."""
+    order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))
+    return tokens[order[:length]].repeat(2)
 
 
 def induction(share: Tensor) -> Tensor:
-    """Over `repeated` tokens: the mean weight of the token after the first occurrence, of the queries that are second
-    ones. (...)."""
+    """Over `repeated` tokens and any before them: the mean weight of the token after the first occurrence, of the
+    queries that are second ones. (...)."""
     length = share.shape[-1] // 2
-    return share[..., length:, :].diagonal(1, -2, -1).mean(-1)  # query length + i, key i + 1
+    return share[..., -length:, -2 * length :].diagonal(1, -2, -1).mean(-1)  # query length + i, key i + 1
