@@ -85,7 +85,7 @@ def run(a: argparse.Namespace) -> None:
     signed = [None if found is None else (found.sign() * shares(found)).cpu() for found in maps]
     names = {(head.layer, head.head): head.name for head in heads}
     picture, page = a.run / "attention.png", a.run / "attention.html"
-    title = f"{a.run.name}: {model.config.n_layer} layers"
+    title = f"attention maps of {a.run.name}"
     draw(picture, signed, names, (chosen.layer, chosen.head), pieces, title)
     write_page(page, signed, names, (chosen.layer, chosen.head), pieces, title)
     print(f"wrote {picture} and {page}")

@@ -20,8 +20,8 @@ Names = dict[tuple[int, int], str]  # the pattern of a layer's head, numbers fro
 
 
 def visible(piece: str) -> str:
-    """A token for an axis: its spaces and line breaks can be seen."""
-    return piece.replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥").replace("$", r"\$")
+    """A token for an axis: its spaces and line breaks can be seen; a special token is empty."""
+    return "∅" if not piece else piece.replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥").replace("$", r"\$")
 
 
 def draw(path: Path, maps: Maps, names: Names, large: tuple[int, int], pieces: list[str], title: str) -> None:
@@ -32,8 +32,8 @@ def draw(path: Path, maps: Maps, names: Names, large: tuple[int, int], pieces: l
     import matplotlib.pyplot as plt
 
     columns = max(len(found) for found in maps if found is not None)
-    side = min(1.25, 7.5 / len(maps), 10 / columns)  # inches of a small map
-    height = max(len(maps) * (side + 0.25) + 0.6, 6.2)
+    side = max(0.4, min(2.2, 6 / len(maps) - 0.3, 9 / columns))  # inches of a small map
+    height = max(len(maps) * (side + 0.3) + 0.6, 6.2)
     figure = plt.figure(figsize=(columns * (side + 0.1) + height, height), layout="constrained")
     parts: Any = figure.subfigures(1, 2, width_ratios=[columns * (side + 0.1), height])
     left, right = parts
