@@ -12,6 +12,7 @@ The first two count the heads of attention, layers L and S, and are missing with
 most LENGTH tokens, and their weights once more. It draws no random numbers: a run with and without it is the same.
 """
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from training.device import Machine
 
 LENGTH = 256  # tokens, at most
 EVEN, SINK = 0.95, 0.9
-MANY, ALIKE = 0.5, 0.9  # share of heads, and similarity after the last layer, from which on there is advice
+MANY, ALIKE = 0.5, 0.95  # share of heads, and similarity after the last layer, from which on there is advice
 
 
 @torch.no_grad()  # as in validation_loss.py
@@ -81,6 +82,16 @@ def advice(found: dict[str, float], config: ModelConfig) -> str:
         lines.append(f"tokens are alike after the last layer (cosine similarity {alike:.2f})")
     if not lines:
         return ""
-    flags = [f"model.{name} = true" for name in ("gate", "qk_norm") if not getattr(config, name)]
-    remedy = " and ".join(flags)
-    return f"\ncollapse: {'; '.join(lines)}. {f'{remedy} may help' if flags else 'Lower learning rates may help'}"
+    flags = [f"model.{name} = true" for name in ("gate", "qk_norm") if can_turn_on(config, name)]
+    remedy = " and ".join(flags) or "lower learning rates"
+    return f"\nsigns of collapse: {'; '.join(lines)}. What may help: {remedy}"
+
+
+def can_turn_on(config: ModelConfig, flag: str) -> bool:
+    """Whether a flag of attention is off, and would do something."""
+    on: dict[str, Any] = {flag: True}
+    try:
+        dataclasses.replace(config, **on)
+    except ValueError:  # a mixer of zoo/ does not support it
+        return False
+    return not getattr(config, flag) and bool({"L", "S"} & set(config.layer_pattern))

@@ -52,8 +52,8 @@ def test_a_model_that_attends_to_all_alike_and_whose_tokens_are_alike():
     alike = measure(model, Text(1000), CPU)
     assert alike["similarity_1"] > 0.99 and alike["similarity_2"] > 0.99
     assert advice(found, model.config) == (
-        "\ncollapse: 100% of the heads attend to all tokens alike or to the first one only. model.gate = true and "
-        "model.qk_norm = true may help"
+        "\nsigns of collapse: 100% of the heads attend to all tokens alike or to the first one only. "
+        "What may help: model.gate = true and model.qk_norm = true"
     )
     assert "; tokens are alike after the last layer (cosine similarity 1.00)." in advice(alike, model.config)
 
@@ -77,10 +77,20 @@ def test_no_advice_that_was_followed():
     config = dataclasses.replace(TINY, gate=True)
     told = advice({"uniform_heads": 0.3, "first_token_heads": 0.2, "similarity_2": 0.1}, config)
     assert told == (
-        "\ncollapse: 50% of the heads attend to all tokens alike or to the first one only. "
-        "Lower learning rates may help"
+        "\nsigns of collapse: 50% of the heads attend to all tokens alike or to the first one only. "
+        "What may help: lower learning rates"
     )
-    assert advice({"uniform_heads": 0.3, "first_token_heads": 0.19, "similarity_1": 0.95}, config) == ""
+    assert advice({"uniform_heads": 0.3, "first_token_heads": 0.19, "similarity_1": 0.99}, config) == ""
+
+
+@pytest.mark.parametrize("pattern", ["D", "K", "LK"])
+def test_no_advice_that_the_model_cannot_follow(pattern):
+    """The layers of zoo/ have no gate, and K refuses it."""
+    config = dataclasses.replace(TINY, layer_pattern=pattern)
+    assert advice({"similarity_2": 0.99}, config).endswith(
+        "(cosine similarity 0.99). What may help: lower learning rates"
+    )
+    assert advice({"similarity_2": 0.99}, dataclasses.replace(TINY, layer_pattern="LD")).endswith(": model.gate = true")
 
 
 def test_what_is_missing_is_left_out():
@@ -117,7 +127,7 @@ def test_it_is_recorded_and_changes_no_bit_of_the_run(run_training, monkeypatch)
 def test_advice_is_printed_with_the_evaluation(run_training, monkeypatch, capsys):
     monkeypatch.setattr(collapse, "EVEN", 0.0)
     run_training("flat", "--train.steps=1", "--train.num_evals=1")
-    assert "collapse: 100% of the heads attend" in capsys.readouterr().out
+    assert "signs of collapse: 100% of the heads attend" in capsys.readouterr().out
 
 
 def together(rank: int, shard: int) -> dict[str, float]:
