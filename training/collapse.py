@@ -68,7 +68,7 @@ def measure(model: GPT, text: AnyShards, machine: Machine) -> dict[str, float]:
 
 def similarity(x: Tensor) -> float:
     """Mean cosine similarity of two different tokens. x (T, C)."""
-    x = F.normalize(x.double(), dim=1)
+    x = F.normalize(x.cpu().double(), dim=1)  # an Apple GPU has no fp64
     T = len(x)
     return float((x.sum(0).square().sum() - x.square().sum()) / (T * (T - 1)))  # of all pairs
 
