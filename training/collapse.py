@@ -22,10 +22,11 @@ from torch import Tensor
 from data.mixture import AnyShards
 from inference.attention_patterns import evenness, first_token
 from inference.attention_weights import each_layer, weights
+from kernels.kv_cache import KVCache
 from model import GPT, Attention, Block, ModelConfig
 from training.device import Machine
 
-LENGTH = 256  # tokens, at most
+LENGTH = KVCache.CHUNK  # tokens, at most: 256
 EVEN, SINK = 0.95, 0.9
 MANY, ALIKE = 0.5, 0.95  # share of heads, and similarity after the last layer, from which on there is advice
 
@@ -39,6 +40,8 @@ def measure(model: GPT, text: AnyShards, machine: Machine) -> dict[str, float]:
     if T < 2:
         return {}
     tokens = torch.from_numpy(part.read(0, T)).to(machine.device)
+    # With a cache, processes that share sequences (context parallelism) compute whole ones, each alone.
+    cache = KVCache(model.config, 1, max_seq_len=T, device=machine.device)
     similarities: list[float] = []
 
     def look(layer: Block, x: Tensor, cos: Tensor, sin: Tensor) -> list[tuple[bool, bool]]:
@@ -56,7 +59,7 @@ def measure(model: GPT, text: AnyShards, machine: Machine) -> dict[str, float]:
     model.eval()
     try:
         with each_layer(model, look) as found, machine.autocast():
-            model(tokens[None])
+            model(tokens[None], cache)
     finally:
         last.remove()
         model.train()

@@ -130,19 +130,19 @@ def test_advice_is_printed_with_the_evaluation(run_training, monkeypatch, capsys
     assert "signs of collapse: 100% of the heads attend" in capsys.readouterr().out
 
 
-def together(rank: int, shard: int) -> dict[str, float]:
-    world = distributed.init_distributed()
+def together(rank: int, shard: int, context: int) -> dict[str, float]:
+    world = distributed.init_distributed(context=context)
     torch.manual_seed(0)
     model = GPT(TINY)
     distributed.parallelize(model, world, shard, torch.device("cpu"))
     return measure(model, Text(100), CPU)
 
 
-@pytest.mark.parametrize("shard", [1, 2])
-def test_in_several_processes_as_in_one(shard):
+@pytest.mark.parametrize(("shard", "context"), [(1, 1), (2, 1), (1, 2)])
+def test_in_several_processes_as_in_one(shard, context):
     torch.manual_seed(0)
     expected = measure(GPT(TINY), Text(100), CPU)
-    for found in call(2, together, shard):
+    for found in call(2, together, shard, context):
         assert found == pytest.approx(expected, abs=1e-6)
 
 
