@@ -35,7 +35,7 @@ from inference.stop_strings import GeneratedText
 from kernels.reference_attention import IGNORE_INDEX
 from model import GPT
 from sample import RUNS, generate
-from training import checkpoint, device, distributed, init_from, metrics, run_folder
+from training import checkpoint, collapse, device, distributed, init_from, metrics, run_folder, tensorboard
 from training.apply_fused_layers import optimize_layers
 from training.checkpoint import CheckpointError
 from training.config import SECTIONS, Config, ConfigError
@@ -59,6 +59,7 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
 
     world = distributed.init_distributed(context=config.train.context_parallel)
     log = metrics.log if world.main else lambda _: None
+    tensorboard.check_installed(config.train)
     run = RUNS / config.name
     if resume and run_folder.unstarted(run):
         log(f"resume {run}: it was stopped before its first checkpoint and begins again at step 0")
@@ -128,7 +129,7 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
     world.barrier()  # all processes have read what the main process changes now
     if world.main and not resume:
         run_folder.start(run, config, tokenizer)
-    record = metrics.Metrics(run, step, config.train.wandb, dataclasses.asdict(config)) if world.main else None
+    record = metrics.Metrics(run, step, config) if world.main else None
     if world.main and resume:  # the records could be repaired: nothing refuses any more
         checkpoint.replace_file(run / "config.toml", dump(config))
     world.barrier()  # all processes read the same records
@@ -156,14 +157,15 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
             if val_loss is None:
                 return False
             check_finite(step, val_loss)
-            sample = sample_text(model, tokenizer, config)
+            inside = collapse.measure(model, eval_text, machine)
+            sample = sample_text(model, tokenizer, config) + collapse.advice(inside, config.model)
         val_losses[step] = val_loss
         if record:
             saver.wait()
             if val_loss == min(val_losses.values()):  # before the record: a resumed run repeats what has none
                 checkpoint.point(run, "best", run / f"step-{step:06d}")
             val_bpb = bits_per_byte(val_loss, eval_text)
-            record.log(step, val_loss=val_loss, val_bpb=val_bpb, seconds=budget.elapsed)
+            record.log(step, val_loss=val_loss, val_bpb=val_bpb, seconds=budget.elapsed, **inside)
             log(f"step {step} | val_loss {val_loss:.4f} | val_bpb {val_bpb:.4f}\n{sample}")
             metrics.plot(run, f"{config.name}: {val_bpb:.3f} bits per byte on held-out text")
         return True

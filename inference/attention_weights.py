@@ -2,8 +2,9 @@
 
 No fast kernel keeps its weights. So `attention_weights` runs the model once, takes what enters each layer, and
 computes the layer's weights again with kernels/reference_attention.py, from the queries and keys of model.Attention.
+Mixers of zoo/ have no weights; the map that they imply takes their place, see implied_maps.py.
 
-Shapes: T tokens, H query heads.
+Shapes: T tokens, H heads.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,8 +14,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from inference.implied_maps import implied_map
 from kernels.reference_attention import reference_attention
 from model import GPT, Attention, Block
+from zoo.scan import upcast
 
 Found = TypeVar("Found")
 
@@ -22,10 +25,10 @@ Found = TypeVar("Found")
 @torch.no_grad()
 def attention_weights(model: GPT, tokens: Tensor) -> list[Tensor | None]:
     """The weights of every layer over a text, (H, T, T) in at least fp32: row t has those of query t over the keys,
-    0 where it may not attend. None for a layer that is not attention.
+    0 where it may not attend. Of a mixer of zoo/, the implied map, which may have negative entries, or None.
 
     Args:
-        model: on any device, in any dtype, quantized or not; in evaluation mode. It must not run in another thread
+        model: on any device, in any dtype, quantized or not; in evaluation mode. No model may run in another thread
             meanwhile.
         tokens: (T,) integers on the model's device, from 1 to the context.
     Raises:
@@ -33,19 +36,26 @@ def attention_weights(model: GPT, tokens: Tensor) -> list[Tensor | None]:
     """
     if tokens.ndim != 1 or len(tokens) == 0:
         raise ValueError(f"tokens has shape {tuple(tokens.shape)}: must be (T,), with at least one token")
-    with each_layer(model, layer_weights) as found:
+    with each_layer(model, layer_map) as found:
         model.model(tokens[None])  # (T,) -> (1, T)
-    return [None if weights is None else weights[0] for weights in found]
+    return found
 
 
-def layer_weights(layer: Block, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor | None:
-    """The weights (B, H, T, T) of a layer whose input is x (B, T, C); cos and sin as for `Block.forward`."""
-    attention: Any = layer.self_attn
-    if not isinstance(attention, Attention):
-        return None
-    q, k, v, _ = attention.project(layer.input_layernorm(x), cos, sin)
+def layer_map(layer: Block, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor | None:
+    """The weights or the implied map (H, T, T) of a layer whose input is x (1, T, C); cos, sin as for its `forward`."""
+    mixer, x = layer.self_attn, layer.input_layernorm(x)
+    if isinstance(mixer, Attention):
+        return weights(mixer, x, cos, sin)
+    found = implied_map(mixer, x, cos, sin)
+    return None if found is None else upcast(found)
+
+
+def weights(attention: Attention, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The weights (H, T, T), for the layer's normed input x (1, T, C)."""
+    q, k, v, _ = attention.project(x, cos, sin)
     scale, slopes = attention.softmax_scale, attention.alibi_slopes
-    return reference_attention(q, k, v, attention.mask_spec, scale, alibi_slopes=slopes)[2]
+    with torch.autocast(x.device.type, enabled=False):
+        return reference_attention(q, k, v, attention.mask_spec, scale, alibi_slopes=slopes)[2][0]
 
 
 @contextmanager

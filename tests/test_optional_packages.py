@@ -6,7 +6,18 @@ import sys
 from tests.conftest import ROOT, SMALL, UNTRACED_ENV
 from tests.test_layout import NAMES
 
-BLOCKED = ("datasets", "pyarrow", "wandb", "transformers", "llama_cpp", "gguf", "lm_eval", "fastapi", "uvicorn")
+BLOCKED = (
+    "datasets",
+    "pyarrow",
+    "wandb",
+    "transformers",
+    "llama_cpp",
+    "gguf",
+    "lm_eval",
+    "fastapi",
+    "uvicorn",
+    "tensorboard",
+)
 CODE = f"""
 import importlib, sys
 sys.modules.update(dict.fromkeys({BLOCKED}))  # importing one of them raises ImportError
@@ -40,3 +51,10 @@ def test_a_table_needs_datasets(tmp_path):
         done = run(tmp_path, f"--data.source={source}", "--train.steps=2")
         assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
         assert f"train.py: data.source = '{source}': tables and the hub need the package datasets" in done.stderr
+
+
+def test_tensorboard_that_is_missing_is_one_line(text, tmp_path):
+    done = run(tmp_path, f"--data.source={text}", "--train.steps=2", "--train.tensorboard=true")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert done.stderr.startswith("train.py: train.tensorboard = True: needs the package tensorboard")
+    assert not any(tmp_path.iterdir())

@@ -198,6 +198,8 @@ class TrainConfig:
     """auto (torch.compile on a GPU, heed's fused C++ layers on a CPU with g++ or clang++) | on (torch.compile) | off"""
     wandb: str = "off"
     """Weights & Biases: off | offline | online; metrics.jsonl is always written"""
+    tensorboard: bool = False
+    """also write the metrics for TensorBoard, into the run's folder"""
 
     def __post_init__(self) -> None:
         _require(

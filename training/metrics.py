@@ -1,11 +1,13 @@
-"""Metrics of a run: metrics.jsonl, the progress line, the loss curve as a picture, and Weights & Biases.
+"""Metrics of a run: metrics.jsonl, the progress line, the loss curve as a picture, Weights & Biases and TensorBoard.
 
 metrics.jsonl has one JSON object per line. For a training step: step, loss, grad_norm, lr, tok_per_s, and mfu where the
 peak of the device is known. For an evaluation: step, val_loss, val_bpb, seconds; with train.eval_tokens at the end
-full_val_loss and full_val_bpb, over the whole split. Losses are in nats/token, bpb is bits per byte. A running process
-only appends to the file; a resumed one first replaces it by one without the records that it will write again.
+full_val_loss and full_val_bpb, over the whole split; and the signs of collapse.py. Losses are in nats/token, bpb is
+bits per byte. A running process only appends to the file; a resumed one first replaces it by one without the records
+that it will write again. wandb and TensorBoard get the same records under the same names.
 """
 
+import dataclasses
 import json
 import os
 import shutil
@@ -15,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from training.checkpoint import replace_file
+from training.config import Config
+from training.tensorboard import TensorBoard
 from training.time_budget import StepBudget
 
 NAME, DAMAGED = "metrics.jsonl", "metrics.damaged.jsonl"
@@ -23,23 +27,26 @@ NAME, DAMAGED = "metrics.jsonl", "metrics.damaged.jsonl"
 class Metrics:
     """Writes the metrics of one run."""
 
-    def __init__(self, run: Path, step: int, wandb_mode: str, config: dict[str, Any]) -> None:
+    def __init__(self, run: Path, step: int, config: Config) -> None:
         """Records after `step` are dropped: the resumed run computes those steps again."""
         if note := repair(run, step):
             log(note)
         self.file = (run / NAME).open("a", buffering=1, encoding="utf-8")
-        self.wandb = _start_wandb(run, wandb_mode, config)
+        self.trackers = {"wandb": _start_wandb(run, config.train.wandb, dataclasses.asdict(config))}
+        if config.train.tensorboard:
+            self.trackers["TensorBoard"] = TensorBoard(run, step)
         self.last_line = 0.0
 
     def log(self, step: int, **values: float) -> None:
         """Write one record."""
         self.file.write(json.dumps({"step": step, **values}) + "\n")
-        if self.wandb:
+        for name, tracker in self.trackers.items():
             try:
-                self.wandb.log(values, step=step)
+                if tracker:
+                    tracker.log(values, step=step)
             except Exception as error:  # the run continues whatever wandb raises
-                print(f"wandb stopped logging: {error}")
-                self.wandb = None
+                print(f"{name} stopped logging: {error}")
+                self.trackers[name] = None
 
     def sync(self) -> None:
         """Wait until all records are on the disk: a checkpoint is not to be newer than they are."""
@@ -55,11 +62,12 @@ class Metrics:
 
     def close(self) -> None:
         self.file.close()
-        if self.wandb:
+        for name, tracker in self.trackers.items():
             try:
-                self.wandb.finish()
+                if tracker:
+                    tracker.finish()
             except Exception as error:
-                print(f"wandb did not finish: {error}")
+                print(f"{name} did not finish: {error}")
 
 
 def log(text: str) -> None:

@@ -18,7 +18,7 @@ from training.config_files import dump
 
 OWN = re.compile(
     r"config\.toml|tokenizer\.json|tokenizer_config\.json|metrics\.jsonl|metrics\.damaged\.jsonl|loss\.png|latest|best"
-    r"|wandb|step-\d+|\.(draft|aside)-(step-\d+|config\.toml|metrics\.jsonl|loss\.png|latest|best|pointer-\w+)"
+    r"|wandb|tensorboard|attention\.(png|html)|step-\d+|\.(draft|aside)-(step-\d+|config\.toml|metrics\.jsonl|loss\.png|latest|best|pointer-\w+)"
 )
 # what a batch, its loss or the saved state depends on
 FIXED = ("train.seed", "train.batch_tokens", "optim.optimizer", "data.document_mask")

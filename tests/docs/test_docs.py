@@ -11,6 +11,7 @@ import io
 import json
 import re
 import shlex
+import string
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,8 @@ def place(tmp_path_factory, runs):
     """A runs/ folder for the pages' commands; the finished run in it is called `shakespeare`, too."""
     where = tmp_path_factory.mktemp("pages")
     (where / "shakespeare").symlink_to(runs / "songs")
+    words = (string.ascii_letters[n % 40 : n % 40 + 10] for n in range(400))
+    (where / "letters.jsonl").write_text("".join(json.dumps({"text": word + word}) + "\n" for word in words))
     return where
 
 

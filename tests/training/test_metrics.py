@@ -2,15 +2,18 @@
 
 import json
 
+import pytest
+
 from tests.conftest import losses
 from training import metrics
+from training.config import Config, ConfigError, TrainConfig
 
 
 def test_truncated_line_is_ignored_and_lost_steps_are_removed(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.5}\n{"step": 3, "lo')
     assert [r["step"] for r in metrics.read(path)] == [1, 2]
-    metrics.Metrics(tmp_path, 1, "off", {}).close()
+    metrics.Metrics(tmp_path, 1, Config("run")).close()
     assert [json.loads(line) for line in path.read_text().splitlines()] == [{"step": 1, "loss": 2.0}]
 
 
@@ -61,3 +64,63 @@ def test_a_picture_that_cannot_be_written_is_one_line_and_training_goes_on(run_t
     assert list(losses(run, "val_loss")) == [1, 2]
     assert f"{run / 'loss.png'}: not drawn (No space left on device)\n" in capsys.readouterr().out
     assert not list(run.glob(".draft*")) and not (run / "loss.png").exists()
+
+
+def scalars(run, name):
+    """What TensorBoard shows: {step: value}."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    return events.Tags()["scalars"], {event.step: event.value for event in events.Scalars(name)}
+
+
+def test_tensorboard_and_wandb_have_the_names_and_values_of_metrics_jsonl(run_training, monkeypatch):
+    import wandb
+
+    seen = []
+
+    class Recorder:
+        def log(self, values, step):
+            seen.append({"step": step, **values})
+
+        def finish(self):
+            seen.append("finished")
+
+    monkeypatch.setattr(wandb, "init", lambda **_: Recorder())
+    words = ("--train.num_evals=2", "--train.tensorboard=true", "--train.wandb=offline")
+    run = run_training("shown", "--train.steps=4", *words)
+    records = metrics.read(run / "metrics.jsonl")
+    assert seen == [*records, "finished"]
+    names, loss = scalars(run, "loss")
+    assert set(names) == {name for record in records for name in record} - {"step"}
+    for name in names:
+        assert scalars(run, name)[1] == pytest.approx(losses(run, name))
+    assert list(loss) == [1, 2, 3, 4]
+
+
+def test_a_resumed_run_replaces_what_tensorboard_showed(tmp_path):
+    config = Config("run", train=TrainConfig(steps=9, tensorboard=True))
+    for begin, value in ((0, 1.0), (2, 5.0)):
+        record = metrics.Metrics(tmp_path, begin, config)
+        for step in range(begin + 1, begin + 5):
+            record.log(step, loss=value)
+        record.close()
+    assert scalars(tmp_path, "loss")[1] == {1: 1.0, 2: 1.0, 3: 5.0, 4: 5.0, 5: 5.0, 6: 5.0} == losses(tmp_path)
+
+
+def test_a_failure_of_tensorboard_turns_it_off(tmp_path, monkeypatch, capsys):
+    record = metrics.Metrics(tmp_path, 0, Config("run", train=TrainConfig(steps=9, tensorboard=True)))
+    monkeypatch.setattr(record.trackers["TensorBoard"].writer, "add_scalar", lambda *_: 1 / 0)
+    record.log(1, loss=1.0)
+    record.log(2, loss=1.0)
+    record.close()
+    assert capsys.readouterr().out == "TensorBoard stopped logging: division by zero\n"
+    assert list(losses(tmp_path)) == [1, 2]
+
+
+def test_without_tensorboard_nothing_begins(run_training, monkeypatch, tmp_path):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"^train.tensorboard = True: needs the package tensorboard, which is not"):
+        run_training("none", "--train.steps=2", "--train.tensorboard=true")
+    assert not (tmp_path / "none").exists()

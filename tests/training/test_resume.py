@@ -178,14 +178,14 @@ def test_metrics_are_repaired_without_a_moment_in_which_they_can_be_lost(tmp_pat
     with monkeypatch.context() as patch:  # killed before the last of the calls that change the disk
         patch.setattr("pathlib.Path.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
-            metrics.Metrics(tmp_path, 3, "off", {})
+            metrics.Metrics(tmp_path, 3, Config("run"))
     assert path.read_text() == content
-    record = metrics.Metrics(tmp_path, 3, "off", {})
+    record = metrics.Metrics(tmp_path, 3, Config("run"))
     record.log(4, loss=2.0)
     record.close()
     assert [r["step"] for r in metrics.read(path)] == [1, 2, 3, 4]
     inode = path.stat().st_ino
-    metrics.Metrics(tmp_path, 4, "off", {}).close()  # nothing to repair: the file is not touched
+    metrics.Metrics(tmp_path, 4, Config("run")).close()  # nothing to repair: the file is not touched
     assert path.stat().st_ino == inode and not (tmp_path / metrics.DAMAGED).exists()
 
 
@@ -196,7 +196,7 @@ def test_damaged_lines_are_left_out_and_kept_beside(tmp_path, noise, capsys):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(content := b'{"step": 1, "loss": 2.0}\n' + noise + b'{"step": 2, "loss": 1.5}\n')
     assert [r["step"] for r in metrics.read(path)] == [1, 2]
-    metrics.Metrics(tmp_path, 2, "off", {}).close()
+    metrics.Metrics(tmp_path, 2, Config("run")).close()
     assert [r["step"] for r in metrics.read(path)] == [1, 2]
     assert (tmp_path / metrics.DAMAGED).read_bytes() == content
     assert "1 of 3 lines are damaged and left out" in capsys.readouterr().out
