@@ -78,23 +78,23 @@ def similarity(x: Tensor) -> float:
 
 def advice(found: dict[str, float], config: ModelConfig) -> str:
     """A line for the log if there are signs of collapse, else "". It begins with a line break."""
-    lines = []
+    signs = []
     if (idle := found.get("uniform_heads", 0.0) + found.get("first_token_heads", 0.0)) >= MANY:
-        lines.append(f"{idle:.0%} of the heads attend to all tokens alike or to the first one only")
+        flags = [f"model.{name} = true" for name in ("gate", "qk_norm") if can_turn_on(config, name)]
+        remedy = " and ".join(flags) or "lower learning rates"
+        what = "attend to all tokens alike or to the first one only"
+        signs.append(f"{idle:.0%} of the heads {what} (what may help: {remedy})")
     if (alike := found.get(f"similarity_{config.n_layer}", 0.0)) >= ALIKE:
-        lines.append(f"tokens are alike after the last layer (cosine similarity {alike:.2f})")
-    if not lines:
-        return ""
-    flags = [f"model.{name} = true" for name in ("gate", "qk_norm") if can_turn_on(config, name)]
-    remedy = " and ".join(flags) or "lower learning rates"
-    return f"\nsigns of collapse: {'; '.join(lines)}. What may help: {remedy}"
+        # No remedy here: what prevents it in docs/11, the placement of norms and the initial values, model.py has.
+        signs.append(f"tokens are alike after the last layer (cosine similarity {alike:.2f}; usual early in training)")
+    return f"\nsigns of collapse: {'; '.join(signs)}" if signs else ""
 
 
 def can_turn_on(config: ModelConfig, flag: str) -> bool:
-    """Whether a flag of attention is off, and would do something."""
+    """Whether a flag of attention is off, and all layers permit it."""
     on: dict[str, Any] = {flag: True}
     try:
         dataclasses.replace(config, **on)
     except ValueError:  # a mixer of zoo/ does not support it
         return False
-    return not getattr(config, flag) and bool({"L", "S"} & set(config.layer_pattern))
+    return not getattr(config, flag)
