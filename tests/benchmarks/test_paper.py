@@ -117,8 +117,8 @@ def test_the_command_and_the_chapter(capsys):
 
 
 def markdown(row) -> str:
-    """A row of the chapter's table: model, GPUs, mesh, tokens, state and memory in all, matmuls, exposed messages, Muon
-    with its messages, kept."""
+    """A row of the chapter's table: model, GPUs, mesh, tokens, state and memory in all, matmuls, exposed
+    communication, Muon with its communication, the share of matmuls."""
     name, gpus, mesh, tokens, state, gathered, activations, matmuls, _, exposed, muon, messages, kept = row
     total = f"{sum(map(float, (state, gathered, activations))):.1f}"
     times = [matmuls, "", "", ""]
