@@ -52,6 +52,7 @@ def test_python_blocks_run_and_print_what_the_page_says(page, runs, monkeypatch)
 
 ELSEWHERE = {  # other tests run it
     "python -m benchmarks scaling --quick",  # tests/benchmarks/test_scaling.py
+    "python -m evals runs/shakespeare --needle",  # tests/evals/test_needle.py, with a context that is long enough
     "python -m serve runs/assistant",  # tests/serve, since it runs until it is stopped
     "python -m serve runs/shakespeare",
 }
