@@ -15,7 +15,7 @@ and a spike: by how much the training loss of a step was above the lowest one be
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -24,14 +24,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import model as model_module
 from benchmarks.zoo.characters import characters
 from benchmarks.zoo.fit import fit
 from benchmarks.zoo.pictures import Curves, Panel, draw
 from benchmarks.zoo.rank_collapse import similarity, use_blocks
 from benchmarks.zoo.results import Point, Row, groups, markdown, mean
 from kernels.reference_attention import MaskSpec, reference_attention
-from model import GPT, ModelConfig
+from model import GPT, Attention, ModelConfig
 from training.config import OptimConfig
 
 EXCLUSIVE = False
@@ -97,7 +96,7 @@ def measure(blocks: str, attention: str, layers: int, lr: float, seed: int, step
 def inside(model: GPT, x: Tensor, y: Tensor) -> dict[str, float]:
     """QUANTITIES of a model in training, on inputs and targets (B, T)."""
     model.eval()
-    with recorded(entropy) as entropies:
+    with recorded(model, entropy) as entropies:
         hidden = model.model(x)  # (B, T, C)
     model.train()
     loss = F.cross_entropy(model.head(hidden).flatten(0, 1), y.flatten())
@@ -105,9 +104,9 @@ def inside(model: GPT, x: Tensor, y: Tensor) -> dict[str, float]:
 
 
 @contextmanager
-def recorded(of: Callable[[Tensor], float]) -> Iterator[list[float]]:
-    """A list of what `of` returns for the weights (B, H, T, S) of each layer of model.Attention that runs meanwhile,
-    without fused layers and without a cache."""
+def recorded(model: GPT, of: Callable[[Tensor], float]) -> Iterator[list[float]]:
+    """A list of what `of` returns for the weights (B, H, T, S) of each layer of attention that runs meanwhile, without
+    fused layers and without a cache."""
     found = list[float]()
 
     def attention(
@@ -118,7 +117,10 @@ def recorded(of: Callable[[Tensor], float]) -> Iterator[list[float]]:
         found.append(of(weights))
         return out
 
-    with mock.patch.object(model_module, "attention", attention):
+    with ExitStack() as patches:
+        for mixer in (layer.self_attn for layer in model.model.layers):
+            if isinstance(mixer, Attention):
+                patches.enter_context(mock.patch.object(mixer, "attend", attention))
         yield found
 
 

@@ -117,7 +117,7 @@ def largest_weight(model: GPT, tokens: Tensor) -> float:
     """The mean largest weight of the queries in the last half of a sequence, which have many keys. tokens (B, T)."""
     eager = GPT(model.config).eval()  # fused layers do not show their weights
     eager.load_state_dict(model.state_dict())
-    with recorded(lambda weights: float(weights[:, :, weights.shape[2] // 2 :].amax(3).mean())) as found:
+    with recorded(eager, lambda weights: float(weights[:, :, weights.shape[2] // 2 :].amax(3).mean())) as found:
         eager(tokens)
     return sum(found) / len(found)
 

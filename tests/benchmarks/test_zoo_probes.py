@@ -110,7 +110,7 @@ def test_recorded_weights_are_those_of_the_model():
     """The weights times the values are attention's output, and the model computes what it does otherwise."""
     config = dataclasses.replace(TINY, n_kv_head=4, positions="alibi")
     model, tokens = randomized(config), torch.randint(0, 97, (2, 20))
-    with entropy_collapse.recorded(lambda weights: weights) as found:
+    with entropy_collapse.recorded(model, lambda weights: weights) as found:
         logits = model(tokens)
     torch.testing.assert_close(logits, model(tokens), atol=1e-4, rtol=1e-4)
     assert len(found) == config.n_layer
