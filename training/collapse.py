@@ -1,4 +1,5 @@
-"""Signs of collapse, measured at every evaluation on the first tokens of the validation text.
+"""Signs of collapse, measured at every evaluation on the first tokens of the validation text; with data.document_mask
+on those of its first document.
 
 A layer of attention can fail in two ways that the loss shows late or never. Its heads may do nothing: attend to all
 tokens alike, or to the first one only (Xiao et al. 2024, arXiv 2309.17453). And its tokens may become alike, since a
@@ -36,10 +37,11 @@ def measure(model: GPT, text: AnyShards, machine: Machine) -> dict[str, float]:
     """The records above by name; none for a text or a context of a single token. In training: all processes take part,
     on the same tokens, as layers may be divided among them."""
     part = text.parts[0][0]
-    T = min(LENGTH, model.config.context, part.tokens)
-    if T < 2:
+    tokens = torch.from_numpy(part.read(0, min(LENGTH, model.config.context, part.tokens))).to(machine.device)
+    if (start := model.model.document_start) is not None:  # the model sees one document at a time: the first one
+        tokens = tokens[: 1 + int((tokens[1:] != start).int().cumprod(0).sum())]
+    if (T := len(tokens)) < 2:
         return {}
-    tokens = torch.from_numpy(part.read(0, T)).to(machine.device)
     # With a cache, processes that share sequences (context parallelism) compute whole ones, each alone.
     cache = KVCache(model.config, 1, max_seq_len=T, device=machine.device)
     similarities: list[float] = []

@@ -99,6 +99,17 @@ def test_what_is_missing_is_left_out():
     assert measure(randomized(TINY), Text(1), CPU) == {}
 
 
+def test_with_a_document_mask_the_first_document_is_measured():
+    model: Any = randomized(TINY)
+    expected = measure(model, Text(12), CPU)  # tokens 0 to 11
+    model.model.document_start = 12
+    assert measure(model, Text(32), CPU) == expected != measure(model, Text(11), CPU)
+    model.model.document_start = 0  # the token before the text does not end it
+    assert measure(model, Text(12), CPU) == expected
+    model.model.document_start = 1
+    assert measure(model, Text(32), CPU) == {}
+
+
 def test_similarity_is_that_of_the_hidden_states():
     model = randomized(TINY)
     tokens = torch.from_numpy(Text(32).read(0, 32))[None]
