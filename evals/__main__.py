@@ -70,8 +70,8 @@ def run(a: argparse.Namespace) -> None:
     config = load_recipe(str(a.run / "config.toml"))
     machine = device.choose(TrainConfig(steps=1, dtype="float32", compile="off"))
     model.to(machine.device)
+    model.model.document_start = config.data.document_start(tokenizer)
     if config.data.document_mask:
-        model.model.document_start = tokenizer.eot
         print("attention within documents (data.document_mask)")
     if a.needle:
         find_needles(a, model, tokenizer, config)
