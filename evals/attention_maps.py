@@ -52,7 +52,7 @@ def large(words: str, heads: list[Head]) -> Head:
         return max(heads, key=lambda head: head.induction)
     named = {f"{head.layer}.{head.head}": head for head in heads}
     if words not in named:
-        first, *_, last = named
+        first, last = (f"{head.layer}.{head.head}" for head in (heads[0], heads[-1]))
         raise ValueError(f"--head {words}: must be a layer with a map and its head, from {first} to {last}")
     return named[words]
 

@@ -45,8 +45,8 @@ class Run(NamedTuple):
         numbers = f"{count_parameters(self.config.model):,}", f"{steps:,}", f"{steps * self.batch:,}"
         minutes = f"{seconds[-1][1] / 60:.1f}" if seconds else "-"
         if None not in full:
-            loss, bits = (f"{number:.4f}" for number in full)
-            return [self.name, *numbers, minutes, loss, loss, bits]
+            loss, bpb = (f"{number:.4f}" for number in full)
+            return [self.name, *numbers, minutes, loss, loss, bpb]
         if not losses:
             return [self.name, *numbers, minutes, "-", "-", "-"]
         step, best = min(losses, key=lambda pair: pair[1])

@@ -82,9 +82,7 @@ def item(
     special = {tokenizer.eot, *tokenizer.end_tokens}  # the haystack is one document
     hay = [token for token in text.read(at, 2 * room + 64).tolist() if token not in special]
     if room and not hay:
-        raise ValueError(
-            f"--needle: tokens {at:,} to {at + 2 * room + 63:,} of the text are all special; use another one"
-        )
+        raise ValueError(f"--needle: the text has special tokens only from token {at:,} on; use another one")
     while len(hay) < room:  # a text of very short documents
         hay += hay
     before = round(depth * room)

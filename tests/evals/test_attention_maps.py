@@ -107,6 +107,8 @@ def test_the_range_of_heads_is_by_number():
     heads = [attention_heads.Head(layer, head, *[0.0] * 6) for layer in range(2, 12) for head in range(1, 13)]
     with pytest.raises(ValueError, match=r"its head, from 2\.1 to 11\.12$"):
         attention_maps.large("1.1", heads)
+    with pytest.raises(ValueError, match=r"its head, from 2\.1 to 2\.1$"):
+        attention_maps.large("1.1", heads[:1])
 
 
 @pytest.mark.parametrize("pattern", ["L", "RM", "CDTW", "ABKPQ"])
