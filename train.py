@@ -93,12 +93,12 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
     check_fits(num_params, machine.device, shard)
     torch.manual_seed(config.train.seed)
     model = GPT(config.model)
+    model.model.document_start = config.data.document_start(tokenizer)
     if world.size == 1:
         model.to(machine.device)
     else:
         log(distributed.parallelize(model, world, shard, machine.device, config.train.context_method))
     model.model.activation_checkpointing = config.train.activation_checkpointing
-    model.model.document_start = tokenizer.eot if config.data.document_mask else None
     if note := optimize_layers(model, machine):
         log(note)
     optimizers = build_optimizers(model, config.optim, machine.dtype)

@@ -1,7 +1,8 @@
 """python -m benchmarks step RECIPE [SECTION.FIELD=VALUE ...]: tokens per second and MFU of a training step.
 
 A step is forward, backward, gradient clipping and both optimizers on random tokens, with the implementation that
-train.py chooses, without evaluation and logging. Steps alternate with a large matmul in the same dtype. MFU is the
+train.py chooses, without evaluation and logging. With data.document_mask a document begins at each token 0, so that it
+has as many tokens as the vocabulary in the mean. Steps alternate with a large matmul in the same dtype. MFU is the
 median over these pairs of the model's FLOP/s by the matmul's: the share of what this machine multiplies at, measured,
 not of a data sheet.
 """
@@ -17,6 +18,7 @@ import torch
 from model import GPT
 from training import device
 from training.apply_fused_layers import optimize_layers
+from training.config import ConfigError
 from training.config_files import load
 from training.flops import flops_per_token
 from training.optimizers import build_optimizers
@@ -37,11 +39,15 @@ def run(recipe: str, settings: list[str], pairs: int) -> int:
         ConfigError: an invalid recipe or setting.
     """
     config = load(recipe, dict(setting.partition("=")[::2] for setting in settings))
+    if (n := config.train.context_parallel) > 1:
+        raise ConfigError(f"train.context_parallel = {n}: must be 1, the step is that of one device")
     vocab_size = config.model.vocab_size or VOCABULARIES.get(config.data.tokenizer, config.data.vocab_size)
     model_config = dataclasses.replace(config.model, vocab_size=vocab_size)
     machine = device.choose(config.train)
     torch.manual_seed(0)
     model = GPT(model_config).to(machine.device)
+    model.model.activation_checkpointing = config.train.activation_checkpointing
+    model.model.document_start = 0 if config.data.document_mask else None
     optimize_layers(model, machine)
     optimizers = build_optimizers(model, config.optim, machine.dtype)
     context, sequences = config.model.context, config.train.micro_batch_size

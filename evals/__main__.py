@@ -65,13 +65,15 @@ def run(a: argparse.Namespace) -> None:
         raise ValueError(f"--items {a.items}: must be at least 1")
     if not a.needle and (a.lengths or a.out):
         raise ValueError("--lengths and --out: go with --needle")
+    if a.out:
+        a.out.mkdir(parents=True, exist_ok=True)  # before any slow step
     items = {path: tasks.read(path) for path in a.tasks}  # a malformed line fails before any slow step
     model, tokenizer = load(a.run, a.checkpoint)
     config = load_recipe(str(a.run / "config.toml"))
     machine = device.choose(TrainConfig(steps=1, dtype="float32", compile="off"))
     model.to(machine.device)
+    model.model.document_start = config.data.document_start(tokenizer)
     if config.data.document_mask:
-        model.model.document_start = tokenizer.eot
         print("attention within documents (data.document_mask)")
     if a.needle:
         find_needles(a, model, tokenizer, config)
@@ -121,6 +123,9 @@ def main(words: list[str] | None = None) -> int:
         run(a)
     except ValueError as error:
         print(f"evals: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"evals: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr)
         return 2
     return 0
 

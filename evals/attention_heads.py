@@ -1,6 +1,6 @@
 """What each head of a model does, over a text and over random tokens that are repeated; and are its maps right?"""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -93,13 +93,13 @@ def difference(model: GPT, tokens: Tensor) -> float:
     """How much the maps, times the values, differ from what each layer computes on the same input: the largest
     difference of a layer, relative to its largest output. With the kernel that the model uses."""
 
-    def look(layer: Block, x: Tensor, cos: Tensor, sin: Tensor) -> float:
-        found, mixer = layer_map(layer, x, cos, sin), layer.self_attn
+    def look(layer: Block, x: Tensor, cos: Tensor, sin: Tensor, **options: Any) -> float:
+        found, mixer = layer_map(layer, x, cos, sin, **options), layer.self_attn
         if found is None:
             return 0.0
         x = layer.input_layernorm(x)
         with mixing(mixer, cos.shape[-1]) as (values, outs):
-            mixer(x, cos, sin, None)
+            mixer(x, cos, sin, None, **options)
         v = values[0].repeat_interleave(len(found) // values[0].shape[1], 1)  # (T, K, D) -> (T, H, D)
         expected = torch.einsum("hts,shd->thd", found, v.to(found.dtype))
         gate = mixer.project(x, cos, sin)[3] if isinstance(mixer, Attention) else None

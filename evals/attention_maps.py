@@ -23,7 +23,9 @@ from evals.attention_pictures import draw, write_page
 from inference.attention_patterns import shares
 from inference.attention_weights import attention_weights
 from inference.implied_maps import NONE
+from model import ModelConfig
 from sample import load
+from zoo import MIXERS
 
 LARGEST = 4_000_000  # entries of all maps: what a page can hold
 TOLERANCE = 1e-2  # of the largest output; kernels for GPUs multiply in TF32
@@ -50,8 +52,15 @@ def large(words: str, heads: list[Head]) -> Head:
         return max(heads, key=lambda head: head.induction)
     named = {f"{head.layer}.{head.head}": head for head in heads}
     if words not in named:
-        raise ValueError(f"--head {words}: must be a layer with a map and its head, from {min(named)} to {max(named)}")
+        first, last = (f"{head.layer}.{head.head}" for head in (heads[0], heads[-1]))
+        raise ValueError(f"--head {words}: must be a layer with a map and its head, from {first} to {last}")
     return named[words]
+
+
+def number_of_maps(config: ModelConfig) -> int:
+    """One for each head; Mamba-2 has two for each of the others'."""
+    mixers = [config.mixer(layer) for layer in range(config.n_layer)]
+    return sum(config.n_head * (2 if mixer is MIXERS["M"] else 1) for mixer in mixers if mixer not in NONE)
 
 
 def run(a: argparse.Namespace) -> None:
@@ -64,9 +73,9 @@ def run(a: argparse.Namespace) -> None:
         tokens = torch.tensor(tokenizer.encode_prompt(sys.stdin.read() if a.prompt == "-" else a.prompt), device=device)
     if not 2 <= len(tokens) <= model.config.context:
         raise ValueError(f"--prompt: has {len(tokens)} tokens, must have 2 to model.context = {model.config.context}")
-    maps = attention_weights(model, tokens)
-    if (size := sum(found.numel() for found in maps if found is not None)) > LARGEST:
+    if (size := number_of_maps(model.config) * len(tokens) ** 2) > LARGEST:
         raise ValueError(f"--prompt: {len(tokens)} tokens make {size:,} weights, at most {LARGEST:,} fit into a page")
+    maps = attention_weights(model, tokens)
     for layer, found in enumerate(maps):
         if found is None:
             kind = model.config.mixer(layer)
@@ -112,6 +121,9 @@ def main(words: list[str] | None = None) -> int:
         run(a)
     except ValueError as error:
         print(f"evals.attention_maps: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"evals.attention_maps: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr)
         return 2
     return 0
 

@@ -38,15 +38,15 @@ class Run(NamedTuple):
 
     def row(self) -> list[str]:
         """Of the table, COLUMNS. bits/byte belong to the best loss."""
-        losses, full = self.series("val_loss"), dict(self.series("full_val_loss"))
+        losses = self.series("val_loss")
         steps = max(record["step"] for record in self.records)
+        full = [dict(self.series(name)).get(steps) for name in ("full_val_loss", "full_val_bpb")]  # resumed: of the end
         seconds = self.series("seconds")
         numbers = f"{count_parameters(self.config.model):,}", f"{steps:,}", f"{steps * self.batch:,}"
         minutes = f"{seconds[-1][1] / 60:.1f}" if seconds else "-"
-        if full:
-            bits = self.series("full_val_bpb")[-1][1]
-            loss = f"{full[max(full)]:.4f}"
-            return [self.name, *numbers, minutes, loss, loss, f"{bits:.4f}"]
+        if None not in full:
+            loss, bpb = (f"{number:.4f}" for number in full)
+            return [self.name, *numbers, minutes, loss, loss, bpb]
         if not losses:
             return [self.name, *numbers, minutes, "-", "-", "-"]
         step, best = min(losses, key=lambda pair: pair[1])
@@ -57,6 +57,22 @@ class Run(NamedTuple):
     def batch(self) -> int:
         """Tokens per step."""
         return self.config.train.batch_tokens
+
+    @property
+    def text(self) -> dict[str, Any]:
+        """The fields that say which text the run learned and was evaluated on."""
+        fields = self.config.data.preparation.items()
+        return {f"data.{name}": value for name, value in fields if name not in ("tokenizer", "vocab_size")}
+
+    @property
+    def measure(self) -> dict[str, Any]:
+        """The fields that say what of that text an evaluation predicts, and from how many tokens."""
+        data, train, model = self.config.data, self.config.train, self.config.model
+        return {
+            "data.document_mask": data.document_mask,
+            "train.eval_tokens": train.eval_tokens,
+            "model.context": model.context,
+        }
 
 
 def read(folder: Path, name: str) -> Run:
@@ -74,11 +90,18 @@ def read(folder: Path, name: str) -> Run:
 def notes(runs: list[Run]) -> list[str]:
     """What must not be compared."""
     found = []
-    if len({(run.config.data.name, run.config.data.val_source) for run in runs}) > 1:
-        found.append("the runs have different texts: their losses cannot be compared")
+    if fields := differing([run.text for run in runs]):
+        found.append(f"the runs have different texts ({', '.join(fields)}): their losses cannot be compared")
     elif len({run.tokenizer for run in runs}) > 1:
         found.append("the runs have different tokenizers: compare bits per byte, not nats per token")
+    if fields := differing([run.measure for run in runs]):
+        found.append(f"the runs differ in {', '.join(fields)}: their losses are not measured alike")
     return found
+
+
+def differing(configs: list[dict[str, Any]]) -> list[str]:
+    """The fields that do not have one value in all."""
+    return [name for name, value in configs[0].items() if any(config[name] != value for config in configs)]
 
 
 def draw(path: Path, runs: list[Run]) -> None:

@@ -67,7 +67,7 @@ def item(
 ) -> list[Request]:
     """The requests of one item, the first with the right word. A context and its word have `length` tokens together.
 
-    Raises ValueError if the needle and the question do not fit.
+    Raises ValueError if the needle and the question do not fit, or there is no text around them.
     """
     key, answer, *others = draw.sample(words, CANDIDATES + 1)
     needle = tokenizer.encode(NEEDLE.format(key, answer))
@@ -81,8 +81,10 @@ def item(
     at = draw.randrange(text.tokens)
     special = {tokenizer.eot, *tokenizer.end_tokens}  # the haystack is one document
     hay = [token for token in text.read(at, 2 * room + 64).tolist() if token not in special]
+    if room and not hay:
+        raise ValueError(f"--needle: the text has special tokens only from token {at:,} on; use another one")
     while len(hay) < room:  # a text of very short documents
-        hay += hay or needle
+        hay += hay
     before = round(depth * room)
     context = [*start, *hay[:before], *needle, *hay[before:room], *question_ids]
     return [(context, word) for _, word in ends]
@@ -126,13 +128,12 @@ def rows(cells: Sequence[Cell]) -> list[list[Any]]:
 
 
 def save(folder: Path, cells: Sequence[Cell], about: dict[str, Any]) -> None:
-    """Write needle.json and needle.png, a map of `exact`."""
+    """Write needle.json and needle.png, a map of `exact`, into a folder that exists."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    folder.mkdir(parents=True, exist_ok=True)
     content = about | {"candidates": CANDIDATES, "cells": [cell._asdict() for cell in cells]}
     (folder / "needle.json").write_text(json.dumps(content, indent=1) + "\n")
     lengths = list(dict.fromkeys(cell.length for cell in cells))

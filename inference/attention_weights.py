@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from inference.implied_maps import implied_map
-from kernels.reference_attention import reference_attention
+from kernels.reference_attention import DocumentBounds, reference_attention
 from model import GPT, Attention, Block
 from zoo.scan import upcast
 
@@ -41,36 +41,39 @@ def attention_weights(model: GPT, tokens: Tensor) -> list[Tensor | None]:
     return found
 
 
-def layer_map(layer: Block, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor | None:
-    """The weights or the implied map (H, T, T) of a layer whose input is x (1, T, C); cos, sin as for its `forward`."""
+def layer_map(layer: Block, x: Tensor, cos: Tensor, sin: Tensor, **options: Any) -> Tensor | None:
+    """The weights or the implied map (H, T, T) of a layer with input x (1, T, C); the rest as for its `forward`."""
     mixer, x = layer.self_attn, layer.input_layernorm(x)
     if isinstance(mixer, Attention):
-        return weights(mixer, x, cos, sin)
+        return weights(mixer, x, cos, sin, **options)
     found = implied_map(mixer, x, cos, sin)
     return None if found is None else upcast(found)
 
 
-def weights(attention: Attention, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def weights(
+    attention: Attention, x: Tensor, cos: Tensor, sin: Tensor, document_ids: DocumentBounds | None = None
+) -> Tensor:
     """The weights (H, T, T), for the layer's normed input x (1, T, C)."""
+    ids = None if document_ids is None else document_ids.first  # the start of a document identifies it
     q, k, v, _ = attention.project(x, cos, sin)
     scale, slopes = attention.softmax_scale, attention.alibi_slopes
     with torch.autocast(x.device.type, enabled=False):
-        return reference_attention(q, k, v, attention.mask_spec, scale, alibi_slopes=slopes)[2][0]
+        return reference_attention(q, k, v, attention.mask_spec, scale, None, ids, slopes)[2][0]
 
 
 @contextmanager
-def each_layer(model: GPT, look: Callable[[Block, Tensor, Tensor, Tensor], Found]) -> Iterator[list[Found]]:
-    """A list of what `look(layer, x, cos, sin)` returns for each layer that runs meanwhile, in order.
+def each_layer(model: GPT, look: Callable[..., Found]) -> Iterator[list[Found]]:
+    """A list of what `look(layer, x, cos, sin, **options)` returns for each layer that runs meanwhile, in order.
 
     The layers run as they are, whatever computes them: fused, compiled or divided among processes, whose weights are
     gathered when `look` is called.
     """
     found: list[Found] = []
 
-    def hook(layer: Any, inputs: tuple[Any, ...]) -> None:
-        found.append(look(layer, *inputs[:3]))
+    def hook(layer: Any, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
+        found.append(look(layer, *inputs[:3], **options))  # without the cache
 
-    handles = [layer.register_forward_pre_hook(hook) for layer in model.model.layers]
+    handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in model.model.layers]
     try:
         yield found
     finally:

@@ -6,7 +6,8 @@ keys than early ones, so all devices compute about equally much. Only attention 
     gather   each device gets all keys and values (Llama 3: arXiv 2407.21783, section 3.3.2). Any causal mask.
     ring     keys and values travel from device to device while each computes its queries with those that it has, and
              combines the results by their log-sum-exps (RingAttention: Liu et al. 2023, arXiv 2310.01889). No device
-             ever has all keys, and messages overlap with the computation. The plain causal mask only.
+             ever has all keys, and messages overlap with the computation. The plain causal mask only: layers with
+             another one, documents or ALiBi gather.
     ulysses  all-to-all from some tokens of all heads to all tokens of some heads, and back (DeepSpeed Ulysses: Jacobs
              et al. 2023, arXiv 2309.14509). Any causal mask; n must divide the key/value heads.
 

@@ -1,4 +1,5 @@
-"""Signs of collapse, measured at every evaluation on the first tokens of the validation text.
+"""Signs of collapse, measured at every evaluation on the first tokens of the validation text; with data.document_mask
+on the longest document in them.
 
 A layer of attention can fail in two ways that the loss shows late or never. Its heads may do nothing: attend to all
 tokens alike, or to the first one only (Xiao et al. 2024, arXiv 2309.17453). And its tokens may become alike, since a
@@ -35,18 +36,22 @@ MANY, ALIKE = 0.5, 0.95  # share of heads, and similarity after the last layer, 
 def measure(model: GPT, text: AnyShards, machine: Machine) -> dict[str, float]:
     """The records above by name; none for a text or a context of a single token. In training: all processes take part,
     on the same tokens, as layers may be divided among them."""
-    part = text.parts[0][0]
-    T = min(LENGTH, model.config.context, part.tokens)
-    if T < 2:
+    part, most = text.parts[0][0], min(LENGTH, model.config.context)
+    tokens = torch.from_numpy(part.read(0, min(most, part.tokens)))
+    if (start := model.model.document_start) is not None:  # the model sees one document at a time, from this token on
+        tokens = torch.cat((torch.tensor([start]), tokens))[:most]
+        begins = (tokens == start).nonzero()[1:, 0]
+        tokens = max(tokens.tensor_split(begins), key=len)
+    tokens = tokens.to(machine.device)
+    if (T := len(tokens)) < 2:
         return {}
-    tokens = torch.from_numpy(part.read(0, T)).to(machine.device)
     # With a cache, processes that share sequences (context parallelism) compute whole ones, each alone.
     cache = KVCache(model.config, 1, max_seq_len=T, device=machine.device)
     similarities: list[float] = []
 
     def look(layer: Block, x: Tensor, cos: Tensor, sin: Tensor) -> list[tuple[bool, bool]]:
-        """Of each head: whether it is uniform, and whether it is on the first token. x (1, T, C) is after the layer
-        before."""
+        """Of each head: whether it is uniform, and whether it is on the first token. x (1, T, C) is the layer's
+        input."""
         similarities.append(similarity(x[0]))
         mixer: Any = layer.self_attn
         if not isinstance(mixer, Attention):

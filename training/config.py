@@ -7,7 +7,9 @@ import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from data.chat_format import SPECIAL_TOKENS
 from data.mixture import BLOCK, apportion
+from data.tokenizer import Tokenizer
 from kernels.context_parallel import METHODS
 from model import ModelConfig, check_numbers
 from zoo import MIXERS
@@ -91,6 +93,19 @@ class DataConfig:
         """The source, or the sources with their shares."""
         total = sum(source.weight for source in self.sources)
         return " + ".join(f"{source.weight / total:.4g} {source.source}" for source in self.sources) or self.source
+
+    def document_start(self, tokenizer: Tokenizer) -> int | None:
+        """The token with which a document begins, for `Decoder.document_start`; None without `document_mask`.
+
+        Raises ConfigError for a chat whose turns end with that token.
+        """
+        end = SPECIAL_TOKENS[1]
+        if self.document_mask and self.chat and tokenizer.eot == tokenizer.inner.token_to_id(end):
+            raise ConfigError(
+                f"data.document_mask = true: each turn of a chat would be a document, since {end} is this tokenizer's "
+                "end-of-text token, too; must be false with it"
+            )
+        return tokenizer.eot if self.document_mask else None
 
     def __post_init__(self) -> None:
         if self.sources:
@@ -176,7 +191,8 @@ class TrainConfig:
     context_parallel: int = 1
     """devices that share each sequence, for long contexts; 1 gives each device whole sequences"""
     context_method: str = "auto"
-    """how they compute attention: auto (gather within a machine, ring across machines) | gather | ring | ulysses"""
+    """how they compute attention: auto (gather within a machine, ring across machines) | gather | ring | ulysses;
+    sliding windows, ALiBi and data.document_mask gather with ring, too"""
     activation_checkpointing: bool = False
     """store only the inputs of each layer and recompute its activations in the backward pass: slower, less memory"""
     num_evals: int = 4

@@ -71,7 +71,8 @@ class World:
 
     @property
     def data_rank(self) -> int:
-        """The number of the group of processes that share sequences: others have other ones."""
+        """Index of this process's group; the processes of a group have the same sequences, other groups different
+        ones."""
         return self.rank // self.context
 
     @property
@@ -159,7 +160,8 @@ def parallelize(model: GPT, world: World, shard: int, device: torch.device, meth
     Neighbouring ranks, which are on one machine, hold a copy together. From now on a forward pass is one of all
     processes, and parameters are DTensors: `local`, `whole` and `divided` are for them. With `world.context` above 1,
     neighbouring ranks also call `model.loss` with the same sequences, and each gets the loss of its own part of the
-    targets; without a cache, nothing else may be called. method: `train.context_method`. Returns the lines to log.
+    targets; `model(tokens)` may be called with a cache only: each process then computes whole sequences alone. method:
+    `train.context_method`. Returns the lines to log.
     """
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # two seconds to import
@@ -200,7 +202,17 @@ def share_sequences(model: GPT, world: World, method: str) -> str:
         return loss(parallel.split(tokens), parallel.split(targets), **of_tokens)
 
     model.loss = own_loss  # type: ignore[method-assign, assignment]
-    return f"context {world.data_size} groups of {n} devices share sequences: {method} ({why})"
+    gathers = not_a_ring(model) if method == "ring" else ""
+    return f"context {world.data_size} groups of {n} devices share sequences: {method} ({why}){gathers}"
+
+
+def not_a_ring(model: GPT) -> str:
+    """For the log: the layers that gather if the method is ring, which computes the plain causal mask only; or ""."""
+    if model.model.document_start is not None:
+        return "; gather for all layers (data.document_mask)"
+    if model.config.positions == "alibi":
+        return "; gather for all layers (model.positions = alibi)"
+    return "; gather for window layers" if "S" in model.config.layer_pattern[: model.config.n_layer] else ""
 
 
 def reduce_gradients(model: Any, last: bool) -> None:

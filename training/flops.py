@@ -29,7 +29,8 @@ def flops_per_token(config: ModelConfig) -> float:
     Counts matmuls alone, 2 FLOPs per multiply-add (Kaplan et al. 2020, section 2.1): the weights', the output head's
     and attention's own two, over the keys that each query attends to. The embedding is a look-up and costs nothing. Of
     a mixer of zoo/, the products of its definition count, not those that its implementation adds; of experts, those
-    that a token is sent to.
+    that a token is sent to. With data.document_mask a query attends to fewer keys, how many depends on the text: all
+    count here, as without it.
     """
     H, D, T = config.n_head, config.head_dim, config.context
     multiply_adds = float(config.n_embd * config.vocab_size)

@@ -13,6 +13,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,18 +41,26 @@ class Metrics:
     def log(self, step: int, **values: float) -> None:
         """Write one record."""
         self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self._tell(lambda tracker: tracker.log(values, step=step))
+        if "loss" not in values:  # an evaluation: a resumed run does not repeat it
+            self.sync()
+
+    def sync(self) -> None:
+        """Wait until all records are on the disk, and with TensorBoard: a checkpoint is not to be newer than they
+        are."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self._tell(lambda tracker: tracker.flush() if isinstance(tracker, TensorBoard) else None)
+
+    def _tell(self, call: Callable[[Any], Any]) -> None:
+        """Call with each tracker. One that fails is not called again: the run continues whatever it raises."""
         for name, tracker in self.trackers.items():
             try:
                 if tracker:
-                    tracker.log(values, step=step)
-            except Exception as error:  # the run continues whatever wandb raises
+                    call(tracker)
+            except Exception as error:
                 print(f"{name} stopped logging: {error}")
                 self.trackers[name] = None
-
-    def sync(self) -> None:
-        """Wait until all records are on the disk: a checkpoint is not to be newer than they are."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
 
     def progress(self, text: str, *, now: bool = False) -> None:
         """Print a line that overwrites itself on a terminal; elsewhere one line every ten seconds, or `now`."""
@@ -62,12 +71,7 @@ class Metrics:
 
     def close(self) -> None:
         self.file.close()
-        for name, tracker in self.trackers.items():
-            try:
-                if tracker:
-                    tracker.finish()
-            except Exception as error:
-                print(f"{name} did not finish: {error}")
+        self._tell(lambda tracker: tracker.finish())
 
 
 def log(text: str) -> None:

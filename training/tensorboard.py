@@ -33,5 +33,10 @@ class TensorBoard:
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
+    def flush(self) -> None:
+        """Wait until what was logged is in the files. A kill takes the writer's queue, and where TensorFlow is
+        installed all of the last two minutes."""
+        self.writer.flush()
+
     def finish(self) -> None:
         self.writer.close()

@@ -1,6 +1,7 @@
 """python -m evals.attention_maps: what it prints and writes, compared with the model's weights; and what it refuses."""
 
 import base64
+import dataclasses
 import json
 import re
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from evals import attention_heads, attention_maps, attention_pictures
 from inference.attention_weights import attention_weights
 from sample import load
-from tests.conftest import SMALL, train_here
+from tests.conftest import SMALL, TINY, randomized, train_here
 
 
 @pytest.fixture
@@ -102,8 +103,30 @@ def test_what_cannot_be_is_one_line(songs, capsys, words, message):
     assert not (songs / "attention.html").exists()
 
 
+def test_the_range_of_heads_is_by_number():
+    heads = [attention_heads.Head(layer, head, *[0.0] * 6) for layer in range(2, 12) for head in range(1, 13)]
+    with pytest.raises(ValueError, match=r"its head, from 2\.1 to 11\.12$"):
+        attention_maps.large("1.1", heads)
+    with pytest.raises(ValueError, match=r"its head, from 2\.1 to 2\.1$"):
+        attention_maps.large("1.1", heads[:1])
+
+
+@pytest.mark.parametrize("pattern", ["L", "RM", "CDTW", "ABKPQ"])
+def test_the_number_of_maps(pattern):
+    config = dataclasses.replace(TINY, n_layer=len(pattern), layer_pattern=pattern, n_kv_head=4)
+    maps = attention_weights(randomized(config), torch.arange(5))
+    assert attention_maps.number_of_maps(config) == sum(len(found) for found in maps if found is not None)
+
+
+def test_what_cannot_be_written_is_one_line(songs, capsys):
+    (songs / "attention.html").mkdir()
+    assert attention_maps.main([str(songs), "--prompt", "Song 1: the 2 birds"]) == 2
+    assert capsys.readouterr().err == f"evals.attention_maps: {songs / 'attention.html'}: Is a directory\n"
+
+
 def test_maps_that_are_too_many_for_a_page(songs, capsys, monkeypatch):
     monkeypatch.setattr(attention_maps, "LARGEST", 100)
+    monkeypatch.setattr(attention_maps, "attention_weights", lambda *_: 1 / 0)  # they are not computed
     assert attention_maps.main([str(songs), "--prompt", "Song 1: the 2 birds"]) == 2
     assert re.search(r"--prompt: \d+ tokens make [\d,]+ weights, at most 100 fit", capsys.readouterr().err)
 

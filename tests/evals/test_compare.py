@@ -63,6 +63,23 @@ def test_the_loss_over_the_whole_split_comes_before_those_over_a_part(two, capsy
     assert table(capsys.readouterr().out)["other"][4:] == ["4.6000", "4.6000", "2.3000"]
 
 
+def test_the_loss_over_the_whole_split_is_that_of_the_last_step(two, capsys):
+    """A finished run that was resumed with more steps: what it had at its first end is neither final nor the best."""
+    records = [
+        {"step": 2, "val_loss": 4.5, "val_bpb": 2.25, "seconds": 90.0},
+        {"step": 2, "full_val_loss": 4.0, "full_val_bpb": 2.0, "seconds": 91.0},
+        {"step": 3, "loss": 4.1},
+        {"step": 4, "val_loss": 4.25, "val_bpb": 2.125, "seconds": 180.0},
+    ]
+    for more, expected in (
+        ([], ["4.2500", "4.2500", "2.1250"]),
+        ([{"step": 4, "full_val_loss": 4.4, "full_val_bpb": 2.2, "seconds": 181.0}], ["4.4000", "4.4000", "2.2000"]),
+    ):
+        write(two / "other", records + more)
+        assert compare.main([str(two / "other"), "--out", str(two / "a.png")]) == 0
+        assert table(capsys.readouterr().out)["other"][4:] == expected
+
+
 def test_the_curves(two, monkeypatch):
     import matplotlib.pyplot as plt
 
@@ -89,9 +106,25 @@ def test_what_must_not_be_compared_is_said(two, capsys):
     assert compare.main([str(two / "other"), str(two / "songs"), *out]) == 0
     assert "the runs have different tokenizers: compare bits per byte, not nats per token\n" in capsys.readouterr().out
     recipe = (two / "other" / "config.toml").read_text()
-    (two / "other" / "config.toml").write_text(recipe.replace("songs.txt", "hymns.txt"))
-    assert compare.main([str(two / "other"), str(two / "songs"), *out]) == 0
-    assert "the runs have different texts: their losses cannot be compared\n" in capsys.readouterr().out
+    texts, measured = "the runs have different texts ({}): their losses cannot be compared\n", "the runs differ in {}: "
+    for changes, note in (
+        ({"songs.txt": "hymns.txt"}, texts.format("data.source")),
+        ({"limit = 0": "limit = 9", "val_fraction = 0.2": "val_fraction = 0.1"},
+         texts.format("data.limit, data.val_fraction")),
+        ({"document_mask = false": "document_mask = true"}, measured.format("data.document_mask")),
+        ({"eval_tokens = 0": "eval_tokens = 999", "context = 32": "context = 16"},
+         measured.format("train.eval_tokens, model.context") + "their losses are not measured alike\n"),
+        ({"vocab_size = 300": "vocab_size = 310", "seed = 0": "seed = 1"}, "a.png\n"),
+    ):  # fmt: skip
+        changed = recipe
+        for old, new in changes.items():
+            assert old in changed
+            changed = changed.replace(old, new)
+        (two / "other" / "config.toml").write_text(changed)
+        assert compare.main([str(two / "other"), str(two / "songs"), *out]) == 0
+        printed = capsys.readouterr().out
+        assert note in printed and ("differ" in printed) == ("differ" in note)
+        (two / "other" / "tokenizer.json").write_text((two / "songs" / "tokenizer.json").read_text())
 
 
 def test_runs_of_one_name_are_told_apart(two, capsys):

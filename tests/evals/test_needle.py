@@ -142,6 +142,10 @@ def test_what_cannot_be_asked_is_named():
         needle.evaluate(model, tokenizer, text, [100, 151], 1)
     with pytest.raises(ValueError, match=r"^--lengths 40: needle and question alone need \d+ tokens$"):
         needle.evaluate(model, tokenizer, text, [40], 1)
+    rare, item_words = Text(tokenizer), needle.words_of(text, tokenizer)
+    rare.ids[:] = tokenizer.eot  # documents without a token
+    with pytest.raises(ValueError, match=r"^--needle: the text has special tokens only from token [\d,]+ on"):
+        needle.item(rare, tokenizer, item_words, 100, 0.5, random.Random(0))
     few = Text(tokenizer)
     few.ids = few.ids[:30]
     few.tokens = 30
@@ -149,13 +153,20 @@ def test_what_cannot_be_asked_is_named():
         needle.evaluate(model, tokenizer, few, [100], 1)
 
 
-def test_the_command(runs, tmp_path, capsys):
+def test_the_command(runs, tmp_path, capsys, monkeypatch):
     run, words = str(runs / "songs"), tmp_path / "words.txt"
     words.write_text(PROSE * 40)
     few = ["--items=2", "--lengths=32", f"--text={words}"]
     assert evaluate.main([run, "--needle", *few, f"--out={tmp_path}"]) in (0, 2)
     told = capsys.readouterr()
     assert "needle and question alone need" in told.err or "exact" in told.out
+    file = tmp_path / "file"
+    file.write_text("")
+    with monkeypatch.context() as patch:  # before the evaluation
+        patch.setattr(evaluate, "load", lambda *_: 1 / 0)
+        for out, why in ((file, f"{file}: File exists"), (file / "more", f"{file / 'more'}: Not a directory")):
+            assert evaluate.main([run, "--needle", f"--out={out}"]) == 2
+            assert capsys.readouterr().err == f"evals: {why}\n"
     for wrong, why in (
         (["--needle", "--lengths=33"], "--lengths 33: must be from 1 to model.context = 32"),
         (["--needle", "--items=0"], "--items 0: must be at least 1"),

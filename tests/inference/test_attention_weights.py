@@ -30,6 +30,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "dropout": {"dropout": 0.5, "attention_dropout": 0.5},
     "experts": {"n_expert": 4, "n_expert_active": 2},
     "softcap": {},
+    "documents": {},
 }
 
 
@@ -38,6 +39,8 @@ def made(flags: str) -> Any:
     if flags == "softcap":  # which no field of the configuration sets
         for layer in model.model.layers:
             layer.self_attn.mask_spec = MaskSpec(softcap=0.5)
+    if flags == "documents":
+        model.model.document_start = 1
     return model
 
 
@@ -81,7 +84,8 @@ def test_by_hand(window):
 @pytest.mark.parametrize("flags", FLAGS)
 @torch.no_grad()
 def test_the_weighted_sum_of_the_values_is_the_kernels_output(flags):
-    model, tokens = made(flags), torch.randint(0, 97, (32,))
+    model, tokens = made(flags), torch.randint(2, 97, (32,))
+    tokens[[10, 20]] = 1
     ends: list[Tensor] = []  # what enters o_proj: the kernel's output, and with a gate times the gate
     inputs: list[Tensor] = []
     for layer in model.model.layers:
@@ -97,6 +101,8 @@ def test_the_weighted_sum_of_the_values_is_the_kernels_output(flags):
         out = torch.einsum("hts,shd->thd", weights, v)
         out = out if gate is None else out * gate[0].sigmoid()
         assert (out.flatten(1) - end).abs().max() < 1e-5 * end.abs().max()
+    if flags == "documents":
+        assert not found[0][:, 20:, :20].any() and found[0][:, 10:20, 10].all()
     if flags == "window":
         assert not found[0].tril(-5).any() and found[1].tril(-5).any()
 

@@ -15,14 +15,15 @@ from training import collapse, distributed
 from training.collapse import advice, measure, similarity
 from training.device import Machine
 
+SEES_A_FEATURE = dataclasses.replace(TINY, qk_norm=False, positions="none", n_kv_head=4)
 CPU = Machine(torch.device("cpu"), torch.float32, "eager", ())
 
 
 class Text:
-    """A text of some tokens."""
+    """A text of some tokens, or of these."""
 
-    def __init__(self, tokens: int) -> None:
-        self.tokens = tokens
+    def __init__(self, tokens: int, *ids: int) -> None:
+        self.tokens, self.ids = tokens, torch.tensor(ids or range(tokens)).remainder(97)
 
     @property
     def parts(self) -> Any:
@@ -30,7 +31,7 @@ class Text:
 
     def read(self, start: int, count: int) -> Any:
         assert start + count <= self.tokens
-        return torch.arange(start, start + count).remainder(97).numpy()
+        return self.ids[start : start + count].numpy()
 
 
 def test_similarity_by_hand():
@@ -56,21 +57,6 @@ def test_a_model_that_attends_to_all_alike_and_whose_tokens_are_alike():
         "(what may help: model.gate = true and model.qk_norm = true)"
     )
     assert "); tokens are alike after the last layer (cosine similarity 1.00; " in advice(alike, model.config)
-
-
-def test_a_quarter_of_the_heads_on_the_first_token():
-    """Head 0 and 1 of layer 1 see a feature that only the first token, 0, has; the others are random."""
-    model = randomized(dataclasses.replace(TINY, qk_norm=False, positions="none", n_kv_head=4))
-    with torch.no_grad():
-        embedding, attention = model.model.embed_tokens.weight, model.model.layers[0].self_attn
-        embedding[:, 0] = 0.0
-        embedding[0, 0] = 5.0
-        embedding[:, 1] = 1.0  # a constant, for the queries
-        for matrix, column in ((attention.q_proj.weight, 1), (attention.k_proj.weight, 0)):
-            matrix[:32] = 0.0
-            matrix[:32, column] = 10.0
-    found = measure(model, Text(20), CPU)
-    assert found["first_token_heads"] == 2 / 8
 
 
 def test_no_advice_that_was_followed():
@@ -100,6 +86,43 @@ def test_what_is_missing_is_left_out():
     found = measure(randomized(dataclasses.replace(TINY, layer_pattern="RD")), Text(30), CPU)
     assert list(found) == ["similarity_1", "similarity_2"]
     assert measure(randomized(TINY), Text(1), CPU) == {}
+
+
+def documents(*lengths: int) -> list[int]:
+    """Tokens as in a text: each document ends with the end-of-text token, 0, and begins with that of the one before."""
+    return [token for length in lengths for token in [*range(1, length), 0]]
+
+
+def sinks(model: GPT) -> GPT:
+    """Of the heads of layer 1, two of four attend to the end-of-text token."""
+    with torch.no_grad():
+        embedding, attention = model.model.embed_tokens.weight, model.model.layers[0].self_attn
+        embedding[:, 0] = 0.0
+        embedding[0, 0] = 5.0
+        embedding[:, 1] = 1.0  # a constant, for the queries
+        for matrix, column in ((attention.q_proj.weight, 1), (attention.k_proj.weight, 0)):
+            matrix[:32] = 0.0
+            matrix[:32, column] = 10.0
+    return model
+
+
+def test_a_quarter_of_the_heads_on_the_first_token():
+    """Head 0 and 1 of layer 1 see a feature that only the first token, 0, has; the others are random."""
+    found = measure(sinks(randomized(SEES_A_FEATURE)), Text(20), CPU)
+    assert found["first_token_heads"] == 2 / 8
+
+
+def test_with_a_document_mask_each_document_has_a_first_token():
+    """Two documents: the longer one is measured, from the end-of-text token on that begins it, wherever it is."""
+    model: Any = sinks(randomized(SEES_A_FEATURE))
+    across = measure(model, Text(27, *documents(7, 20)), CPU)
+    assert across["first_token_heads"] == 0  # two tokens are alike, and the first one is neither
+    alone = measure(model, Text(20, 0, *documents(20)[:-1]), CPU)
+    model.model.document_start = 0
+    for lengths in ((20,), (7, 20), (20, 7), (3, 4, 20, 5)):
+        found = measure(model, Text(sum(lengths), *documents(*lengths)), CPU)
+        assert found == alone and found["first_token_heads"] == 2 / 8
+    assert measure(model, Text(1, 0), CPU) == {}  # an empty document
 
 
 def test_similarity_is_that_of_the_hidden_states():
@@ -133,19 +156,22 @@ def test_advice_is_printed_with_the_evaluation(run_training, monkeypatch, capsys
     assert "signs of collapse: 100% of the heads attend" in capsys.readouterr().out
 
 
-def together(rank: int, shard: int, context: int) -> dict[str, float]:
+def together(rank: int, shard: int, context: int, start: int | None) -> dict[str, float]:
     world = distributed.init_distributed(context=context)
     torch.manual_seed(0)
     model = GPT(TINY)
+    model.model.document_start = start
     distributed.parallelize(model, world, shard, torch.device("cpu"))
     return measure(model, Text(100), CPU)
 
 
-@pytest.mark.parametrize(("shard", "context"), [(1, 1), (2, 1), (1, 2)])
-def test_in_several_processes_as_in_one(shard, context):
+@pytest.mark.parametrize(("shard", "context", "start"), [(1, 1, None), (2, 1, None), (1, 2, None), (1, 2, 12)])
+def test_in_several_processes_as_in_one(shard, context, start):
     torch.manual_seed(0)
-    expected = measure(GPT(TINY), Text(100), CPU)
-    for found in call(2, together, shard, context):
+    model = GPT(TINY)
+    model.model.document_start = start
+    expected = measure(model, Text(100), CPU)
+    for found in call(2, together, shard, context, start):
         assert found == pytest.approx(expected, abs=1e-6)
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from kernels import context_parallel
 from model import ModelConfig
 from tests.training import test_parallel
 from tests.training.ranks import call
@@ -22,7 +23,7 @@ MANY = [*CONTEXT_PARALLEL, "fused", SAVED]
     ("copies", "shard", "context", "method", "names"),
     [
         (2, 1, 2, "gather", MANY),
-        (1, 2, 2, "ring", [*FEW, "documents, a window", "fused", "compiled", SAVED]),
+        (1, 2, 2, "ring", [*FEW, "documents, a window", "fused", "compiled", "documents, compiled", SAVED]),
         (1, 2, 2, "ulysses", [*FEW, "documents, a window", "ALiBi, a gate", SAVED]),
         (2, 2, 2, "ring", FEW),
         (1, 4, 4, "gather", FEW),
@@ -53,6 +54,34 @@ def test_the_method_depends_on_whether_messages_leave_the_machine():
     context = f"{mesh}context 1 groups of 2 devices share sequences: "
     assert call(2, chosen, 2) == [f"{context}gather (within a machine)"] * 2
     assert call(2, chosen, 1) == [f"{context}ring (across machines)"] * 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "start", "note"),
+    [
+        ({}, None, ""),
+        ({"layer_pattern": "SL", "window": 5}, None, "; gather for window layers"),
+        ({"layer_pattern": "LLS", "window": 5}, None, ""),  # two layers, neither has the window
+        ({"positions": "alibi"}, None, "; gather for all layers (model.positions = alibi)"),
+        ({}, 3, "; gather for all layers (data.document_mask)"),
+    ],
+)
+def test_a_ring_that_gathers_says_so(changes, start, note, monkeypatch):
+    """What is logged is what is computed: the layers that the note names, and no other, are gathered."""
+    model = test_parallel.GPT(dataclasses.replace(PLAIN, **changes))
+    model.model.document_start = start
+    monkeypatch.setattr(distributed.dist, "new_group", lambda *_, **__: None)
+    world = distributed.World(size=2, context=2)
+    assert ";" not in distributed.share_sequences(model, world, "gather")
+    line = distributed.share_sequences(model, world, "ring")
+    assert line == f"context 1 groups of 2 devices share sequences: ring (train.context_method){note}"
+    gathered = []
+    monkeypatch.setattr(
+        context_parallel.ContextParallel, "_gather", lambda self, q, *_, **__: (gathered.append(1), q)[1]
+    )
+    monkeypatch.setattr(context_parallel.Ring, "apply", lambda q, *_: q)
+    model.model(torch.zeros(1, 8, dtype=torch.long), positions=torch.arange(8)[None])
+    assert len(gathered) == {"": 0, "; gather for window layers": 1}.get(note, 2)
 
 
 # Configuration ------------------------------------------------------------------------------------------------------

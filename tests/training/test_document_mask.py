@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import functools
 import itertools
+import json
 import math
 
 import pytest
@@ -17,6 +18,7 @@ import model as model_module
 import train
 from data.mixture import open_shards
 from data.prepare import prepare
+from data.tokenizer import Tokenizer
 from model import GPT
 from sample import load
 from tests.conftest import TINY, losses, randomized, weights
@@ -185,6 +187,28 @@ def test_resume_is_bitwise_equal_and_refuses_another_mask(run_training):
         run_training("half", "--train.steps=6", "--train.compile=auto", "--resume")
     plain = run_training("plain", *MASK[1:], "--train.compile=auto")
     assert weights(plain) != weights(whole)
+
+
+@pytest.mark.parametrize("end", ["<|im_end|>", "</s>"])
+def test_a_chat_needs_an_end_of_text_token_of_its_own(end, run_training, chat_runs, tmp_path):
+    """A tokenizer of another tool that has no other end than that of a turn: every turn would be a document."""
+    content = json.loads(Tokenizer.train("byte", []).inner.to_str())
+    content["model"]["vocab"][end] = content["model"]["vocab"].pop("<|endoftext|>")
+    content["added_tokens"][0]["content"] = end
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    words = ["--train.steps=1", "--train.num_evals=1", f"--data.tokenizer={tmp_path / 'tokenizer.json'}"]
+    run_training("text", *words, "--data.document_mask=true")  # texts have no turns
+    words += ["--data.format=chat", f"--data.source={chat_runs / 'chat.jsonl'}", "--model.context=128"]
+    run_training("chat", *words)
+    if end == "</s>":
+        run_training("masked", *words, "--data.document_mask=true")
+        return
+    with pytest.raises(ConfigError) as error:
+        run_training("masked", *words, "--data.document_mask=true")
+    assert str(error.value) == (
+        "data.document_mask = true: each turn of a chat would be a document, since <|im_end|> is this tokenizer's "
+        "end-of-text token, too; must be false with it"
+    )
 
 
 def test_a_mistake_names_the_field(run_training):

@@ -109,6 +109,35 @@ def test_a_resumed_run_replaces_what_tensorboard_showed(tmp_path):
     assert scalars(tmp_path, "loss")[1] == {1: 1.0, 2: 1.0, 3: 5.0, 4: 5.0, 5: 5.0, 6: 5.0} == losses(tmp_path)
 
 
+def test_tensorboard_has_what_a_kill_leaves_in_metrics_jsonl(tmp_path, monkeypatch):
+    """With the checkpoint come the records before it, and an evaluation at once, as no resumed run repeats them."""
+    record = metrics.Metrics(tmp_path, 0, Config("run", train=TrainConfig(steps=9, tensorboard=True)))
+    writer, unwritten = record.trackers["TensorBoard"].writer, []
+    add, flush = writer.add_scalar, writer.flush
+    monkeypatch.setattr(writer, "add_scalar", lambda name, *what: (unwritten.append(name), add(name, *what)))
+    monkeypatch.setattr(writer, "flush", lambda: (unwritten.clear(), flush()))
+    record.log(1, loss=3.0)
+    record.log(2, loss=2.0)
+    assert unwritten == ["loss", "loss"]
+    record.sync()
+    assert not unwritten and scalars(tmp_path, "loss")[1] == {1: 3.0, 2: 2.0}  # nothing was closed
+    record.log(2, val_loss=2.5, val_bpb=1.0)
+    assert not unwritten and scalars(tmp_path, "val_loss")[1] == {2: 2.5}
+    record.close()
+
+
+def test_a_flush_that_fails_turns_tensorboard_off(tmp_path, monkeypatch, capsys):
+    record = metrics.Metrics(tmp_path, 0, Config("run", train=TrainConfig(steps=9, tensorboard=True)))
+    with monkeypatch.context() as patch:
+        patch.setattr(record.trackers["TensorBoard"].writer, "flush", lambda: 1 / 0)
+        record.sync()
+        record.sync()
+    record.log(1, loss=1.0)
+    record.close()
+    assert capsys.readouterr().out == "TensorBoard stopped logging: division by zero\n"
+    assert list(losses(tmp_path)) == [1]
+
+
 def test_a_failure_of_tensorboard_turns_it_off(tmp_path, monkeypatch, capsys):
     record = metrics.Metrics(tmp_path, 0, Config("run", train=TrainConfig(steps=9, tensorboard=True)))
     monkeypatch.setattr(record.trackers["TensorBoard"].writer, "add_scalar", lambda *_: 1 / 0)

@@ -31,6 +31,7 @@ CONFIGS = {
     "experts, learned positions": dataclasses.replace(PLAIN, n_expert=4, n_expert_active=2, positions="learned"),
     "documents": PLAIN,
     "documents, fused": PLAIN,
+    "documents, compiled": PLAIN,
 }
 CONTEXT_PARALLEL = {  # for test_context_parallel.py
     "documents, a window": dataclasses.replace(PLAIN, layer_pattern="SL", window=9),
@@ -54,7 +55,7 @@ def build(name: str, world: World, shard: int, method: str = "auto"):
         model.model.document_start = 3
     if name.endswith("fused"):
         apply_fused_layers(model)
-    if name == "compiled" and world.size > 1:
+    if name.endswith("compiled") and world.size > 1:
         for layer in model.model.layers:
             layer.compile(backend="eager")
     return model, optimizers.build_optimizers(model, OptimConfig(warmup_steps=0), torch.float32)
@@ -101,7 +102,7 @@ def on_a_mesh(rank: int, shard: int, names, context: int, method: str):
         counts: list[int] = []
         optimizers.orthogonalize = lambda x, dtype, counts=counts: (counts.append(len(x)), real(x, dtype))[1]
         model, os_ = build(name, world, shard, method)
-        kind = "compiled" if name == "compiled" else "eager"
+        kind = "compiled" if name.endswith("compiled") else "eager"
         machine = Machine(torch.device("cpu"), torch.float32, kind, ())
         with machine.uncompiled(), torch.no_grad():
             model.eval().loss(torch.zeros(1, 16, dtype=torch.long), torch.zeros(1, 16, dtype=torch.long))
@@ -136,12 +137,12 @@ def check_mesh(copies: int, shard: int, names, context: int = 1, method: str = "
 
 @pytest.mark.parametrize(("copies", "shard"), [(2, 1), (1, 2), (2, 2), (1, 4)])
 def test_every_mesh_computes_what_one_process_does(copies, shard):
-    names = [name for name in CONFIGS if name != "compiled"]
+    names = [name for name in CONFIGS if not name.endswith("compiled")]
     check_mesh(copies, shard, names if copies * shard == 4 else names[:3])
 
 
 def test_compiled_layers():
-    check_mesh(1, 2, ["compiled"])
+    check_mesh(1, 2, ["compiled", "documents, compiled"])
 
 
 # Checkpoints --------------------------------------------------------------------------------------------------------
