@@ -24,6 +24,7 @@ from inference.attention_weights import attention_weights
 from model import GPT, ModelConfig
 from serve.limits import Limits
 from serve.openai_api import ApiError, Body, Message, chat_prompt, check_ids, spell
+from training.flops import count_parameters
 
 PAGE = Path(__file__).with_name("page")
 SCRIPTS = ("distribution", "client", "text", "maps", "session", "show", "main")  # .js, in the order in which they run
@@ -51,18 +52,16 @@ def sha256(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-def about(name: str, model: GPT, tokenizer: Tokenizer, limits: Limits) -> dict[str, Any]:
+def about(name: str, config: ModelConfig, tokenizer: Tokenizer, limits: Limits) -> dict[str, Any]:
     """What the page has to know of the run."""
-    config = model.config
     try:
         can_chat = bool(chat_format.special_tokens(tokenizer))
     except TokenizerError:
         can_chat = False
     return {
-        "name": name, "can_chat": can_chat, "parameters": sum(p.numel() for p in model.parameters()),
+        "name": name, "can_chat": can_chat, "parameters": count_parameters(config),
         "mixers": [config.mixer(layer).__name__ for layer in range(config.n_layer)], "heads": config.n_head,
-        "context": config.context, "vocabulary": config.vocab_size, "most_inspected": most_inspected(config),
-        "max_tokens": limits.max_tokens,
+        "context": config.context, "vocabulary": config.vocab_size, "max_tokens": limits.max_tokens,
     }  # fmt: skip
 
 
@@ -88,34 +87,36 @@ class InspectRequest(Body):
         return self
 
     def ids(self, tokenizer: Tokenizer, config: ModelConfig) -> list[int]:
-        """The tokens. Raises ApiError and ValueError."""
+        """The tokens, at most the context. Raises ApiError and ValueError."""
         if self.messages is not None:
             ids = chat_prompt(tokenizer, self.messages, config.context, self.max_tokens)
         else:
             ids = tokenizer.encode_prompt(self.text if self.tokens is None else self.tokens)  # type: ignore[arg-type]
         check_ids(tokenizer, ids, "tokens")
-        if len(ids) > most_inspected(config):
-            message = f"the text has {len(ids)} tokens; the playground shows at most {most_inspected(config)} at once"
+        if len(ids) > config.context:
+            message = f"the text has {len(ids)} tokens, but the model's context is {config.context}"
             raise ApiError(400, message, code="context_length_exceeded")
         return ids
 
 
 def most_inspected(config: ModelConfig) -> int:
-    """How many tokens a text may have: they must fit into the context, and their attention maps into MAP_BYTES."""
+    """How many tokens are inspected, at least one: they must fit into the context, and their maps into MAP_BYTES."""
     pairs = MAP_BYTES // (config.n_layer * config.n_head)  # T (T + 1) / 2 of T tokens
-    return min(config.context, (math.isqrt(8 * pairs + 1) - 1) // 2)
+    return min(config.context, max(1, (math.isqrt(8 * pairs + 1) - 1) // 2))
 
 
 @torch.inference_mode()
 def inspect(model: GPT, tokenizer: Tokenizer, tokens: list[int]) -> dict[str, Any]:
-    """How a text looks to the model, as JSON.
+    """How a text looks to the model, as JSON. Of a long text, its last tokens, as a text of their own.
 
-    tokens: their ids. texts: of all ids that occur below. named: ids without a text of their own, such as special
-    tokens. logprobs: of each token after those before it; the first has none. rivals: the most likely tokens at each
-    position and their log-probabilities, those of the first position left out; so the last ones follow the text.
-    logits: after the text, (V,) fp32 in base64. maps: of each layer, see `pack`. Raises ApiError.
+    tokens: all ids. skipped: how many tokens are before the others, the T that are inspected. texts: of all ids that
+    occur here. named: ids without a text of their own, such as special tokens. logprobs: of each of the T tokens after
+    those before it; the first has none. rivals: the most likely tokens at each position and their log-probabilities,
+    those of the first position left out; so the last ones follow the text. logits: after the text, (V,) fp32 in base64.
+    maps: of each layer, see `pack`. Raises ApiError.
     """
-    ids = torch.tensor(tokens, device=model.model.cos.device)  # (T,)
+    skipped = max(0, len(tokens) - most_inspected(model.config))
+    ids = torch.tensor(tokens[skipped:], device=model.model.cos.device)  # (T,)
     logits = model(ids[None])[0].float()  # (T, V)
     if not bool(logits.isfinite().all()):
         raise ApiError(500, "the logits are not finite numbers: the weights are damaged, or overflow in this dtype")
@@ -126,6 +127,7 @@ def inspect(model: GPT, tokenizer: Tokenizer, tokens: list[int]) -> dict[str, An
     spelled = {token: spell(tokenizer, token) for token in {*tokens, *top.indices.flatten().tolist()}}
     return {
         "tokens": tokens,
+        "skipped": skipped,
         "texts": {token: spelling["token"] for token, spelling in spelled.items()},
         "named": [token for token, spelling in spelled.items() if spelling["bytes"] is None],
         "logprobs": [None, *own],

@@ -5,7 +5,10 @@ $("prompt").addEventListener("input", () => {
   clearTimeout(pause);
   if (state.chat || state.generating || !state.run) return;
   say("");
-  pause = setTimeout(async () => (await attempt(() => inspect({ text: $("prompt").value }))) && hideProblem(), PAUSE);
+  pause = setTimeout(async () => {
+    if (state.chat || state.generating) return; // since the key was pressed
+    if (await attempt(() => inspect({ text: $("prompt").value }))) hideProblem();
+  }, PAUSE);
 });
 $("prompt").addEventListener("keydown", (event) => {
   const sends = state.chat ? !event.shiftKey : event.ctrlKey || event.metaKey;
@@ -24,8 +27,9 @@ $("generate").onclick = () => {
   send();
 };
 $("continue").onclick = () => {
+  clearTimeout(pause);
   hideProblem();
-  if (state.run && !state.generating) write();
+  if (state.run && !state.generating) write(settle);
 };
 $("stop").onclick = stop;
 $("map").onclick = () => maps.pointed && view.select(maps.pointed.query + state.shown);

@@ -1,4 +1,5 @@
-// Attention maps: a grid of all heads, layers as rows, and one head enlarged. The last column is the heads' mean.
+// Attention maps: a grid of all heads, layers as rows, and one head enlarged. The last column is the heads' mean; a
+// layer with fewer heads than another one leaves columns before it empty.
 
 // A layer's maps as the server packs them (serve/playground.py, pack) -> for each head, and for their mean, the
 // largest weight and a byte for each query and each key up to it: row t begins at byte t (t + 1) / 2.
@@ -34,33 +35,37 @@ class Maps {
     if (!this.layers[this.layer]) this.layer = Math.max(0, this.layers.findIndex(Boolean));
     this.buttons = this.layers.map((heads, layer) => (heads ?? []).map((_, head) => this.thumbnail(layer, head)));
     const columns = Math.max(1, ...this.buttons.map((row) => row.length));
-    this.head = Math.min(this.head, columns - 1);
+    this.head = Math.min(this.head, (this.layers[this.layer]?.length ?? 1) - 1);
     this.grid.style.setProperty("--columns", columns);
     this.grid.classList.toggle("sharp", this.size < 64);
     const label = (text, kind) => Object.assign(document.createElement("span"), { textContent: text, className: kind });
-    const titles = Array.from({ length: columns }, (_, head) => label(this.title(head), "column"));
-    const rows = this.buttons.flatMap((row, layer) => [
-      label(layer + 1, "row"),
-      ...(row.length ? row : [label(`${mixers[layer]}: no map`, "none")]),
-    ]);
+    const title = (column) => label(column === columns - 1 ? "mean" : column + 1, "column");
+    const titles = Array.from({ length: columns }, (_, column) => title(column));
+    const rows = this.buttons.flatMap((row, layer) => {
+      const gaps = Array.from({ length: columns - row.length }, () => label("", "gap"));
+      const maps = [...row.slice(0, -1), ...gaps, ...row.slice(-1)];
+      return [label(layer + 1, "row"), ...(row.length ? maps : [label(`${mixers[layer]}: no map`, "none")])];
+    });
     this.grid.replaceChildren(label("", "row"), ...titles, ...rows);
     this.choose(this.layer, this.head);
   }
 
-  // The name of a column of the grid.
-  title(head) {
-    return head === (this.layers[this.layer]?.length ?? 0) - 1 ? "mean" : String(head + 1);
+  isMean(layer, head) {
+    return head === (this.layers[layer]?.length ?? 0) - 1;
+  }
+
+  nameOf(layer, head) {
+    return `layer ${layer + 1}, ${this.isMean(layer, head) ? "mean of all heads" : `head ${head + 1}`}`;
   }
 
   get name() {
-    const title = this.title(this.head);
-    return `layer ${this.layer + 1}, ${title === "mean" ? "mean of all heads" : `head ${title}`}`;
+    return this.nameOf(this.layer, this.head);
   }
 
   thumbnail(layer, head) {
     const button = document.createElement("button");
-    const mean = head === this.layers[layer].length - 1;
-    button.setAttribute("aria-label", `Layer ${layer + 1}, ${mean ? "mean of all heads" : `head ${head + 1}`}`);
+    const name = this.nameOf(layer, head);
+    button.setAttribute("aria-label", `${name[0].toUpperCase()}${name.slice(1)}`);
     button.append(document.createElement("canvas"));
     button.onclick = () => this.choose(layer, head);
     return button;
@@ -83,9 +88,11 @@ class Maps {
     const [down, right] = steps[event.key];
     let layer = this.layer + down;
     while (this.buttons[layer]?.length === 0) layer += down; // a layer without a map
-    const button = this.buttons[layer]?.[this.head + right];
+    const mean = down && this.isMean(this.layer, this.head); // from mean to mean, in whatever column
+    const head = mean ? (this.buttons[layer]?.length ?? 0) - 1 : this.head + right;
+    const button = this.buttons[layer]?.[head];
     if (!button) return;
-    this.choose(layer, this.head + right);
+    this.choose(layer, head);
     button.focus();
   }
 
@@ -105,9 +112,13 @@ class Maps {
     const [red, green, blue] = getComputedStyle(canvas).color.match(/[\d.]+/g).map(Number);
     canvas.width = canvas.height = this.size;
     const image = new ImageData(this.size, this.size);
+    const { data } = image;
     for (let query = 0, from = 0; query < this.size; query++) {
-      for (let key = 0; key <= query; key++, from++) {
-        image.data.set([red, green, blue, roots[from]], 4 * (query * this.size + key));
+      for (let key = 0, at = 4 * query * this.size; key <= query; key++) {
+        data[at++] = red;
+        data[at++] = green;
+        data[at++] = blue;
+        data[at++] = roots[from++];
       }
     }
     canvas.getContext("2d").putImageData(image, 0, 0);

@@ -6,6 +6,7 @@ const RIVALS = 6; // candidates for each token of a stream
 
 const state = {
   run: null, // GET /playground/run
+  prompt: null, // what of the text field is shown
   tokens: [], // of the text: { id, text, named, logprob, rivals: [{ id, text, named, logprob }], generated }
   shown: 0, // the maps are those of the tokens from this one on
   next: null, // after the text: all logits in descending order, and the likeliest tokens
@@ -15,13 +16,19 @@ const state = {
   generating: null, // AbortController
   writing: null, // Promise, until a text is written and inspected
   inspecting: null, // AbortController
+  inspected: Promise.resolve(), // when the last inspection ends
 };
 const view = new TextView($("text"), refresh);
 const maps = new Maps($("heads"), $("map"), refresh, (query) => view.hover(query < 0 ? -1 : query + state.shown));
 
-// Show how a text looks to the model. body: of POST /playground/inspect. before: tokens of the text that are not in
-// the body. known: the tokens of the body, if they were shown already.
-async function inspect(body, before = [], known = []) {
+// Show how a text looks to the model; of a long one, its last tokens. body: of POST /playground/inspect. before: tokens
+// of the text that are not in the body. known: the tokens of the body, if they were shown already.
+function inspect(...about) {
+  state.inspected = look(...about);
+  return state.inspected;
+}
+
+async function look(body, before = [], known = []) {
   state.inspecting?.abort();
   state.inspecting = new AbortController();
   const found = await requestJson("/playground/inspect", body, state.inspecting.signal).catch((error) => {
@@ -32,28 +39,40 @@ async function inspect(body, before = [], known = []) {
   const named = new Set(found.named);
   const token = (id, logprob) => ({ id, text: found.texts[id], named: named.has(id), logprob });
   const rivals = found.rivals.map((row) => row.map(([id, logprob]) => token(id, logprob)));
-  const tokens = found.tokens.map((id, at) => ({
-    ...token(id, at ? found.logprobs[at] : known[0]?.logprob),
-    rivals: at ? rivals[at - 1] : known[0]?.rivals ?? [],
-    generated: Boolean(known[at]?.generated),
-  }));
+  const tokens = found.tokens.map((id, index) => {
+    const at = index - found.skipped; // its place among the tokens that were inspected
+    return {
+      ...token(id, at > 0 ? found.logprobs[at] : known[index]?.logprob),
+      rivals: at > 0 ? rivals[at - 1] : known[index]?.rivals ?? [],
+      generated: Boolean(known[index]?.generated),
+    };
+  });
+  const inspected = tokens.slice(found.skipped);
+  if (body.text !== undefined) state.prompt = body.text;
   state.tokens = [...before, ...tokens];
-  state.shown = before.length;
+  state.shown = before.length + found.skipped;
   state.next = { ...sortedLogits(new Float32Array(bytes(found.logits).buffer)), likeliest: rivals.at(-1) };
   view.show(state.tokens, state.shown);
-  $("maps").hidden = tokens.length < 2; // a single token attends to itself
+  $("maps").hidden = inspected.length < 2; // a single token attends to itself
   $("no-maps").hidden = !$("maps").hidden;
-  maps.set(found.maps, tokens, state.run.mixers);
+  maps.set(found.maps, inspected, state.run.mixers);
   maps.drawAll();
   showNext();
 }
 
-// Show how the tokens look to the model, the last of them if there are too many.
+// Show how the tokens look to the model, without those that are beyond its context.
 async function inspectTokens(tokens, selected = -1) {
-  const skipped = Math.max(0, tokens.length - state.run.most_inspected);
-  const rest = tokens.slice(skipped);
-  await inspect({ tokens: rest.map(({ id }) => id) }, tokens.slice(0, skipped), rest);
+  const beyond = Math.max(0, tokens.length - state.run.context);
+  const rest = tokens.slice(beyond);
+  await inspect({ tokens: rest.map(({ id }) => id) }, tokens.slice(0, beyond), rest);
   view.select(selected);
+}
+
+// Wait until what is shown is what the user wrote.
+async function settle() {
+  await state.inspected.catch(() => {}); // it was said to the user
+  const text = $("prompt").value;
+  if (text !== state.prompt) await inspect({ text });
 }
 
 // Let the model continue the text.
@@ -98,7 +117,7 @@ async function attempt(work) {
 }
 
 // Prepare a prompt, let the model continue it, and show how the whole looks to it, however it ends.
-function write(prepare = async () => {}) {
+function write(prepare) {
   state.writing = (async () => {
     state.generating = new AbortController();
     state.added = "";

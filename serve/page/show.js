@@ -66,7 +66,7 @@ function showToken(token, index) {
   if (!token) return list.replaceChildren();
   const name = title.appendChild(document.createElement("span"));
   spell(name, token);
-  title.append(token.logprob == null ? " begins the text" : ` ${percent(Math.exp(token.logprob))}`);
+  title.append(token.logprob == null ? (index ? " has no probability here" : " begins the text") : ` ${percent(Math.exp(token.logprob))}`);
   const row = (each) => ({ token: each, p: Math.exp(each.logprob), chosen: same(each, token) });
   const rivals = token.rivals.map(row);
   if (token.logprob != null && !rivals.some(({ chosen }) => chosen)) rivals.push(row(token));

@@ -12,6 +12,7 @@ from playwright.sync_api import Page, Playwright, expect, sync_playwright
 from inference.attention_weights import attention_weights
 from inference.sampling import SamplingParams
 from sample import load
+from serve import playground
 from tests.conftest import TINY, randomized
 from tests.serve.conftest import Running, eventually, running
 
@@ -215,6 +216,81 @@ def test_a_text_beyond_the_context_keeps_its_beginning(visit, endless):
         assert page.locator(".attended li").count() == 4
 
 
+@pytest.fixture
+def four(monkeypatch) -> None:
+    """Four tokens are inspected at once, of a model with 2 layers of 2 heads."""
+    monkeypatch.setattr(playground, "MAP_BYTES", 4 * 4 * 5 // 2)
+
+
+def test_a_text_that_is_too_long_for_maps_is_generated_from(visit, served, four):
+    page = visit(served)
+    slide(page, "temperature", 0)
+    given = len(write(page, served))
+    assert page.evaluate("[state.shown, maps.size, maps.tokens.length]") == [given - 4, 4, 4]
+    page.fill("#length", "3")
+    page.click("#generate")
+    for count in (3, 6):
+        expect(tokens(page)).to_have_count(given + count)
+        expect(page.locator("#stop")).to_be_hidden()
+        assert page.evaluate("[state.shown, maps.size]") == [given + count - 4, 4]
+        page.click("#continue")
+    expect(tokens(page)).to_have_count(given + 9)
+    assert text_of(page) == PROMPT + served.text(PROMPT, 9)
+    assert page.evaluate("state.tokens.map((token) => token.logprob !== undefined)") == [
+        at > given - 4 for at in range(given + 9)
+    ]
+    tokens(page).nth(1).click()
+    assert page.locator("#token h2").inner_text().endswith("has no probability here")
+    assert page.locator("#text .outside").count() == given + 9 - 4
+
+
+def test_a_chat_that_is_too_long_for_maps_goes_on(visit, chat_runs, four):
+    with running(*load(chat_runs / "assistant"), "assistant", max_sequences=1) as served:
+        page = visit(served)
+        page.click("#tab-chat")
+        page.fill("#length", "8")
+        for turn, said in enumerate(("what is 3 plus one?", "and two more?"), 1):
+            page.fill("#prompt", said)
+            page.press("#prompt", "Enter")
+            eventually_js(page, f"state.messages.length === {2 * turn} && !state.generating")
+            assert page.evaluate("maps.size") == 4
+        assert page.locator("#problem").is_hidden()
+
+
+def test_continue_takes_what_was_typed_the_moment_before(visit, served):
+    """Before the pause after which a prompt is inspected has passed."""
+    page = visit(served)
+    slide(page, "temperature", 0)
+    write(page, served)
+    page.fill("#length", "4")
+    page.evaluate("$('prompt').value = 'Song 7:'; $('prompt').dispatchEvent(new Event('input')); $('continue').click()")
+    expect(page.locator("#stop")).to_be_visible()
+    expect(page.locator("#stop")).to_be_hidden()
+    page.wait_for_timeout(200)  # nothing comes later
+    assert text_of(page) == "Song 7:" + served.text("Song 7:", 4)
+
+
+def test_continue_waits_for_what_is_being_inspected(visit, served):
+    page = visit(served)
+    slide(page, "temperature", 0)
+    ids = write(page, served)
+    page.fill("#length", "4")
+    held = []
+    page.route("**/playground/inspect", lambda route: held.append(route))
+    tokens(page).nth(3).click()
+    page.locator("#token > .bars li:not(.chosen) button").first.click()
+    page.click("#continue")
+    expect(page.locator("#stop")).to_be_visible()
+    assert len(held) == 1 and not served.scheduler.generations
+    held.pop().continue_()
+    page.unroute("**/playground/inspect")
+    expect(tokens(page)).to_have_count(4 + 4)
+    expect(page.locator("#stop")).to_be_hidden()
+    now = page.evaluate("state.tokens.map(({ id }) => id)")
+    assert now[:3] == ids[:3] and now[3] != ids[3]
+    assert text_of(page) == served.tokenizer.decode(now[:4]) + served.text(now[:4], 4)
+
+
 # Inspecting ---------------------------------------------------------------------------------------------------------
 
 
@@ -302,6 +378,33 @@ def test_another_token_can_be_chosen(visit, served):
     expect(tokens(page)).to_have_count(5)
 
 
+def test_the_mean_is_in_the_last_column(visit, songs):
+    """Mamba-2 has four heads, attention has two: its mean is below the other's, and is reached from it."""
+    config = dataclasses.replace(TINY, vocab_size=300, layer_pattern="ML", n_head=2, n_kv_head=2)
+    with running(randomized(config), songs[1], max_sequences=1) as served:
+        page = visit(served)
+        write(page, served)
+        columns = ["1", "2", "3", "4", "mean"]
+        assert page.locator("#heads .column").all_inner_texts() == columns
+        place = "(node) => [...$('heads').children].indexOf(node) % 6"  # a label, then five columns
+        for layer, heads in ((1, "1 2 3 4"), (2, "1 2")):
+            for head in heads.split():
+                button = page.locator(f"#heads [aria-label='Layer {layer}, head {head}']")
+                assert button.evaluate(place) == int(head)
+            mean = page.locator(f"#heads [aria-label='Layer {layer}, mean of all heads']")
+            assert mean.evaluate(place) == 5
+        mean.click()
+        assert page.locator("#heads .column").all_inner_texts() == columns
+        for key, name in (
+            ("ArrowUp", "layer 1, mean of all heads"),
+            ("ArrowLeft", "layer 1, head 4"), ("ArrowDown", "layer 1, head 4"),
+            ("ArrowRight", "layer 1, mean of all heads"), ("ArrowDown", "layer 2, mean of all heads"),
+            ("ArrowLeft", "layer 2, head 2"), ("ArrowRight", "layer 2, mean of all heads"),
+        ):  # fmt: skip
+            page.keyboard.press(key)
+            assert page.evaluate("maps.name") == name
+
+
 def test_layers_without_a_map_say_so(visit, songs):
     config = dataclasses.replace(TINY, vocab_size=300, layer_pattern="RL", n_kv_head=4)
     with running(randomized(config), songs[1], max_sequences=1) as served:
@@ -319,7 +422,7 @@ def test_a_prompt_that_is_too_long_is_said_in_a_sentence(visit, served):
     write(page, served)
     page.fill("#prompt", PROMPT * 9)
     alert = page.get_by_role("alert")
-    expect(alert).to_contain_text(re.compile(r"^\s*The text has \d+ tokens; the playground shows at most 32 at once\."))
+    expect(alert).to_contain_text(re.compile(r"^\s*The text has \d+ tokens, but the model's context is 32\."))
     expect(page.locator("#retry")).to_be_hidden()
     assert "stale" in page.locator("body").get_attribute("class")
     page.click("#generate")
