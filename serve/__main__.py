@@ -34,6 +34,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         p.add_argument(name, type=kind, default=limit.default, metavar=metavar, help=limit.metadata["help"])
     p.add_argument("--cors", action="append", default=[], metavar="ORIGIN", help="of web pages that may use the "
         "server, such as http://localhost:3000; may be repeated; default: none")  # fmt: skip
+    p.add_argument("--allowed-host", action="append", default=[], metavar="NAME", help="a name by which requests may "
+        "call the server, such as that of a proxy before it, besides localhost; may be repeated; if --host is an "
+        "address that other machines reach: these only, or any if there are none")  # fmt: skip
     return p.parse_args(argv)
 
 
@@ -47,11 +50,12 @@ def run(args: argparse.Namespace) -> None:
     from training.device import has_bf16
 
     bound = bind(args.host, args.port)  # before the model, which takes a while
+    hosts = allowed_hosts(bound, args.allowed_host)
     model, tokenizer = load(args.run, args.checkpoint)
     kind = args.quantize or ("bf16" if has_bf16(model.model.cos.device) else "none")
     if kind != "none":
         quantize(model, kind)
-    app = create_app(args.run.resolve().name, model, tokenizer, limits, args.cors, allowed_hosts(bound))
+    app = create_app(args.run.resolve().name, model, tokenizer, limits, args.cors, hosts)
     Server(app, limits).run([bound])
 
 

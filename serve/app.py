@@ -9,6 +9,7 @@ POST /playground/inspect                       how a text looks to the model
 
 import asyncio
 import contextlib
+import re
 import time
 from collections.abc import AsyncIterator, Coroutine
 from functools import partial
@@ -18,8 +19,8 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -29,7 +30,7 @@ from serve import openai_api, playground
 from serve.limits import Limits
 from serve.metrics import Metrics
 from serve.openai_api import ApiError, ApiResponse, ChatRequest, CompletionRequest
-from serve.scheduler import Generation, QueueFull, Scheduler
+from serve.scheduler import MAX_BETWEEN, Generation, QueueFull, Scheduler
 
 # 1. Routes ----------------------------------------------------------------------------------------------------------
 
@@ -40,7 +41,7 @@ def create_app(
     """The application for one model, whose `state.scheduler` runs from its start-up to its shutdown.
 
     name: of the model, for clients. origins: of the web pages that may use the server (CORS). hosts: the names that a
-    request may have for the server.
+    request may have for the server; none: every name.
     """
     scheduler = Scheduler(model, limits.max_sequences, limits.max_queue)
 
@@ -52,7 +53,8 @@ def create_app(
 
     app = FastAPI(lifespan=lifespan, openapi_url=None)  # the pages about an openapi_url load scripts from elsewhere
     app.state.scheduler = scheduler
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)
+    if hosts:
+        app.add_middleware(AllowedHosts, hosts=hosts)
     app.add_middleware(RequestLimits, limits=limits, metrics=scheduler.metrics)
     if origins:
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
@@ -97,7 +99,7 @@ def create_app(
     async def chat_completions(asked: ChatRequest, request: Request) -> Response:
         return await generate(asked, request)
 
-    run = playground.about(name, model, tokenizer, limits)
+    run = playground.about(name, model.config, tokenizer, limits)
 
     @app.get("/")
     async def playground_page() -> Response:
@@ -113,8 +115,12 @@ def create_app(
             ids = await asyncio.to_thread(asked.ids, tokenizer, model.config)
         except ValueError as error:
             raise ApiError(400, str(error)) from None
+        # In the scheduler's thread: maps of zoo/ need that no model runs in another one, see inference/implied_maps.py.
         inspect = partial(playground.inspect, model, tokenizer, ids)
-        return JSONResponse(await while_connected(request, scheduler.between_steps(inspect)))
+        try:
+            return JSONResponse(await while_connected(request, scheduler.between_steps(inspect)))
+        except QueueFull:
+            raise ApiError(429, f"{MAX_BETWEEN} texts wait to be inspected already", code="queue_full") from None
 
     @app.get("/health")
     async def health() -> Response:
@@ -164,6 +170,21 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Any]) -> A
 
 
 # 3. Limits and errors -----------------------------------------------------------------------------------------------
+
+
+class AllowedHosts:
+    """ASGI middleware: refuses a request that calls the server by another name than `hosts`, whatever the port."""
+
+    def __init__(self, app: ASGIApp, hosts: list[str]) -> None:
+        self.app, self.hosts = app, hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        host = Headers(scope=scope).get("host", "") if scope["type"] == "http" else self.hosts[0]
+        if re.sub(r":\d*$", "", host).lower() in self.hosts:
+            await self.app(scope, receive, send)
+            return
+        right = f"must be {', '.join(self.hosts[:-1])} or {self.hosts[-1]}; --allowed-host permits another name"
+        await ApiError(400, f"Host: {host!r:.80}: {right}", code="host_not_allowed").response()(scope, receive, send)
 
 
 class RequestLimits:

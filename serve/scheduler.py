@@ -26,6 +26,7 @@ from inference.stop_strings import GeneratedText
 from model import GPT
 from serve.metrics import Metrics
 
+MAX_BETWEEN = 8  # functions that may wait for their turn between two steps
 T = TypeVar("T")
 FinishReason = Literal["stop", "length"]
 
@@ -91,6 +92,7 @@ class Scheduler:
         self.between: deque[Callable[[], None]] = deque()  # of the thread: to call between two steps, one at a time
         self.owners: dict[Sequence, tuple[Generation, int]] = {}  # of the thread: whose sequence it is, and its index
         self.generations: set[Generation] = set()  # of the event loop
+        self.num_between = 0  # of the event loop: how many wait for `between_steps`
         self.metrics = Metrics(self.running, lambda: max(0, self.unfinished() - self.running()))
 
     # In the event loop ------------------------------------------------------------------------------------------------
@@ -137,7 +139,12 @@ class Scheduler:
             self.cancel(generation, failed)
 
     async def between_steps(self, work: Callable[[], T]) -> T:
-        """The result of a function that the thread calls between two steps; of several, one. Raises what it raises."""
+        """The result of a function that the thread calls between two steps; of several, one.
+
+        Raises what it raises, and QueueFull if MAX_BETWEEN wait already.
+        """
+        if self.num_between >= MAX_BETWEEN:
+            raise QueueFull
         done: concurrent.futures.Future[T] = concurrent.futures.Future()
 
         def call() -> None:
@@ -148,7 +155,11 @@ class Scheduler:
                     done.set_exception(error)
 
         self.inbox.put(partial(self.between.append, call))
-        return await asyncio.wrap_future(done)
+        self.num_between += 1
+        try:
+            return await asyncio.wrap_future(done)
+        finally:
+            self.num_between -= 1
 
     def _deliver(self, results: list[Result]) -> None:
         """Hand out what a step has made."""

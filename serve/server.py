@@ -3,6 +3,7 @@
 import asyncio
 import ipaddress
 import os
+import re
 import signal
 import socket
 from types import FrameType
@@ -26,11 +27,19 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def allowed_hosts(bound: socket.socket) -> list[str]:
-    """The names that a request may have for the server: on an address of this machine only its names, so that no web
-    page reaches it under a name of its own that leads here (DNS rebinding); elsewhere every name."""
+def allowed_hosts(bound: socket.socket, more: list[str]) -> list[str]:
+    """The names that a request may have for the server, or none: every name.
+
+    On an address that only this machine reaches they are its names and `more`, so that no web page reaches the server
+    under a name of its own that leads here (DNS rebinding). Elsewhere they are `more`. Raises ValueError.
+    """
+    for name in more:
+        if not re.fullmatch(r"[\w.-]+|\[[\da-fA-F:.]+\]", name):
+            raise ValueError(f"--allowed-host {name}: must be a name or an address, without http:// and a port")
     address = bound.getsockname()[0]
-    return ["localhost", "[::1]", address] if ipaddress.ip_address(address).is_loopback else ["*"]
+    local = ipaddress.ip_address(address).is_loopback
+    own = ["localhost", "[::1]", f"[{address}]" if ":" in address else address] if local else []
+    return list(dict.fromkeys(name.lower() for name in own + more))
 
 
 class Server(uvicorn.Server):

@@ -34,10 +34,10 @@ def eventually(condition: Callable[[], bool]) -> None:
 class Running:
     """A server in a thread, for one model."""
 
-    def __init__(self, model, tokenizer, name="songs", origins=(), port=0, **limits) -> None:
+    def __init__(self, model, tokenizer, name="songs", origins=(), hosts=(), port=0, **limits) -> None:
         self.model, self.tokenizer, self.limits = model, tokenizer, Limits(**limits)
         bound = bind("127.0.0.1", port)
-        app = create_app(name, model, tokenizer, self.limits, list(origins), allowed_hosts(bound))
+        app = create_app(name, model, tokenizer, self.limits, list(origins), allowed_hosts(bound, list(hosts)))
         self.scheduler, self.server = app.state.scheduler, Server(app, self.limits)
         self.port = bound.getsockname()[1]
         self.address = f"http://127.0.0.1:{self.port}"

@@ -2,8 +2,12 @@
 
 import base64
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
+import re
+import socket
+import threading
 
 import httpx2
 import numpy as np
@@ -15,7 +19,8 @@ from inference.attention_weights import attention_weights
 from inference.quantize import quantize
 from model import ModelConfig
 from sample import load
-from serve.playground import inspect, most_inspected
+from serve import playground
+from serve.playground import encode, inspect, most_inspected
 from serve.server import allowed_hosts, bind
 from tests.conftest import TINY, randomized
 from tests.serve.conftest import eventually, running
@@ -111,7 +116,7 @@ def test_a_conversation_is_the_prompt_of_its_answer(chat_runs):
         ({"text": 5}, "text = 5: must be a valid string"),
         ({"tokens": [300]}, "tokens: token ids must be from 0 to 299"),
         ({"tokens": [-1]}, "tokens: token ids must be from 0 to 299"),
-        ({"tokens": [5] * 33}, "the text has 33 tokens; the playground shows at most 32 at once"),
+        ({"tokens": [5] * 33}, "the text has 33 tokens, but the model's context is 32"),
         ({"messages": [{"role": "user", "content": "a"}]}, "this tokenizer has no <|im_start|> and <|im_end|>"),
         ({"text": "a", "other": 1}, "other: is not supported"),
     ],
@@ -131,6 +136,19 @@ def test_how_many_tokens_are_shown():
     config = ModelConfig(vocab_size=300, context=1024, n_layer=12, n_head=12, n_kv_head=12)
     assert most_inspected(config) == 340
     assert most_inspected(dataclasses.replace(config, context=256)) == 256
+    assert most_inspected(dataclasses.replace(config, n_layer=10_000, n_head=10_000, n_kv_head=1)) == 1
+
+
+def test_of_a_long_text_the_last_tokens_are_shown_as_a_text_of_their_own(served, monkeypatch):
+    monkeypatch.setattr(playground, "MAP_BYTES", 4 * 10 * 11 // 2)  # 2 layers of 2 heads
+    tokens = served.tokenizer.encode(TEXT * 2)
+    assert 10 < len(tokens) <= 32
+    found, last = ask(served, text=TEXT * 2), ask(served, tokens=tokens[-10:])
+    assert (found["skipped"], last["skipped"]) == (len(tokens) - 10, 0)
+    assert found["tokens"] == tokens and {str(token) for token in tokens} <= found["texts"].keys()
+    assert len(found["maps"][0]["roots"]) == len(encode(torch.zeros(2 * 55, dtype=torch.uint8)))
+    for name in ("logprobs", "rivals", "logits", "maps"):
+        assert found[name] == last[name]
 
 
 def test_weights_that_are_damaged_are_reported(songs, endless):
@@ -140,6 +158,46 @@ def test_weights_that_are_damaged_are_reported(songs, endless):
         assert "the logits are not finite" in ask(served, 500, text="a")["message"]
         model.model.norm.weight.data[0] = 1.0
         assert ask(served, text="a")["tokens"]
+
+
+def test_parameters_are_those_of_the_run_whatever_the_weights_are(songs, runs):
+    size = sum(p.numel() for p in songs[0].parameters())
+    for kind in ("bf16", "int8"):
+        model, tokenizer = load(runs / "songs")
+        with running(quantize(model, kind), tokenizer, max_sequences=1) as served:
+            assert httpx2.get(f"{served.address}/playground/run").json()["parameters"] == size
+
+
+def test_texts_that_wait_are_limited_and_looked_at_by_the_thread_alone(songs, monkeypatch):
+    """Some that wait leave; the others are shown. Maps of zoo/ need that no model runs in another thread."""
+    threads, real = [], playground.inspect
+    monkeypatch.setattr(playground, "inspect", lambda *a: (threads.append(threading.current_thread()), real(*a))[1])
+    reached, go = threading.Event(), threading.Event()
+    with (
+        running(*songs, max_sequences=1) as served,
+        concurrent.futures.ThreadPoolExecutor(8) as pool,
+        contextlib.ExitStack() as after,
+    ):
+        after.callback(go.set)  # whatever fails
+        served.scheduler.inbox.put(lambda: (reached.set(), go.wait()))  # the thread is busy
+        reached.wait()
+        content = b'{"text": "a"}'
+        head = f"POST /playground/inspect HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n"
+        leaving = socket.create_connection(("127.0.0.1", served.port))
+        leaving.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + content)
+        asked = [pool.submit(ask, served, text=TEXT) for _ in range(7)]
+        eventually(lambda: served.scheduler.num_between == 8)
+        found = httpx2.post(f"{served.address}/playground/inspect", json={"text": "a"})
+        assert found.status_code == 429 and found.headers["retry-after"] == "1"
+        assert found.json()["error"]["message"] == "8 texts wait to be inspected already"
+        leaving.close()
+        eventually(lambda: served.scheduler.num_between == 7)
+        asked.append(pool.submit(ask, served, text=TEXT))
+        eventually(lambda: served.scheduler.num_between == 8)
+        go.set()
+        assert all(one.result()["tokens"] for one in asked)
+        assert threads == [served.scheduler.thread] * 8
+        eventually(lambda: served.scheduler.num_between == 0)
 
 
 def test_between_two_steps_there_is_at_most_one_text(endless):
@@ -169,15 +227,35 @@ def test_between_two_steps_there_is_at_most_one_text(endless):
 def test_a_page_whose_name_leads_here_is_refused(served, path):
     """DNS rebinding: evil.example had its own address when its page was loaded, and now has 127.0.0.1."""
     for host in ("evil.example", f"evil.example:{served.port}", "127.0.0.1.evil.example", "localhost.evil.example", ""):
-        assert httpx2.get(f"{served.address}{path}", headers={"Host": host}).status_code == 400, host
+        refused = httpx2.get(f"{served.address}{path}", headers={"Host": host})
+        assert refused.status_code == 400
+        assert refused.json()["error"] == {
+            "message": f"Host: {host!r}: must be localhost, [::1] or 127.0.0.1; --allowed-host permits another name",
+            "type": "invalid_request_error", "param": None, "code": "host_not_allowed",
+        }  # fmt: skip
     for host in ("localhost", f"127.0.0.1:{served.port}", f"[::1]:{served.port}", "LOCALHOST:1"):
         assert httpx2.get(f"{served.address}{path}", headers={"Host": host}).status_code == 200, host
 
 
-def test_elsewhere_every_name_may_be_used():
-    for host, names in (("127.0.0.2", "127.0.0.2"), ("0.0.0.0", "*")):
-        with bind(host, 0) as bound:
-            assert names in allowed_hosts(bound)
+def test_a_proxy_has_a_name_of_its_own(songs):
+    with running(*songs, hosts=["Heed.example", "[fd00::1]"], max_sequences=1) as served:
+        for host in ("heed.example", "HEED.example:443", "[fd00::1]:80", "localhost"):
+            assert httpx2.get(served.address, headers={"Host": host}).status_code == 200, host
+        for host in ("other.example", "fd00::1"):
+            assert "[::1], 127.0.0.1, heed.example or [fd00::1]; --allowed" in httpx2.get(
+                served.address, headers={"Host": host}
+            ).json()["error"]["message"]  # fmt: skip
+        assert served.samples()['heed_requests_total{path="other",status="400"}'] == 2
+
+
+def test_elsewhere_every_name_may_be_used_or_those_that_are_given():
+    with bind("127.0.0.2", 0) as bound:
+        assert allowed_hosts(bound, ["a"]) == ["localhost", "[::1]", "127.0.0.2", "a"]
+    with bind("0.0.0.0", 0) as bound:
+        assert allowed_hosts(bound, []) == [] and allowed_hosts(bound, ["a.example"]) == ["a.example"]
+        for wrong in ("http://a.example", "a.example:80", "", "[", "*"):
+            with pytest.raises(ValueError, match=rf"^--allowed-host {re.escape(wrong)}: must be a name or an address"):
+                allowed_hosts(bound, [wrong])
 
 
 def test_the_page_is_one_file_and_permits_only_itself(served):
