@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import httpx2
 import openai
@@ -138,3 +139,39 @@ def served(songs) -> Iterator[Running]:
     with running(*songs, max_sequences=4, max_queue=60) as server:
         yield server
         eventually(server.idle)
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    from tests.serve.browser import CHROMIUM, FLAGS
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS.split())
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(chromium):
+    """visit(served, ...) is a new page with the playground. It may load nothing from elsewhere, and raise nothing."""
+    from playwright.sync_api import expect
+
+    opened, wrong = [], []
+
+    def go(served: Running, **options) -> Any:
+        page = chromium.new_context(**options).new_page()
+        page.set_default_timeout(60_000)
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("console", lambda message: "Security" in message.text and wrong.append(message.text))
+        page.on("request", lambda request: request.url.startswith(served.address) or wrong.append(request.url))
+        opened.append(page)
+        page.goto(served.address)
+        expect(page.locator("#facts")).not_to_be_empty()
+        return page
+
+    yield go
+    for page in opened:
+        page.context.close()
+    assert not wrong

@@ -10,7 +10,7 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from tests.conftest import ROOT
-from tests.serve.test_playground import CHROMIUM, FLAGS, eventually_js
+from tests.serve.browser import CHROMIUM, FLAGS, eventually_js
 
 OPENING = """ROMEO:
 But, soft! what light through yonder window breaks?

@@ -1,91 +1,20 @@
-"""The page in a real Chromium: typing, streaming, inspecting, errors, a server that is gone."""
+"""The page in a real Chromium: typing, inspecting, errors, a server that is gone."""
 
 import dataclasses
 import re
-import shutil
-from collections.abc import Iterator
 
 import pytest
 import torch
-from playwright.sync_api import Page, Playwright, expect, sync_playwright
+from playwright.sync_api import Page, expect
 
 from inference.attention_weights import attention_weights
 from inference.sampling import SamplingParams
 from sample import load
-from serve import playground
 from tests.conftest import TINY, randomized
-from tests.serve.conftest import Running, eventually, running
+from tests.serve.browser import PROMPT, eventually_js, needs_chromium, next_logits, slide, tokens, write
+from tests.serve.conftest import running
 
-CHROMIUM = shutil.which("chromium")
-needs_chromium = pytest.mark.skipif(not CHROMIUM, reason="needs Chromium: apt-get install chromium")
 pytestmark = needs_chromium
-FLAGS = (
-    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-)
-PROMPT = "Song 5: the 5 birds"
-expect.set_options(timeout=60_000)
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Playwright]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS.split())
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def visit(chromium):
-    """visit(served, ...) is a new page with the playground. It may load nothing from elsewhere, and raise nothing."""
-    opened, wrong = [], []
-
-    def go(served: Running, **options) -> Page:
-        page = chromium.new_context(**options).new_page()
-        page.set_default_timeout(60_000)
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("console", lambda message: "Security" in message.text and wrong.append(message.text))
-        page.on("request", lambda request: request.url.startswith(served.address) or wrong.append(request.url))
-        opened.append(page)
-        page.goto(served.address)
-        expect(page.locator("#facts")).not_to_be_empty()
-        return page
-
-    yield go
-    for page in opened:
-        page.context.close()
-    assert not wrong
-
-
-def tokens(page: Page):
-    return page.locator("#text [role=option]")
-
-
-def text_of(page: Page) -> str:
-    return page.evaluate("state.tokens.map((token) => token.text).join('')")
-
-
-def write(page: Page, served: Running, prompt: str = PROMPT) -> list[int]:
-    """Type a prompt and wait until it is shown. Returns its tokens."""
-    ids = served.tokenizer.encode_prompt(prompt)
-    page.fill("#prompt", prompt)
-    expect(tokens(page)).to_have_count(len(ids))
-    eventually_js(page, f"state.tokens.map(({{ id }}) => id).join() === '{','.join(map(str, ids))}'")
-    return ids
-
-
-def eventually_js(page: Page, condition: str) -> None:
-    eventually(lambda: page.evaluate(condition))
-
-
-def slide(page: Page, name: str, value: float) -> None:
-    page.locator(f"#{name}").fill(str(value))
-
-
-def next_logits(served: Running, ids: list[int]) -> torch.Tensor:
-    with torch.no_grad():
-        return served.model(torch.tensor([ids]))[0].float()
-
 
 # Typing -------------------------------------------------------------------------------------------------------------
 
@@ -143,152 +72,6 @@ def test_markup_is_text(visit, served):
     write(page, served, prompt)
     assert "".join(tokens(page).all_text_contents()) == prompt
     assert page.locator("#text b").count() == 0
-
-
-# Streaming ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def stepped(songs) -> Iterator[Running]:
-    """A server whose steps are held back."""
-    with running(*songs, max_sequences=1) as served:
-        served.hold()
-        yield served
-
-
-def test_tokens_are_shown_as_they_come(visit, stepped):
-    served = stepped
-    page = visit(served)
-    given = len(write(page, served))
-    slide(page, "temperature", 0)
-    page.fill("#length", "9")
-    page.press("#prompt", "Control+Enter")
-    expect(page.locator("#stop")).to_be_visible()
-    for step in (1, 2, 5):
-        served.go(step - (tokens(page).count() - given))
-        expect(tokens(page)).to_have_count(given + step)
-        expect(page.locator("#status")).to_have_text(f"{step} tokens …")
-    assert page.evaluate("state.tokens.at(-1).rivals.length") == 6
-    served.go()
-    expect(page.locator("#stop")).to_be_hidden()
-    assert text_of(page) == PROMPT + served.text(PROMPT, 9)
-    assert page.locator("#status").inner_text() == "9 tokens"
-    assert page.evaluate("maps.size") == given + 9
-    page.click("#continue")
-    expect(tokens(page)).to_have_count(given + 18)
-    expect(page.locator("#stop")).to_be_hidden()
-    assert text_of(page) == PROMPT + served.text(PROMPT, 18)
-
-
-@pytest.mark.parametrize("how", ["Escape", "button"])
-def test_stop_keeps_what_has_come(visit, stepped, how):
-    served = stepped
-    page = visit(served)
-    given = len(write(page, served))
-    slide(page, "temperature", 0)
-    page.click("#generate")
-    expect(page.locator("#stop")).to_be_focused()
-    served.go(2)
-    expect(tokens(page)).to_have_count(given + 2)
-    page.keyboard.press("Escape") if how == "Escape" else page.click("#stop")
-    eventually(lambda: not served.scheduler.generations)
-    served.go()
-    expect(page.locator("#status")).to_have_text("stopped after 2 tokens")
-    expect(page.locator("#generate")).to_be_enabled()
-    assert text_of(page) == PROMPT + served.text(PROMPT, 2)
-    assert page.evaluate("maps.size") == given + 2
-    eventually(served.idle)
-
-
-def test_a_text_beyond_the_context_keeps_its_beginning(visit, endless):
-    with running(*load(endless), max_sequences=1) as served:
-        page = visit(served)
-        write(page, served, "a" * 60)
-        page.fill("#length", "20")
-        page.click("#generate")
-        expect(tokens(page)).to_have_count(80)
-        expect(page.locator("#stop")).to_be_hidden()
-        assert page.evaluate("[state.shown, maps.size]") == [16, 64]
-        assert page.locator("#text .outside").count() == 16
-        tokens(page).nth(3).click()
-        assert page.locator(".attended").is_hidden()
-        tokens(page).nth(20).click()
-        assert page.locator(".attended li").count() == 4
-
-
-@pytest.fixture
-def four(monkeypatch) -> None:
-    """Four tokens are inspected at once, of a model with 2 layers of 2 heads."""
-    monkeypatch.setattr(playground, "MAP_BYTES", 4 * 4 * 5 // 2)
-
-
-def test_a_text_that_is_too_long_for_maps_is_generated_from(visit, served, four):
-    page = visit(served)
-    slide(page, "temperature", 0)
-    given = len(write(page, served))
-    assert page.evaluate("[state.shown, maps.size, maps.tokens.length]") == [given - 4, 4, 4]
-    page.fill("#length", "3")
-    page.click("#generate")
-    for count in (3, 6):
-        expect(tokens(page)).to_have_count(given + count)
-        expect(page.locator("#stop")).to_be_hidden()
-        assert page.evaluate("[state.shown, maps.size]") == [given + count - 4, 4]
-        page.click("#continue")
-    expect(tokens(page)).to_have_count(given + 9)
-    assert text_of(page) == PROMPT + served.text(PROMPT, 9)
-    assert page.evaluate("state.tokens.map((token) => token.logprob !== undefined)") == [
-        at > given - 4 for at in range(given + 9)
-    ]
-    tokens(page).nth(1).click()
-    assert page.locator("#token h2").inner_text().endswith("has no probability here")
-    assert page.locator("#text .outside").count() == given + 9 - 4
-
-
-def test_a_chat_that_is_too_long_for_maps_goes_on(visit, chat_runs, four):
-    with running(*load(chat_runs / "assistant"), "assistant", max_sequences=1) as served:
-        page = visit(served)
-        page.click("#tab-chat")
-        page.fill("#length", "8")
-        for turn, said in enumerate(("what is 3 plus one?", "and two more?"), 1):
-            page.fill("#prompt", said)
-            page.press("#prompt", "Enter")
-            eventually_js(page, f"state.messages.length === {2 * turn} && !state.generating")
-            assert page.evaluate("maps.size") == 4
-        assert page.locator("#problem").is_hidden()
-
-
-def test_continue_takes_what_was_typed_the_moment_before(visit, served):
-    """Before the pause after which a prompt is inspected has passed."""
-    page = visit(served)
-    slide(page, "temperature", 0)
-    write(page, served)
-    page.fill("#length", "4")
-    page.evaluate("$('prompt').value = 'Song 7:'; $('prompt').dispatchEvent(new Event('input')); $('continue').click()")
-    expect(page.locator("#stop")).to_be_visible()
-    expect(page.locator("#stop")).to_be_hidden()
-    page.wait_for_timeout(200)  # nothing comes later
-    assert text_of(page) == "Song 7:" + served.text("Song 7:", 4)
-
-
-def test_continue_waits_for_what_is_being_inspected(visit, served):
-    page = visit(served)
-    slide(page, "temperature", 0)
-    ids = write(page, served)
-    page.fill("#length", "4")
-    held = []
-    page.route("**/playground/inspect", lambda route: held.append(route))
-    tokens(page).nth(3).click()
-    page.locator("#token > .bars li:not(.chosen) button").first.click()
-    page.click("#continue")
-    expect(page.locator("#stop")).to_be_visible()
-    assert len(held) == 1 and not served.scheduler.generations
-    held.pop().continue_()
-    page.unroute("**/playground/inspect")
-    expect(tokens(page)).to_have_count(4 + 4)
-    expect(page.locator("#stop")).to_be_hidden()
-    now = page.evaluate("state.tokens.map(({ id }) => id)")
-    assert now[:3] == ids[:3] and now[3] != ids[3]
-    assert text_of(page) == served.tokenizer.decode(now[:4]) + served.text(now[:4], 4)
 
 
 # Inspecting ---------------------------------------------------------------------------------------------------------
