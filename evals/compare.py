@@ -147,8 +147,6 @@ def main(words: list[str] | None = None) -> int:
     """Run the command. A user error is one line on stderr and exit status 2, without a traceback."""
     a = arguments(words)
     try:
-        if a.out.suffix != ".png" or not a.out.parent.is_dir():
-            raise ValueError(f"--out {a.out}: must be a .png in a folder that exists")
         folders = list(dict.fromkeys(path.resolve() for path in a.runs))
         names = [folder.name for folder in folders]
         # Runs of one name are told apart by their folders.
@@ -156,6 +154,8 @@ def main(words: list[str] | None = None) -> int:
             read(folder, folder.name if names.count(folder.name) == 1 else "/".join(folder.parts[-2:]))
             for folder in folders
         ]
+        if a.out.suffix != ".png" or not a.out.parent.is_dir():
+            raise ValueError(f"--out {a.out}: must be a .png in a folder that exists")
         print(table(COLUMNS, [run.row() for run in runs]))
         for note in notes(runs):
             print(note)

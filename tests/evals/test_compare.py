@@ -136,6 +136,12 @@ def test_runs_of_one_name_are_told_apart(two, capsys):
     assert list(found) == [f"{two.name}/other", "more/other"]  # a folder that is named twice is there once
 
 
+def test_a_mistake_in_a_run_is_said_before_one_in_the_default_of_out(tmp_path, capsys):
+    """A new clone has no folder runs/, where the picture goes by default."""
+    assert compare.main([str(tmp_path / "none"), "--out", str(tmp_path / "runs" / "compare.png")]) == 2
+    assert "none: is not the folder of a run" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -47,6 +47,15 @@ def draw(B, T, S, H, K, D, seed=0, dtype=torch.float32):
     return [torch.randn(shape, generator=g, dtype=torch.float64).to(dtype) for shape in shapes]
 
 
+def assert_gradients(got, expected, ours, exact):
+    """The gradients of a random combination of the outputs: those of `ours`, in fp32, are those of `exact`, in fp64."""
+    weight = torch.randn(expected.shape, dtype=torch.float64)
+    (got.double() * weight).sum().backward()
+    (expected * weight).sum().backward()
+    for x, y in zip(ours, exact, strict=True):
+        torch.testing.assert_close(x.grad.double(), y.grad, atol=5e-6, rtol=1e-4)
+
+
 def seen_by_distance(pattern, T, S):
     def sees(b, t, s):
         back = S - T + t - s  # how far the key lies behind the query
@@ -79,11 +88,7 @@ def test_attention_and_its_gradients_equal_the_definition(backend, pattern, T, S
     got = attention(q, k, v, pattern, backend=backend)
     assert got.shape == q.shape
     torch.testing.assert_close(got.double(), expected, atol=2e-6, rtol=1e-5)
-    weight = torch.randn(expected.shape, dtype=torch.float64)
-    (got.double() * weight).sum().backward()
-    (expected * weight).sum().backward()
-    for ours, theirs in zip((q, k, v), exact, strict=True):
-        torch.testing.assert_close(ours.grad.double(), theirs.grad, atol=5e-6, rtol=1e-4)
+    assert_gradients(got, expected, (q, k, v), exact)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -108,6 +113,8 @@ def test_a_cache_is_read_by_position_also_when_it_is_a_ring(backend, window, wri
 @pytest.mark.parametrize("pattern", [CAUSAL, FULL, MaskSpec(True, 2)])
 def test_documents_do_not_see_each_other(backend, pattern, bounds, monkeypatch):
     if backend == "cpp" and not pattern.causal:
+        with pytest.raises(ValueError, match="'cpp' supports causal masks, windows and documents only"):
+            attention(*draw(2, 9, 9, 4, 2, 4), pattern, document_ids=torch.zeros(2, 9, dtype=torch.long), backend="cpp")
         return
     monkeypatch.setattr(blockwise_attention, "BLOCK", 2)
     q, k, v = (x.requires_grad_() for x in draw(2, 9, 9, 4, 2, 4))
@@ -117,11 +124,7 @@ def test_documents_do_not_see_each_other(backend, pattern, bounds, monkeypatch):
     expected, _ = truth(*exact, lambda b, t, s: near(b, t, s) and ids[b, t] == ids[b, s], 0.5)
     got = attention(q, k, v, pattern, document_ids=document_bounds(ids) if bounds else ids, backend=backend)
     torch.testing.assert_close(got.double(), expected, atol=2e-6, rtol=1e-5)
-    weight = torch.randn(expected.shape, dtype=torch.float64)
-    (got.double() * weight).sum().backward()
-    (expected * weight).sum().backward()
-    for ours, theirs in zip((q, k, v), exact, strict=True):
-        torch.testing.assert_close(ours.grad.double(), theirs.grad, atol=5e-6, rtol=1e-4)
+    assert_gradients(got, expected, (q, k, v), exact)
 
 
 @pytest.mark.parametrize(("preferred", "chosen"), [("cpp", "Attend"), ("blocks", "blocks_attention")])
@@ -158,11 +161,7 @@ def test_softcap_slopes_and_sinks(backend, softcap, with_slopes, with_sinks, pat
     if backend == "reference":
         got_lse = attention(q, k, v, capped, softmax_scale=0.4, return_lse=True, **given)[1]
         torch.testing.assert_close(got_lse.double(), lse, atol=2e-6, rtol=1e-5)
-    weight = torch.randn(expected.shape, dtype=torch.float64)
-    (got.double() * weight).sum().backward()
-    (expected * weight).sum().backward()
-    for name, x in given.items():
-        torch.testing.assert_close(x.grad.double(), exact[name].grad, atol=5e-6, rtol=1e-4)
+    assert_gradients(got, expected, given.values(), [exact[name] for name in given])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
