@@ -2,9 +2,9 @@
 
 A step is forward, backward, gradient clipping and both optimizers on random tokens, with the implementation that
 train.py chooses, without evaluation and logging. With data.document_mask a document begins at each token 0, so that it
-has as many tokens as the vocabulary in the mean. Steps alternate with a large matmul in the same dtype. MFU is the
-median over these pairs of the model's FLOP/s by the matmul's: the share of what this machine multiplies at, measured,
-not of a data sheet.
+has, on average, as many tokens as the vocabulary has entries. Steps alternate with a large matmul in the same dtype.
+MFU is the median over these pairs of the model's FLOP/s by the matmul's: the share of what this machine multiplies at,
+measured, not of a data sheet.
 """
 
 import dataclasses

@@ -63,8 +63,8 @@ def induction_scores(model: GPT, tokenizer: Tokenizer) -> dict[int, Tensor]:
 
 
 def random_text(model: GPT, tokenizer: Tokenizer, seed: int) -> Tensor:
-    """A document that begins with random tokens, all different, and the same once more: (1 + 2 * length,), as many as
-    fit, on the model's device. Raises ValueError if none do."""
+    """A document that begins with random tokens, all different, followed by the same tokens again: (1 + 2 * length,),
+    as many as fit, on the model's device. Raises ValueError if none do."""
     special = {token for token, about in tokenizer.inner.get_added_tokens_decoder().items() if about.special}
     others = torch.tensor([token for token in range(tokenizer.vocab_size) if token not in special])
     length = min(LENGTH, (model.config.context - 1) // 2, len(others))

@@ -39,7 +39,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
     text = p.add_mutually_exclusive_group(required=True)
     text.add_argument("--prompt", help="the text to look at; - reads standard input")
-    text.add_argument("--repeated", action="store_true", help="random tokens, and the same once more")
+    text.add_argument("--repeated", action="store_true", help="random tokens, repeated: shows induction heads")
     p.add_argument("--head", metavar="LAYER.HEAD", default="", help="the map that is large at first, numbers from 1; "
         "default: the one with the highest induction score")  # fmt: skip
     p.add_argument("--checkpoint", default="best", help="best, latest or a step such as step-000500; default: best")

@@ -10,7 +10,7 @@ length and depth, means over the items:
 
 exact: greedy decoding continues with the word. choice: the word is the most likely of CANDIDATES words, of which the
 others are drawn like it: a model that does not read the needle has 1 / CANDIDATES. gain: log-probability of the word
-minus the mean of that of the others, in nats: without the needle it is 0 in the mean.
+minus the mean of that of the others, in nats: without the needle it is 0 on average.
 
 A model must have learned to copy. One that was trained for minutes has not, and has a gain near 0 everywhere; what the
 evaluation itself is worth is shown in tests/evals/test_needle.py, by a model that looks the answer up.

@@ -56,7 +56,7 @@ def first_token(share: Tensor) -> Tensor:
 
 
 def repeated(tokens: Tensor, length: int, seed: int) -> Tensor:
-    """Some of the tokens, all different, in random order, and the same once more: (2 * length,)."""
+    """Some of the tokens, all different, in random order, and then repeated: (2 * length,)."""
     order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))
     return tokens[order[:length]].repeat(2)
 

@@ -10,7 +10,8 @@ weighted mean brings them together (Dong et al. 2021, arXiv 2103.03404). Recorde
     similarity_1, ...   mean cosine similarity of two tokens after layer 1, 2, ...: 1 if all have one direction
 
 The first two count the heads of attention, layers L and S, and are missing without them. Cost: a forward pass of at
-most LENGTH tokens, and their weights once more. It draws no random numbers: a run with and without it is the same.
+most LENGTH tokens, and computing their weights a second time. It draws no random numbers: a run with and without it is
+the same.
 """
 
 import dataclasses

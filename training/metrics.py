@@ -46,8 +46,8 @@ class Metrics:
             self.sync()
 
     def sync(self) -> None:
-        """Wait until all records are on the disk, and with TensorBoard: a checkpoint is not to be newer than they
-        are."""
+        """Wait until all records are on the disk, and with TensorBoard: a checkpoint must not be newer than
+        they are."""
         self.file.flush()
         os.fsync(self.file.fileno())
         self._tell(lambda tracker: tracker.flush() if isinstance(tracker, TensorBoard) else None)

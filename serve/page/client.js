@@ -45,7 +45,7 @@ async function* events(path, body, signal) {
     for (const line of lines) {
       if (line === "data: [DONE]") return;
       const event = JSON.parse(line.slice("data: ".length));
-      if (event.error) throw new Problem(`The server gave up: ${event.error.message}.`);
+      if (event.error) throw new Problem(`The server stopped the generation: ${event.error.message}.`);
       yield event;
     }
   }

@@ -103,7 +103,7 @@ async function generate(signal) {
   say(`${count} tokens`);
 }
 
-// Do something that asks the server. What goes wrong is said to the user.
+// Do something that asks the server. Errors are shown to the user.
 async function attempt(work) {
   try {
     await work();

@@ -84,7 +84,7 @@ def test_pip_of_an_environment_without_pip(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_setuptools_can_be_imported_after_the_search_for_pip() -> None:
-    """torch.compile imports it. Its hook gives up in a process that has looked for a module named pip."""
+    """torch.compile imports it. Its hook refuses in a process that has looked for a module named pip."""
     lines = "from data import download; download.pip(); import setuptools"
     done = subprocess.run([sys.executable, "-c", lines], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

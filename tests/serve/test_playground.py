@@ -231,7 +231,7 @@ def test_a_server_that_is_gone_and_comes_back(visit, songs):
         expect(tokens(page)).to_have_count(given + 2)
         served.server.should_exit = True
         alert = page.get_by_role("alert")
-        expect(alert).to_contain_text("The server gave up: the server ends.")
+        expect(alert).to_contain_text("The server stopped the generation: the server ends.")
     page.fill("#prompt", "Song")
     expect(alert).to_contain_text("The server does not answer. It may have been stopped")
     page.click("#retry")
