@@ -2,6 +2,7 @@
 # make zoo           compare attention with its alternatives in 20 minutes on two cores, see python -m benchmarks zoo
 # make test          set up, lint and type-check, run all tests
 # make test-full     the same with larger parameter grids for the kernel tests
+# make coverage      make test, and the lines that no test runs
 # make torture       kill a run 250 times, damage its files, full disks, hostile texts: over a thousand cases
 # make check         set up, lint, check the format, type-check
 # make ... PYTHON=python3.12 creates the virtual environment with that Python.
@@ -11,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 LOG := $(VENV)/install.log
 
-.PHONY: shakespeare zoo test test-full torture check
+.PHONY: shakespeare zoo test test-full coverage torture check
 
 # Resumes an interrupted run. If the run is finished, only generates samples.
 shakespeare: $(VENV)/ready
@@ -23,13 +24,16 @@ zoo: $(VENV)/ready
 	@$(BIN)/python -m benchmarks zoo --short --minutes 15
 
 test: check
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
+
+test-full: check
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m "full or not full"
+
+coverage: check
 	@rm -f .coverage*
 	@OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n auto
 	@$(BIN)/coverage combine -q
 	@$(BIN)/coverage report
-
-test-full: check
-	@OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m "full or not full"
 
 torture: check
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -s -m "full or not full" tests/torture

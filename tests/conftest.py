@@ -1,6 +1,5 @@
 """Shared fixtures: a small text on disk, a small run trained on it, and the command-line programs."""
 
-import functools
 import importlib.util
 import io
 import json
@@ -14,24 +13,9 @@ assert "triton" not in sys.modules, "triton reads TRITON_INTERPRET when it is im
 os.environ["TRITON_INTERPRET"] = "1"  # heed's kernels run on the CPU, see tests/kernels/interpreter.py
 
 if importlib.util.find_spec("triton"):  # not available on every system
-    from triton.runtime.interpreter import GridExecutor
-
     from tests.kernels.interpreter import install
 
     install()
-    interpret = GridExecutor.__call__
-
-    @functools.wraps(interpret)
-    def untraced(*args, **constants):
-        """A launch without coverage, which doubles the time. The probes of test_mutants.py run with coverage."""
-        tracer = sys.gettrace()
-        sys.settrace(None)
-        try:
-            return interpret(*args, **constants)
-        finally:
-            sys.settrace(tracer)
-
-    GridExecutor.__call__ = untraced
 
 import pytest
 import torch
@@ -43,7 +27,6 @@ from training import checkpoint, metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 USER_ENV = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-UNTRACED_ENV = {name: value for name, value in USER_ENV.items() if name != "COVERAGE_PROCESS_CONFIG"}
 
 
 TINY = ModelConfig(vocab_size=97, context=32, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, head_dim=16, n_ffn=48)
@@ -58,14 +41,9 @@ def randomized(config: ModelConfig, seed: int = 0) -> GPT:
     return model
 
 
-def command(
-    program: str, *words: str, where: Path, stdin: str = "", measured: bool = True, **environment: str
-) -> subprocess.CompletedProcess:
-    """Run a command-line program as a user does, with the folder `where` as runs/.
-
-    measured=False: without coverage, which takes a third more time, if other tests cover the same lines.
-    """
-    env = (USER_ENV if measured else UNTRACED_ENV) | {"HEED_RUNS": str(where), "OMP_NUM_THREADS": "1"} | environment
+def command(program: str, *words: str, where: Path, stdin: str = "", **environment: str) -> subprocess.CompletedProcess:
+    """Run a command-line program as a user does, with the folder `where` as runs/."""
+    env = USER_ENV | {"HEED_RUNS": str(where), "OMP_NUM_THREADS": "1"} | environment
     started = [str(ROOT / program)] if program.endswith(".py") else ["-m", program]
     return subprocess.run(
         [sys.executable, *started, *words], cwd=ROOT, env=env, input=stdin, capture_output=True, text=True

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from tests.conftest import ROOT, SMALL, UNTRACED_ENV
+from tests.conftest import ROOT, SMALL, USER_ENV
 from tests.test_layout import NAMES
 
 BLOCKED = (
@@ -29,7 +29,7 @@ train.main()
 
 
 def run(where, *words: str, modules: str = "train") -> subprocess.CompletedProcess:
-    env = UNTRACED_ENV | {"HEED_RUNS": str(where), "OMP_NUM_THREADS": "1"}
+    env = USER_ENV | {"HEED_RUNS": str(where), "OMP_NUM_THREADS": "1"}
     words = ("-c", CODE, "shakespeare", "--name=bare", *SMALL, *words, modules)
     return subprocess.run([sys.executable, *words], cwd=ROOT, env=env, capture_output=True, text=True)
 

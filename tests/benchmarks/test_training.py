@@ -148,7 +148,7 @@ def test_invalid_arguments(peer, words, message):
 
 def test_invalid_option_of_train_py_is_one_line(peer, tmp_path):
     words = ["--nanogpt", str(peer), "--text", "README.md", "--", "--model.n_layre=2"]
-    done = command("benchmarks", "training", *words, where=tmp_path, measured=False)
+    done = command("benchmarks", "training", *words, where=tmp_path)
     assert done.returncode == 2
     assert "did you mean --model.n_layer?" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr

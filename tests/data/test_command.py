@@ -10,7 +10,7 @@ import pytest
 import data.__main__ as command
 import data.prepare as module
 from data import draft, encoding, shards
-from tests.conftest import ROOT, SMALL, UNTRACED_ENV, train_here
+from tests.conftest import ROOT, SMALL, USER_ENV, train_here
 from tests.data.test_prepare import story, write
 
 
@@ -78,7 +78,7 @@ def test_ctrl_c_and_a_kill_end_the_workers_too(tmp_path, how, status):
     """The pipe of stderr, which the workers have, too, is closed only when all have ended."""
     source = write(tmp_path / "a.txt", [story(i) for i in range(1000)])
     child = subprocess.Popen(
-        [sys.executable, "-c", ENDS, str(source), how], cwd=ROOT, env=UNTRACED_ENV | {"HEED_CACHE": str(tmp_path)},
+        [sys.executable, "-c", ENDS, str(source), how], cwd=ROOT, env=USER_ENV | {"HEED_CACHE": str(tmp_path)},
         text=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
     said = child.communicate(timeout=60)[1]

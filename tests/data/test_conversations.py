@@ -17,7 +17,7 @@ from data.shards import ShardError, Shards
 from data.tokenizer import Tokenizer
 from kernels.reference_attention import IGNORE_INDEX
 from model import GPT
-from tests.conftest import ROOT, SMALL, TINY, UNTRACED_ENV, losses, randomized
+from tests.conftest import ROOT, SMALL, TINY, USER_ENV, losses, randomized
 from tests.data.test_chat_format import line
 
 
@@ -150,7 +150,7 @@ def test_two_processes_with_unequal_numbers_of_answers_equal_one_process(run_tra
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "train.py"),
          "shakespeare", "--name=chat-both", *SMALL, *words],
-        cwd=ROOT, env=UNTRACED_ENV | {"HEED_RUNS": str(tmp_path), "OMP_NUM_THREADS": "1"}, capture_output=True,
+        cwd=ROOT, env=USER_ENV | {"HEED_RUNS": str(tmp_path), "OMP_NUM_THREADS": "1"}, capture_output=True,
         text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -20,7 +20,7 @@ from data.chunking import Piece
 from data.prepare import prepare
 from data.sources import CorpusError
 from data.tokenizer import Tokenizer, TokenizerError
-from tests.conftest import ROOT, UNTRACED_ENV
+from tests.conftest import ROOT, USER_ENV
 from tests.data.test_chat_format import line
 from tests.data.test_prepare import story, write
 from tests.torture.damage import DAMAGES, content, damage
@@ -133,7 +133,7 @@ def test_killed_at_function_calls(tmp_path):
 
     def run(*kills: int) -> list[str]:
         words = [sys.executable, "-m", "tests.data.kills", str(text), str(tmp_path / "killed"), *map(str, kills)]
-        done = subprocess.run(words, cwd=ROOT, env=UNTRACED_ENV, capture_output=True, text=True)
+        done = subprocess.run(words, cwd=ROOT, env=USER_ENV, capture_output=True, text=True)
         assert done.returncode == 0 and not done.stderr, done.stderr
         return done.stdout.splitlines()
 

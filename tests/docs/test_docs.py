@@ -11,6 +11,7 @@ import io
 import json
 import re
 import shlex
+import shutil
 import string
 import subprocess
 import sys
@@ -22,7 +23,8 @@ import benchmarks.__main__
 import convert.__main__
 import data.__main__
 import evals.__main__
-from tests.conftest import ROOT, SMALL, UNTRACED_ENV
+from tests.conftest import ROOT, SMALL, USER_ENV
+from tests.fork_server import ForkServer
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("[0-9]*.md"))]
 REFERENCE = [ROOT / name for name in ("benchmarks/README.md", "CONTRIBUTING.md")]
@@ -66,9 +68,9 @@ def commands() -> list[str]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, runs):
-    """A runs/ folder for the pages' commands; the finished run in it is called `shakespeare`, too."""
+    """A runs/ folder for the pages' commands, with a copy of the finished run, since commands write into it."""
     where = tmp_path_factory.mktemp("pages")
-    (where / "shakespeare").symlink_to(runs / "songs")
+    shutil.copytree(runs / "songs", where / "shakespeare", symlinks=True)
     words = (string.ascii_letters[n % 40 : n % 40 + 10] for n in range(400))
     (where / "letters.jsonl").write_text("".join(json.dumps({"text": word + word}) + "\n" for word in words))
     return where
@@ -93,8 +95,15 @@ def written(tmp_path_factory, text):
     return folder
 
 
+@pytest.fixture(scope="module")
+def server(place):
+    started = ForkServer(place, USER_ENV)
+    yield started
+    started.close()
+
+
 @pytest.mark.parametrize("line", commands())
-def test_commands_run(line, place, text, chats, written, tmp_path):
+def test_commands_run(line, place, text, chats, written, server, tmp_path):
     program = line.split()[0]
     line = re.sub(
         r"(\.venv/bin/|\b)python (?=-m (?:benchmarks|data|evals|convert)|train|sample)", f"{sys.executable} ", line
@@ -122,7 +131,14 @@ def test_commands_run(line, place, text, chats, written, tmp_path):
     line = line.replace("my-notes", str(text.parent)).replace("chat.jsonl", str(chats))
     line = re.sub(r"[\w-]+\.toml", rf"{written}/\g<0>", line)
     line = re.sub(r"--nproc-per-node[ =]8", "--nproc-per-node=2", line)
-    environment = UNTRACED_ENV | {"HEED_RUNS": str(place), "OMP_NUM_THREADS": "1"}
+    # --dry-run sets TRITON_INTERPRET before triton is imported; in the server, it is already.
+    heed = re.fullmatch(rf"{sys.executable} (?:-m ((?:benchmarks|data|evals|convert)\S*)|(\w+)\.py)(.*)", line)
+    if heed and "--dry-run" not in line:
+        module, script, words = heed.groups()
+        status, said = server.run(*shlex.split(words), program=module or script, runs=place)
+        assert status == 0, f"{line}\n{said}"
+        return
+    environment = USER_ENV | {"HEED_RUNS": str(place), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(["bash", "-ec", line], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
 

@@ -69,7 +69,6 @@ def found(runs, tmp_path_factory) -> dict:
         "evals.lm_eval_adapter", "--model", "heed", "--model_args", f"run={runs / 'songs'},checkpoint=latest",
         "--tasks", ",".join(TASKS), "--include_path", str(where), "--output_path", str(where / "out"), "--log_samples",
         where=runs, HF_HOME=str(where / "hf"), HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1",
-        measured=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     results = json.loads(next((where / "out").rglob("results_*.json")).read_text())["results"]

@@ -16,7 +16,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from tests.conftest import ROOT, UNTRACED_ENV
+from tests.conftest import ROOT, USER_ENV
 
 BUDGET = json.loads((ROOT / "tests" / "kernels" / "compiled_limits.json").read_text())
 recorded = pytest.mark.skipif(
@@ -56,7 +56,7 @@ def compile_kernels(code: str = "") -> dict:
         if code
         else ["-m", "tests.kernels.compile_kernels"]
     )
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, env=UNTRACED_ENV, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, env=USER_ENV, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

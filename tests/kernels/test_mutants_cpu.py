@@ -10,18 +10,23 @@ from tests.kernels.mutants_cpu import MUTANTS, probe
 HERE = build.HERE
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """One folder for all mutants: its path is part of a compiled file's name, so each other file is compiled once."""
+    return tmp_path_factory.mktemp("mutants")
+
+
 @pytest.fixture
-def compiled(monkeypatch, tmp_path, tmp_path_factory, clear_compiled):
+def compiled(monkeypatch, folder, clear_compiled):
     """compiled(name, text) replaces kernels/cpu/NAME, for this test."""
 
     def put(name: str, text: str) -> None:
         for file in (*HERE.glob("*.h"), *HERE.glob("*.cpp")):
-            shutil.copy(file, tmp_path)
-        (tmp_path / file_name(name)).write_text(text)
-        monkeypatch.setattr(build, "HERE", tmp_path)
-        monkeypatch.setattr(
-            build, "FOLDER", tmp_path_factory.getbasetemp() / "compiled"
-        )  # the other file, compiled once
+            shutil.copy(file, folder)
+        (folder / file_name(name)).write_text(text)
+        monkeypatch.setattr(build, "HERE", folder)
+        monkeypatch.setattr(build, "FOLDER", folder / "compiled")
+        monkeypatch.setattr(build, "FLAGS", ["-O1", *build.FLAGS[1:]])  # compiles in two thirds of the time
         clear_compiled()
 
     return put

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kernels.cpu import build
-from tests.conftest import ROOT, UNTRACED_ENV
+from tests.conftest import ROOT, USER_ENV
 from tests.kernels.sanitized import FLAGS
 
 
@@ -23,7 +23,7 @@ def run(examples: int, folder: Path, tmp_path: Path) -> subprocess.CompletedProc
     if tried.returncode or not Path(runtime).is_file():
         pytest.skip("this g++ has no sanitizers")
     options = "detect_leaks=0:alloc_dealloc_mismatch=0:max_malloc_fill_size=1000000000:malloc_fill_byte=255"
-    env = UNTRACED_ENV | {"LD_PRELOAD": runtime, "ASAN_OPTIONS": options, "CXX": compiler, "PYTHONPATH": str(ROOT)}
+    env = USER_ENV | {"LD_PRELOAD": runtime, "ASAN_OPTIONS": options, "CXX": compiler, "PYTHONPATH": str(ROOT)}
     words = [sys.executable, "-m", "tests.kernels.sanitized", str(examples), str(folder)]
     return subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True)
 

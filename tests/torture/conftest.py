@@ -1,39 +1,23 @@
 """What the torture tests share: a server that runs commands, and a judge of how they end."""
 
-import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, UNTRACED_ENV
+from tests.conftest import USER_ENV
+from tests.fork_server import ForkServer
 
 LINES = 6  # of an error message, at most
 
 
-class Server:
-    """tests/torture/server.py, started once."""
+class Server(ForkServer):
+    """A server that judges how commands end."""
 
     def __init__(self, where: Path) -> None:
-        self.where, self.cases, self.wrong = where, 0, list[str]()
-        environment = UNTRACED_ENV | {
-            "HEED_CACHE": str(where / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"
-        }  # fmt: skip
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.torture.server"], cwd=ROOT, env=environment, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )  # fmt: skip
-        assert self.process.stdout.readline() == "ready\n"
-
-    def run(self, *argv: str, runs: Path | None = None, **options) -> tuple[int, str]:
-        """Exit status and output of a command; see server.py for `program`, `kill` and `limit`."""
-        log = self.where / "log"
-        request = {"argv": argv, "log": str(log), "runs": str(runs or self.where / "runs"), **options}
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline()), log.read_text(errors="replace")
+        self.cases, self.wrong = 0, list[str]()
+        environment = {"HEED_CACHE": str(where / "cache"), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+        super().__init__(where, USER_ENV | environment)
 
     def judge(self, *argv: str, **options) -> str:
         """Run a command that may succeed or refuse, with a short message and no traceback; returns its output.
@@ -61,8 +45,7 @@ class Server:
 def the_server(tmp_path_factory):
     started = Server(tmp_path_factory.mktemp("torture"))
     yield started
-    started.process.stdin.close()
-    started.process.wait()
+    started.close()
 
 
 @pytest.fixture

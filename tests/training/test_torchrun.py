@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, SMALL, UNTRACED_ENV, losses
+from tests.conftest import ROOT, SMALL, USER_ENV, losses
 from tests.training.ranks import HANGS
 from training import checkpoint
 
@@ -70,7 +70,7 @@ def slurm(tmp_path, text):
 def test_a_killed_process_is_restarted_and_sigterm_saves(tmp_path, text):
     environment = slurm(tmp_path, text)
     process = subprocess.Popen(
-        ["bash", "heed.sbatch"], cwd=tmp_path, env=UNTRACED_ENV | environment, text=True, stdout=subprocess.PIPE,
+        ["bash", "heed.sbatch"], cwd=tmp_path, env=USER_ENV | environment, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
     run = tmp_path / "runs" / "gpt2-124m"

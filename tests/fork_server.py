@@ -1,9 +1,8 @@
-"""Runs train.py's and sample.py's commands in forked processes: `python -m tests.torture.server`.
+"""Runs heed's commands in forked processes: a process needs three seconds to import torch, its fork none.
 
-A command takes three seconds to import torch; a fork of a process that has it takes none. So a thousand cases take
-minutes. The server reads one JSON object per line: {"argv", "log", "runs"}, with "program" (train, sample or
-a package such as convert), "kill"
-[signal, call] and "limit" (bytes) as options. It answers with the exit status, as one line: -9 after SIGKILL.
+`ForkServer` starts `python -m tests.fork_server`, which reads one JSON object per line: {"argv", "log", "runs"}, with
+"program" (train, sample or a module such as convert), "kill" [signal, call] and "limit" (bytes) as options. It answers
+with the exit status, as one line: -9 after SIGKILL.
 
 `kill` sends a signal to the process itself at the start of that many function calls, of Python and C functions: every
 moment of a run can be named, and is the same on every machine. `limit` is the size that no file may exceed, as on a
@@ -15,18 +14,47 @@ import os
 import resource
 import runpy
 import signal
+import subprocess
 import sys
 import traceback
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot  # noqa: F401  # for the pictures; imported once
+import matplotlib.pyplot  # noqa: F401  # what the commands import later takes seconds, too
 import torch
+import torch._dynamo
 
 import sample
 import train
 
+ROOT = Path(__file__).resolve().parent.parent
 HANGS = 120  # seconds after which a command is ended: every case takes a few
+
+
+class ForkServer:
+    """The other end: a server that runs one command after another."""
+
+    def __init__(self, where: Path, environment: dict[str, str]) -> None:
+        self.where = where
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.fork_server"], cwd=ROOT, env=environment | {"OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert self.process.stdout and self.process.stdout.readline() == "ready\n"
+
+    def run(self, *argv: str, runs: Path | None = None, **options: Any) -> tuple[int, str]:
+        """Exit status and output of a command, with the folder `runs` as runs/."""
+        assert self.process.stdin and self.process.stdout
+        log = self.where / "log"
+        request = {"argv": argv, "log": str(log), "runs": str(runs or self.where / "runs"), **options}
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline()), log.read_text(errors="replace")
+
+    def close(self) -> None:
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.process.wait()
 
 
 def main() -> None:
@@ -51,6 +79,7 @@ def run(request: dict[str, Any]) -> None:
     signal.alarm(HANGS)
     if limit := request.get("limit"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    os.environ["HEED_RUNS"] = request["runs"]  # for sample.py, which is run from its file
     train.RUNS = sample.RUNS = Path(request["runs"])
     code, program = 1, request.get("program", "train")
     try:
