@@ -10,7 +10,7 @@ Cost: attention's in multiply-adds and in cache, but also O(T H D) tanh per toke
 the slowest mixer, and is why Vaswani et al. 2017 (section 3.2.1) prefer products. A block of queries needs H BLOCK T D
 numbers per sequence (zoo/query_blocks.py). Queries and keys are normed, if `qk_norm` is true, but not rotated: the
 tanh of a sum of rotated vectors is not a function of t - s. Positions come from `positions` = sinusoidal or learned,
-or from other layers: with LSTMs, "RA", as in the paper.
+or from other layers: with LSTMs, "RA", similar to the paper's gated recurrent units.
 
 Luong et al. 2015 (arXiv 1508.04025, section 3.1, equation 8) compare more scores. Two are flags of attention, L: "dot",
 h_t . h_s, is scale_scores = false and qk_norm = false; "general", h_t . W h_s, is the same with W = W_q^T W_k.

@@ -4,6 +4,8 @@ Attention finds the token before another by its position. A recurrence cannot, a
 tokens instead (Poli et al. 2023, arXiv 2302.10866, section 3; Gu & Dao 2023, arXiv 2312.00752, section 3.4).
 
     out_t = sum over i < K of weight_(K - 1 - i) x_(t - i), for each channel by itself
+
+Cost: K multiply-adds per channel and token, and K - 1 numbers per channel and sequence.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""R, the LSTM (Hochreiter & Schmidhuber 1997; with a forget gate: Gers, Schmidhuber & Cummins 2000).
+"""R, the LSTM (Hochreiter & Schmidhuber 1997, section 4; the forget gate: Gers, Schmidhuber & Cummins 2000, section 3).
 
 The state is two vectors: the cell c, which each token fades and adds to, and the output h, which the gates of the next
 token read. Since the gates depend on h, tokens are computed one after another: unlike the other recurrences of zoo/, an

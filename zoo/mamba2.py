@@ -1,8 +1,8 @@
 """M, Mamba-2 (Dao & Gu 2024, arXiv 2405.21060, sections 5 to 7): a state space model as linear attention.
 
-A head's state S has STATE numbers for each channel of its input x. B_t says where in S the token x_t is written, C_t
-what is read: they are a key and a query that all heads share. The step size dt_t is large for a token that matters: it
-is written strongly, and the past fades. A short convolution mixes x, B and C with those of the three tokens before.
+A head's state S has STATE numbers for each channel of its input x; B_t and C_t, shared by all heads, are the key under
+which the token x_t is written and the query with which S is read. With a large step size dt_t, a token is written
+strongly and the past decays. A short convolution mixes x, B and C with those of the three tokens before.
 
     S <- exp(-exp(A_log) dt_t) S + B_t (dt_t x_t)^T;   y_t = S^T C_t + D x_t;   out_t = W RMSNorm(y_t silu(z_t))
     dt_t = softplus(W_dt x_t + dt_bias)

@@ -10,6 +10,7 @@ experts (Fedus et al. 2021, "Switch Transformers", arXiv 2101.03961, equations 4
 
 f and P are means over one sequence here (as in DeepSeek-V3, arXiv 2412.19437, equations 17 to 20), not over a batch.
 So the loss does not depend on how a batch is divided into micro-batches and devices.
+Cost: per token n_expert_active feed-forward networks and E C for the router; nothing is kept.
 Weights and computation are those of transformers' Qwen3MoeSparseMoeBlock with norm_topk_prob.
 """
 

@@ -2,15 +2,14 @@
 
 For normally distributed w, exp(q . k) is the expectation of exp(w . q - |q|^2 / 2) exp(w . k - |k|^2 / 2). Linear
 attention with m such features therefore estimates softmax attention. The error falls as 1 / sqrt(m), less for vectors w
-that are orthogonal, but grows as exp(|q + k|^2 / 2): q and k must be short. Vectors are drawn once per layer; the
-authors also draw new ones in training.
+that are orthogonal, but grows as exp(|q + k|^2 / 2): q and k must be short.
 
     phi(x)_i = exp(w_i . x' - |x'|^2 / 2) / sqrt(m),   x' = x / D^(1/4)
     S <- S + phi(k_t) v_t^T;   z <- z + phi(k_t);   out_t = S^T phi(q_t) / (z . phi(q_t))
 
 A factor on all features of a query, or on those of all keys, changes nothing. So the largest feature of each query is
 made 1, and so is the largest one of all keys so far: when it grows, S and z decay. The authors take the largest one of
-the whole text, which later tokens change.
+the whole text, which later tokens change; and they draw new vectors w in training, where here a layer has its own.
 Cost: O(H m D) per token and K m (D + 1) + K numbers per sequence, m = FEATURES * D. All around it is model.Attention's.
 """
 

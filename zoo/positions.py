@@ -5,7 +5,8 @@
     learned      x_t + p_t, a trained vector for each position of the context (GPT-2: Radford et al. 2019)
     alibi        score(t, s) - m_h (t - s), a slope for each head (Press et al. 2022, arXiv 2108.12409, section 3)
 
-RoPE and YaRN are in model.py.
+Cost: none of the first three multiplies anything by another token; alibi adds one number to each score. RoPE and YaRN
+are in model.py. The slopes are Bloom's, as in the authors' code; MPT's differ if the heads are no power of two.
 """
 
 from typing import Any
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 POSITIONS = ("rope", "none", "sinusoidal", "learned", "alibi")
-# Of the sinusoids: half as large as an embedding after training. Next to larger ones words disappear, next to the
-# embedding's initial 0.02 positions do, since the embedding grows (docs/EXPERIMENTS.md). Vaswani et al. scale it up.
+# Of the sinusoids: between the embedding's initial 0.02 and its size after training, about twice this. Vaswani et al.
+# multiply the embedding by sqrt(C) instead.
 SCALE = 0.1
 
 

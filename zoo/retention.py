@@ -2,13 +2,14 @@
 
 Without softmax, the sum over keys is a matrix S per head. Each token first multiplies it by gamma, a constant of the
 head: head h = 0, 1, ... sees the last 2^(5 + h) tokens or so. RoPE gives relative positions, which together with the
-decay are the paper's xPos. The norm of each head's output replaces softmax's normalization.
+decay are the paper's xPos.
 
     S <- gamma_h S + k_t v_t^T;   out_t = W_o (RMSNorm(S^T q_t / sqrt(D)) silu(W_g x_t));   gamma_h = 1 - 2^(-5 - h)
 
-Cost: O(H D^2) per token and K D^2 numbers per sequence. The norm is that of the authors' code (torchscale), where the
-paper has GroupNorm; the values are as wide as the keys, where its models have twice the width. With `qk_norm`, queries
-and keys are normed as in model.Attention, not in the paper. Groups of query heads (GQA) share a key, value and gamma.
+Cost: O(H D^2) per token and K D^2 numbers per sequence. The norm of each head's output, in place of a division by the
+sum of the weights, is that of the authors' code (torchscale), where the paper has GroupNorm; the values are as wide as
+the keys, where its models have twice the width. With `qk_norm`, queries and keys are normed as in model.Attention, not
+in the paper. Groups of query heads (GQA) share a key, value and gamma.
 """
 
 from typing import Any

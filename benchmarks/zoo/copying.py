@@ -2,9 +2,9 @@
 
 A sequence is x1 ... xn SEP x1 ... xn, and the loss is over its second half. A recurrent network that reads the first
 half and the separator is an encoder; its state after the separator is the fixed-length vector of Bahdanau et al. (2015,
-arXiv 1409.0473), whose figure 2 this repeats as a language model: LSTMs alone, and with additive attention over all
-their states. Measured: the fraction of symbols predicted, given those before, for several n, also beyond the longest
-in training.
+arXiv 1409.0473), whose figure 2 this repeats as a language model: LSTMs (the paper has GRUs), alone and with additive
+attention over all their states. Measured: the fraction of symbols predicted, given those before, for several n, also
+beyond the longest in training.
 """
 
 import time

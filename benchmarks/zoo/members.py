@@ -30,7 +30,7 @@ ALL: dict[str, dict[str, Any]] = {
     "short convolution": {"layer_pattern": "C"},
     # with a single head, as in the paper; it has no rotary positions
     "additive attention": {"layer_pattern": "A", "n_head": 1, "n_kv_head": 1, "positions": "sinusoidal"},
-    "LSTM, additive attention": {"layer_pattern": "RA", "n_head": 1, "n_kv_head": 1},  # Bahdanau et al. 2015
+    "LSTM, additive attention": {"layer_pattern": "RA", "n_head": 1, "n_kv_head": 1},  # Bahdanau et al. 2015, with GRUs
     "dot product, unscaled": {"layer_pattern": "L", "scale_scores": False, "qk_norm": False},  # Luong et al. 2015
     "BigBird": {"layer_pattern": "B"},
     "top-k memory": {"layer_pattern": "Q"},

@@ -26,7 +26,9 @@ PARTS = ((70,), (1,) * 70, (1, 16, 3, 40, 10), (69, 1))
 
 
 def change(letter: str, **fields):
-    return dataclasses.replace(TINY, context=80, layer_pattern=letter, **fields)
+    if letter == "experts":
+        return dataclasses.replace(TINY, context=80, n_expert=6, n_expert_active=2, **fields)
+    return dataclasses.replace(TINY, context=80, layer_pattern=letter, window=20 * (letter == "S"), **fields)
 
 
 @LETTERS
@@ -43,7 +45,7 @@ def test_cached_equals_uncached_however_the_calls_are_split(letter):
         torch.testing.assert_close(torch.cat(got, 1), expected, atol=1e-10, rtol=0)
 
 
-@LETTERS
+@pytest.mark.parametrize("letter", ["L", "S", *MIXERS])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @torch.no_grad()
 def test_causality_bit_for_bit(letter, dtype):
@@ -119,7 +121,7 @@ def test_states_have_fp32_beside_bf16_keys_and_values(letter):
     assert (torch.cat(got, 1) - expected).abs().max() < 0.1 * expected.abs().max()
 
 
-@LETTERS
+@pytest.mark.parametrize("letter", ["L", "S", *MIXERS, "experts"])
 def test_thirty_steps_lower_the_loss(letter):
     torch.manual_seed(0)
     model = GPT(change(letter))

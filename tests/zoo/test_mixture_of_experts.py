@@ -64,6 +64,19 @@ def test_outputs_equal_the_definition_and_balance_that_of_transformers():
     check(module)
 
 
+@torch.no_grad()
+def test_causality():
+    """Not bit for bit: an expert's matmul has as many rows as tokens choose it, which changes how it is summed."""
+    model, tokens = randomized(SPARSE).double(), torch.randint(0, 97, (1, 30))
+    before = model(tokens)
+    for t in (1, 15, 29):
+        changed = tokens.clone()
+        changed[0, t] = (tokens[0, t] + 1) % 97
+        after = model(changed)
+        torch.testing.assert_close(after[:, :t], before[:, :t], atol=1e-12, rtol=0)
+        assert (after[:, t] - before[:, t]).abs().max() > 1e-3
+
+
 def test_checkpoint_of_transformers_is_imported(tmp_path):
     """As transformers 5 saves it, with another width of dense layers. The export is tested in tests/convert/."""
     torch.manual_seed(0)

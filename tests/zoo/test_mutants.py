@@ -27,7 +27,7 @@ from tests.zoo import (
 )
 
 CHECKS = {  # file under zoo/ -> what is checked ("": the module), the check
-    "positions": ("alibi_slopes", test_positions.check_slopes),
+    "positions": ("", test_positions.check),
     "mixture_of_experts": ("", test_mixture_of_experts.check),
     "scan": ("scan", test_scan.check),
     "causal_conv": ("causal_conv", test_causal_conv.check),
@@ -50,6 +50,15 @@ MUTANTS = [  # file, name, right, wrong
     ("positions", "ALiBi's slopes as MPT's", "4 * h / P for", "8 * h / P for"),
     ("positions", "other heads take each slope of 2P", "2 * (heads - P), 2)", "(heads - P) + 1)"),
     ("positions", "slopes begin with 1", "range(1, P + 1)", "range(P)"),
+    (
+        "positions",
+        "sinusoids: sin and cos swapped",
+        "(angles.sin(), angles.cos())",
+        "(angles.cos(), angles.sin())",
+    ),
+    ("positions", "sinusoids: half the exponent", "arange(0, config.n_embd, 2", "arange(0, config.n_embd / 2, 1"),
+    ("positions", "sinusoids: an odd width divides by C - 1", "-i / config.n_embd", "-i / (config.n_embd // 2 * 2)"),
+    ("positions", "sinusoids: not scaled", "SCALE * table", "table"),
     ("mixture_of_experts", "probabilities not divided by their sum", "(p / p.sum(-1, keepdim=True))", "p"),
     ("mixture_of_experts", "softmax over the chosen alone, halved", "(p[..., None] * out).sum(2)", "out.mean(2)"),
     ("mixture_of_experts", "tokens in another order", "Rows.apply(out, back, order[:, None])", "out"),

@@ -41,6 +41,12 @@ def check_sinusoids(cls) -> None:
             torch.testing.assert_close(module(torch.tensor([[t]]))[0, 0], SCALE * expected, atol=1e-8, rtol=0)
 
 
+def check(module) -> None:
+    """Both of the above, of a module."""
+    check_slopes(module.alibi_slopes)
+    check_sinusoids(module.Sinusoids)
+
+
 def test_alibi_slopes_equal_blooms():
     check_slopes(alibi_slopes)
 
