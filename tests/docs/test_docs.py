@@ -194,6 +194,20 @@ def test_commands_within_a_sentence_exist(page):
         assert not wrong, f"{page.name}: {words}: {error.getvalue()}"
 
 
+def test_minutes_of_the_chapters():
+    """The front page estimates 100 words per minute; a row has chapters and their minutes in the same order."""
+    listed: dict[str, str] = {}
+    for line in front_page():
+        if line.startswith("| [") and (chapters := re.findall(r"\]\((docs/\d+-[\w-]+\.md)\)", line)):
+            listed |= zip(chapters, line.rstrip(" |").rpartition("| ")[2].split(", "), strict=True)
+    assert [ROOT / chapter for chapter in listed] == sorted(
+        PAGES[1:], key=lambda page: int(page.name.partition("-")[0])
+    )
+    for chapter, minutes in listed.items():
+        words = len((ROOT / chapter).read_text().split())
+        assert abs(int(minutes) - words / 100) <= 2, f"{chapter}: {words} words"
+
+
 def front_page() -> list[str]:
     return (ROOT / "README.md").read_text().splitlines()
 
