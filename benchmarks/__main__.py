@@ -26,13 +26,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks.zoo import EXPERIMENTS
+from training.command_line import Parser
 
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("python -m benchmarks", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     kernels = commands.add_parser("kernels", help="heed's kernels against other implementations and the roofline")
     kernels.add_argument("--only", nargs="+", default=[], metavar="KERNEL", help="only these kernels")
@@ -249,6 +248,9 @@ if __name__ == "__main__":
         sys.exit(main(arguments()))
     except ValueError as error:
         print(f"benchmarks: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        print(f"benchmarks: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
     except ImportError as error:
         print(f"benchmarks: {error}: see pyproject.toml; triton is available on Linux only", file=sys.stderr)

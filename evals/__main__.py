@@ -22,15 +22,14 @@ from evals.perplexity import measure, own_validation, tokens_of
 from model import GPT
 from sample import load
 from training import device
+from training.command_line import Parser
 from training.config import Config, TrainConfig
 from training.config_files import load as load_recipe
 
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    p = argparse.ArgumentParser(
-        prog="python -m evals", description="Evaluate a run on texts and tasks.", allow_abbrev=False
-    )
+    p = Parser("python -m evals", "Evaluate a run on texts and tasks.")
     p.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
     p.add_argument("--checkpoint", default="best", help="best, latest or a step such as step-000500; default: best")
     p.add_argument(

@@ -258,17 +258,20 @@ def test_interactive_continues_after_an_error(runs, sample_py):
     ("words", "message"),
     [
         (["--temperature", "0"], "temperature = 0.0: must be at least 1e-6"),
-        (["--max-new-tokens", "0"], "max_new_tokens = 0, num_samples = 1: both must be at least 1"),
+        (["--max-new-tokens", "0"], "--max-new-tokens: 0: must be from 1 to 1,000,000"),
+        (["--max-new-tokens", "10000000000000"], "--max-new-tokens: 10000000000000: must be from 1 to 1,000,000"),
+        (["--num-samples", "10000000000000"], "--num-samples: 10000000000000: must be from 1 to 1,000"),
+        (["--seed", "99999999999999999999999"], "--seed: 99999999999999999999999: must be from 0 to"),
         (["--run", "runs/nothing"], "runs/nothing: no such run"),
         (["--checkpoint", "step-9"], "no checkpoint 'step-9'; there are: step-0000"),
         (["--max-new-tokens", "many"], "invalid int value: 'many'"),
-        (["--top_k", "3"], "unrecognized arguments: --top_k"),
+        (["--top_k", "3"], "--top_k: no such option; did you mean --top-k?"),
     ],
 )
 def test_errors_are_one_line(runs, words, message, sample_py):
     done = sample_py(*words, where=runs)
-    assert done.returncode == 2
-    assert message in done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert message in done.stderr
 
 
 def test_missing_run_prints_a_hint(tmp_path, sample_py):
