@@ -162,11 +162,11 @@ def print_samples(prompts: list[str], samples: Iterator[tuple[int, str]]) -> str
     """Print the prompt and the continuation of every sample; a single one is streamed. Returns the first sample."""
     stream, texts = len(prompts) == 1, list(prompts)
     num_tokens, first, start = 0, 0.0, time.perf_counter()
-    print(texts[0] if stream else "", end="", flush=True)
     for sample, text in samples:
+        if stream:  # an error before the first token begins a line of its own
+            print(text if num_tokens else texts[0] + text, end="", flush=True)
         num_tokens, first = num_tokens + 1, first or time.perf_counter() - start
         texts[sample] += text
-        print(text if stream else "", end="", flush=True)
     print("" if stream else f"\n{'-' * 60}\n".join(texts))
     seconds = time.perf_counter() - start
     speed = f"{num_tokens / seconds:,.0f} tok/s, TTFT {first * 1000:,.0f} ms"
@@ -186,13 +186,19 @@ def read_prompts(path: Path) -> list[str]:
 
 def main(args: argparse.Namespace) -> None:
     """Load a run and generate."""
-    sampling = SamplingParams(
-        args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.greedy
-    )
+    try:
+        sampling = SamplingParams(**{name: getattr(args, name) for name in vars(SamplingParams())})
+    except ValueError as error:  # "top_k = -1: ..." is "--top-k -1: ..." here
+        name, _, rest = str(error).partition(" = ")
+        raise ValueError(f"--{name.replace('_', '-')} {rest}") from None
     if args.system and not args.chat:
-        raise ValueError(f"system = {args.system!r}: needs --chat")
+        raise ValueError(f"--system {args.system!r}: needs --chat")
     if args.prompts and (args.prompt or args.chat or args.interactive):
         raise ValueError(f"--prompts {args.prompts}: excludes --prompt, --chat and --interactive")
+    if args.interactive and args.prompt:
+        raise ValueError(f"--prompt {args.prompt!r}: excludes --interactive")
+    if "" in args.stop:
+        raise ValueError("--stop '': must not be empty")
     prompts = read_prompts(args.prompts) if args.prompts else []
     model, tokenizer = load(args.run or newest_run(), args.checkpoint)
     kind = args.quantize or ("bf16" if has_bf16(model.model.cos.device) else "none")
