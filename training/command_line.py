@@ -23,8 +23,8 @@ class Parser(argparse.ArgumentParser):
         known, unknown = super().parse_known_args(args, namespace)
         if unknown:
             flag = unknown[0].partition("=")[0]
-            if flag in RENAMED:
-                self.error(f"{flag}: renamed to {RENAMED[flag]}")
+            if (new := f"--{RENAMED.get(flag.removeprefix('--'))}") in self._option_string_actions:
+                self.error(f"{flag}: renamed to {new}")
             near = difflib.get_close_matches(flag, self._option_string_actions, 1)
             self.error(f"{unknown[0]}: no such option; {f'did you mean {near[0]}?' if near else 'see --help'}")
         return known, unknown
