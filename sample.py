@@ -19,21 +19,22 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from training.deprecated_names import RENAMED
+from training.command_line import Parser, whole
 
 MAX_BATCH = 32  # sequences that --prompts and --chat generate at a time; others wait
 RUNS = Path(os.environ.get("HEED_RUNS") or Path(__file__).resolve().parent / "runs")
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    p = argparse.ArgumentParser(description="Generate text with a trained model.", allow_abbrev=False)
+    p = Parser("sample.py", "Generate text with a trained model.")
     p.add_argument("--prompt", default="", help="text to continue; - reads standard input; default: a new document")
     p.add_argument("--prompts", type=Path, metavar="FILE", help="continue each line of a file, all as one batch")
     p.add_argument("--run", type=Path, help="folder of the run; default: the newest under runs/")
     p.add_argument("--checkpoint", default="best", help="best, latest or a step such as step-000500; default: best")
-    p.add_argument("--max-new-tokens", type=int, default=200, help="tokens per sample, at most; default: 200")
-    p.add_argument("--num-samples", type=int, default=1, help="samples per prompt, as one batch; default: 1")
+    p.add_argument("--max-new-tokens", type=whole(1, 1_000_000), default=200, help="tokens per sample, at most; "
+        "default: 200")  # fmt: skip
+    p.add_argument("--num-samples", type=whole(1, 1000), default=1, help="samples per prompt, as one batch; default: 1")
     p.add_argument("--temperature", type=float, default=0.8, help="below 1 sharper, above 1 flatter; default: 0.8")
     p.add_argument("--top-k", type=int, default=0, help="sample from the k most likely tokens; default: 0, all")
     p.add_argument("--top-p", type=float, default=1.0, help="sample from the fewest tokens that sum to p; default: 1")
@@ -44,15 +45,11 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--whole-lines", action="store_true", help="leave out a last line that --max-new-tokens cuts off")
     p.add_argument("--quantize", choices=["none", "bf16", "int8"], help="convert the weights: faster, slightly less "
         "exact; default: bf16 on a GPU that computes in it, else none")  # fmt: skip
-    p.add_argument("--seed", type=int, default=0, help="the same seed gives the same text; default: 0")
+    p.add_argument("--seed", type=whole(0, 2**63 - 1), default=0, help="the same seed gives the same text; default: 0")
     p.add_argument("--interactive", action="store_true", help="read prompts one after another; Ctrl-D ends")
     p.add_argument("--chat", action="store_true", help="chat with a run trained on conversations; Ctrl-D ends")
     p.add_argument("--system", default="", help="with --chat: the system message")
-    for word in sys.argv[1:]:
-        if (old := word.partition("=")[0]) in RENAMED:
-            print(f"sample.py: {old}: renamed to {RENAMED[old]}", file=sys.stderr)
-            sys.exit(2)
-    return p.parse_args()
+    return p.parse_args(words)
 
 
 if __name__ == "__main__":
@@ -165,11 +162,11 @@ def print_samples(prompts: list[str], samples: Iterator[tuple[int, str]]) -> str
     """Print the prompt and the continuation of every sample; a single one is streamed. Returns the first sample."""
     stream, texts = len(prompts) == 1, list(prompts)
     num_tokens, first, start = 0, 0.0, time.perf_counter()
-    print(texts[0] if stream else "", end="", flush=True)
     for sample, text in samples:
+        if stream:  # an error before the first token begins a line of its own
+            print(text if num_tokens else texts[0] + text, end="", flush=True)
         num_tokens, first = num_tokens + 1, first or time.perf_counter() - start
         texts[sample] += text
-        print(text if stream else "", end="", flush=True)
     print("" if stream else f"\n{'-' * 60}\n".join(texts))
     seconds = time.perf_counter() - start
     speed = f"{num_tokens / seconds:,.0f} tok/s, TTFT {first * 1000:,.0f} ms"
@@ -189,16 +186,19 @@ def read_prompts(path: Path) -> list[str]:
 
 def main(args: argparse.Namespace) -> None:
     """Load a run and generate."""
-    sampling = SamplingParams(
-        args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.greedy
-    )
-    if min(args.max_new_tokens, args.num_samples) < 1:
-        got = f"max_new_tokens = {args.max_new_tokens}, num_samples = {args.num_samples}"
-        raise ValueError(f"{got}: both must be at least 1")
+    try:
+        sampling = SamplingParams(**{name: getattr(args, name) for name in vars(SamplingParams())})
+    except ValueError as error:  # "top_k = -1: ..." is "--top-k -1: ..." here
+        name, _, rest = str(error).partition(" = ")
+        raise ValueError(f"--{name.replace('_', '-')} {rest}") from None
     if args.system and not args.chat:
-        raise ValueError(f"system = {args.system!r}: needs --chat")
+        raise ValueError(f"--system {args.system!r}: needs --chat")
     if args.prompts and (args.prompt or args.chat or args.interactive):
         raise ValueError(f"--prompts {args.prompts}: excludes --prompt, --chat and --interactive")
+    if args.interactive and args.prompt:
+        raise ValueError(f"--prompt {args.prompt!r}: excludes --interactive")
+    if "" in args.stop:
+        raise ValueError("--stop '': must not be empty")
     prompts = read_prompts(args.prompts) if args.prompts else []
     model, tokenizer = load(args.run or newest_run(), args.checkpoint)
     kind = args.quantize or ("bf16" if has_bf16(model.model.cos.device) else "none")

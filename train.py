@@ -10,9 +10,7 @@ function of (seed, step) and the saved state alone. So a run with a number of st
 one that was not, bit for bit on the same CPU with the same number of threads.
 """
 
-import argparse
 import dataclasses
-import difflib
 import math
 import os
 import sys
@@ -38,9 +36,9 @@ from sample import RUNS, generate
 from training import checkpoint, collapse, device, distributed, init_from, metrics, run_folder, tensorboard
 from training.apply_fused_layers import optimize_layers
 from training.checkpoint import CheckpointError
+from training.command_line import Parser
 from training.config import SECTIONS, Config, ConfigError
 from training.config_files import documentation, dump, fields, load, recipes
-from training.deprecated_names import RENAMED
 from training.device_memory import check_fits, peak_memory
 from training.distributed import DistributedError
 from training.flops import count_parameters, flops_per_token, peak_flops
@@ -351,9 +349,7 @@ def parse_args(argv: list[str]) -> tuple[Config, bool, bool] | None:
     """
     recipe = argv[0] if argv and not argv[0].startswith("-") else None
     defaults = load(recipe) if recipe else Config("CONFIG")
-    parser = argparse.ArgumentParser(
-        usage="python train.py CONFIG [options]", description=recipes().get(recipe or "", ""), allow_abbrev=False
-    )
+    parser = Parser("train.py", recipes().get(recipe or "", ""), usage="python train.py CONFIG [options]")
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing run")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
@@ -367,14 +363,7 @@ def parse_args(argv: list[str]) -> tuple[Config, bool, bool] | None:
             default = getattr(getattr(defaults, section), name)
             text = f"{documents[name]}; default: {default!r}".replace("%", "%%")
             group.add_argument(f"--{section}.{name}", metavar=kind.__name__.upper(), help=text)
-    known, unknown = parser.parse_known_args(argv[1:] if recipe else argv)
-    if unknown:
-        flag = unknown[0].partition("=")[0]
-        if new := RENAMED.get(flag.removeprefix("--")):
-            raise ConfigError(f"{flag}: renamed to --{new}")
-        flags = [option for action in parser._actions for option in action.option_strings]
-        near = difflib.get_close_matches(flag, flags, 1)
-        raise ConfigError(f"{unknown[0]}: no such option{f'; did you mean {near[0]}?' if near else ''}")
+    known = parser.parse_args(argv[1:] if recipe else argv)
     if recipe is None:
         print("python train.py CONFIG [--help], where CONFIG is a path to a TOML file or one of\n")
         for name, line in recipes().items():

@@ -8,7 +8,8 @@ python -m benchmarks kernels [--out DIR]     GPU: check the kernels, then time t
 python -m benchmarks kernels --bound         no GPU needed: compute the roofline of each GPU
 python -m benchmarks kernels --dry-run       no GPU needed: the same code on tiny shapes, interpreted, not timed
 python -m benchmarks gpu [--out DIR] [--nanogpt DIR --text FILE]
-                                             GPU: all of the above and more in nine minutes, for one card
+                                             GPU: kernels, a training step, generation, nanoGPT's setting and a tile
+                                             search, of one card, in nine minutes
 python -m benchmarks gpu --dry-run           no GPU needed: the same code on tiny shapes, not a measurement
 python -m benchmarks tiles [KERNEL]          GPU: search tile sizes, print rows for kernels/triton/tiles.py
 python -m benchmarks data [--megabytes N]    CPU: text to tokens to batches, against datasets.map and nanoGPT
@@ -26,13 +27,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks.zoo import EXPERIMENTS
+from training.command_line import Parser
 
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("python -m benchmarks", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     kernels = commands.add_parser("kernels", help="heed's kernels against other implementations and the roofline")
     kernels.add_argument("--only", nargs="+", default=[], metavar="KERNEL", help="only these kernels")
@@ -62,7 +62,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--quick", action="store_true", help="a short text and a small model, to test the code")
     tiles = commands.add_parser("tiles", help="search the tile sizes of a kernel")
     tiles.add_argument("kernel", nargs="?", help="a key of kernels/triton/tiles.py; default: all")
-    gpu = commands.add_parser("gpu", help="check and measure everything on one GPU, within a fixed time")
+    gpu = commands.add_parser("gpu", help="check and measure one GPU in several parts, within a fixed time")
     gpu.add_argument("--out", type=Path, default=Path("gpu-results"), metavar="DIR", help="default: gpu-results")
     gpu.add_argument("--only", nargs="+", default=[], metavar="PART", help="only these parts")
     gpu.add_argument("--minutes", type=float, default=9.0, help="of all parts together; default: 9")
@@ -249,6 +249,9 @@ if __name__ == "__main__":
         sys.exit(main(arguments()))
     except ValueError as error:
         print(f"benchmarks: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        print(f"benchmarks: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
     except ImportError as error:
         print(f"benchmarks: {error}: see pyproject.toml; triton is available on Linux only", file=sys.stderr)

@@ -11,6 +11,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -81,13 +82,18 @@ def _exit_status(code: int | None) -> str:
 
 
 def bandwidth(threads: int) -> float:
-    """Bytes a second at which all threads read memory in large pages: the best of some readings of half a gigabyte."""
+    """Bytes a second at which all threads read memory in large pages: the best of some readings of half a gigabyte.
+
+    Which of torch's kernels reads fastest depends on the processor: torch.sum alone can be slower than a decode step.
+    """
     torch.set_num_threads(threads)
     much = torch.frombuffer(allocate_huge_pages(1 << 29), dtype=torch.float32).fill_(1)
+    matrix, vector = much.view(-1, 4096), torch.ones(4096)
+    readings: list[Callable[[], Any]] = [much.sum, much.norm, lambda: much.dot(much), lambda: matrix.mv(vector)]
     seconds = []
-    for _ in range(8):
+    for read in readings * 4:
         start = time.perf_counter()
-        much.sum()
+        read()
         seconds.append(time.perf_counter() - start)
     return much.nbytes / min(seconds)
 

@@ -8,6 +8,7 @@ measured, not of a data sheet.
 """
 
 import dataclasses
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -36,8 +37,13 @@ def run(recipe: str, settings: list[str], pairs: int) -> int:
         settings: changes to it, such as "model.n_embd=256".
         pairs: steps and matmuls to time.
     Raises:
-        ConfigError: an invalid recipe or setting.
+        ConfigError: an invalid recipe, setting or number of pairs.
     """
+    if pairs < 1:
+        raise ConfigError(f"--pairs {pairs}: must be at least 1")
+    for setting in settings:
+        if not re.match(r"\w+\.\w+=", setting):
+            raise ConfigError(f"{setting}: must be SECTION.FIELD=VALUE")
     config = load(recipe, dict(setting.partition("=")[::2] for setting in settings))
     if (n := config.train.context_parallel) > 1:
         raise ConfigError(f"train.context_parallel = {n}: must be 1, the step is that of one device")

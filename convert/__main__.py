@@ -12,29 +12,28 @@ import argparse
 import sys
 from pathlib import Path
 
+from training.command_line import Parser
+
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )  # fmt: skip
+    parser = Parser("python -m convert", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     which = "best, latest or a step such as step-000500; default: best"
 
-    to_hf = commands.add_parser("to-hf", help="export a run to a Hugging Face folder", allow_abbrev=False)
+    to_hf = commands.add_parser("to-hf", help="export a run to a Hugging Face folder")
     to_hf.add_argument("run", type=Path, metavar="RUN", help="folder of the run, such as runs/shakespeare")
     to_hf.add_argument("folder", type=Path, metavar="DIR", help="folder to write: new or empty")
     to_hf.add_argument("--checkpoint", default="best", help=which)
     dtypes = ("float32", "bfloat16")
     to_hf.add_argument("--dtype", default="float32", choices=dtypes, help="dtype of the weights; default: float32")
 
-    from_hf = commands.add_parser("from-hf", help="import a Hugging Face checkpoint as a run", allow_abbrev=False)
+    from_hf = commands.add_parser("from-hf", help="import a Hugging Face checkpoint as a run")
     from_hf.add_argument("source", metavar="DIR_OR_NAME", help="folder with config.json, or name of a model on the hub")
     from_hf.add_argument("run", type=Path, metavar="RUN", help="folder to write: new or empty, such as runs/smol")
     from_hf.add_argument("--context", type=int, metavar="N", help="context length; default: the checkpoint's")
 
-    to_gguf = commands.add_parser("to-gguf", help="export a run to a GGUF file", allow_abbrev=False)
+    to_gguf = commands.add_parser("to-gguf", help="export a run to a GGUF file")
     to_gguf.add_argument("run", type=Path, metavar="RUN", help="folder of the run, such as runs/shakespeare")
     to_gguf.add_argument("file", type=Path, metavar="FILE", help="GGUF file to write; an existing file is replaced")
     to_gguf.add_argument("--checkpoint", default="best", help=which)

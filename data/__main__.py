@@ -6,9 +6,7 @@ The text is tokenized in one process per core. Stopped or killed, the same comma
 """
 
 import argparse
-import difflib
 import sys
-from typing import NoReturn
 
 from data.encoding import cores
 from data.mixture import open_shards
@@ -16,38 +14,24 @@ from data.prepare import prepare
 from data.shards import ShardError
 from data.sources import CorpusError
 from data.tokenizer import TokenizerError
+from training.command_line import Parser
 from training.config import ConfigError
 from training.config_files import documentation, fields, load, recipes
 
 
-class Parser(argparse.ArgumentParser):
-    """Raises its errors, so that they are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
-
-
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line. Raises ConfigError."""
-    parser = Parser(
-        prog="python -m data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )  # fmt: skip
+    """Parse the command line."""
+    parser = Parser("python -m data", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    p = commands.add_parser("prepare", help="tokenize the text of a recipe", allow_abbrev=False)
+    p = commands.add_parser("prepare", help="tokenize the text of a recipe")
     p.add_argument("recipe", metavar="RECIPE", help=f"a path to a TOML file, or one of {', '.join(recipes())}")
     p.add_argument("--processes", type=int, default=cores(), metavar="N", help="default: one per core")
     documents = documentation("data")
     for name, kind in fields("data").items():
         p.add_argument(f"--data.{name}", metavar=kind.__name__.upper(), help=documents[name].replace("%", "%%"))
-    known, unknown = parser.parse_known_args(words)
-    if unknown:
-        flag = unknown[0].partition("=")[0]
-        near = difflib.get_close_matches(flag, p._option_string_actions, 1)
-        hint = f"did you mean {near[0]}?" if near else "only --data.FIELD and --processes apply here"
-        raise ConfigError(f"{unknown[0]}: no such option; {hint}")
+    known = parser.parse_args(words)
     if known.processes < 1:
-        raise ConfigError(f"--processes {known.processes}: must be at least 1")
+        parser.error(f"--processes {known.processes}: must be at least 1")
     return known
 
 

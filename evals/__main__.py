@@ -22,15 +22,14 @@ from evals.perplexity import measure, own_validation, tokens_of
 from model import GPT
 from sample import load
 from training import device
+from training.command_line import Parser
 from training.config import Config, TrainConfig
 from training.config_files import load as load_recipe
 
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    p = argparse.ArgumentParser(
-        prog="python -m evals", description="Evaluate a run on texts and tasks.", allow_abbrev=False
-    )
+    p = Parser("python -m evals", "Evaluate a run on texts and tasks.")
     p.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
     p.add_argument("--checkpoint", default="best", help="best, latest or a step such as step-000500; default: best")
     p.add_argument(
@@ -52,7 +51,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
         "--lengths", nargs="+", type=int, default=[], metavar="N", help="of --needle, in tokens; default: the context, "
         "half, a quarter and an eighth of it",
     )  # fmt: skip
-    p.add_argument("--items", type=int, default=20, metavar="N", help="of --needle, per length and depth; default: 20")
+    p.add_argument("--items", type=int, metavar="N", help="of --needle, per length and depth; default: 20")
     p.add_argument("--out", type=Path, metavar="DIR", help="folder for needle.json and needle.png")
     return p.parse_args(words)
 
@@ -61,15 +60,18 @@ def run(a: argparse.Namespace) -> None:
     """Evaluate and print the results as tables."""
     if a.limit < 0:
         raise ValueError(f"--limit {a.limit}: must be at least 0")
-    if a.items < 1:
+    if a.items is not None and a.items < 1:
         raise ValueError(f"--items {a.items}: must be at least 1")
-    if not a.needle and (a.lengths or a.out):
-        raise ValueError("--lengths and --out: go with --needle")
+    if not a.needle and (a.lengths or a.items or a.out):
+        raise ValueError("--lengths, --items and --out: go with --needle")
+    a.items = a.items or 20
     if a.out:
         a.out.mkdir(parents=True, exist_ok=True)  # before any slow step
     items = {path: tasks.read(path) for path in a.tasks}  # a malformed line fails before any slow step
     model, tokenizer = load(a.run, a.checkpoint)
-    config = load_recipe(str(a.run / "config.toml"))
+    if not (file := a.run / "config.toml").is_file():
+        raise ValueError(f"{a.run}: is not the folder of a run: there is no {file}")
+    config = load_recipe(str(file))
     machine = device.choose(TrainConfig(steps=1, dtype="float32", compile="off"))
     model.to(machine.device)
     model.model.document_start = config.data.document_start(tokenizer)

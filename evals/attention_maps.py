@@ -25,6 +25,7 @@ from inference.attention_weights import attention_weights
 from inference.implied_maps import NONE
 from model import ModelConfig
 from sample import load
+from training.command_line import Parser
 from zoo import MIXERS
 
 LARGEST = 4_000_000  # entries of all maps: what a page can hold
@@ -33,9 +34,7 @@ TOLERANCE = 1e-2  # of the largest output; kernels for GPUs multiply in TF32
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    p = argparse.ArgumentParser(
-        prog="python -m evals.attention_maps", description="Look at a run's attention.", allow_abbrev=False
-    )
+    p = Parser("python -m evals.attention_maps", "Look at a run's attention.")
     p.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
     text = p.add_mutually_exclusive_group(required=True)
     text.add_argument("--prompt", help="the text to look at; - reads standard input")

@@ -20,8 +20,9 @@ Names = dict[tuple[int, int], str]  # the pattern of a layer's head, numbers fro
 
 
 def visible(piece: str) -> str:
-    """A token for an axis: its spaces and line breaks can be seen; a special token is empty."""
-    return "∅" if not piece else piece.replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥").replace("$", r"\$")
+    """A token for an axis: its spaces, line breaks and control characters can be seen; a special token is empty."""
+    seen = piece.replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥").replace("$", r"\$")
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in seen) or "∅"
 
 
 def draw(path: Path, maps: Maps, names: Names, large: tuple[int, int], pieces: list[str], title: str) -> None:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from benchmarks.report import table
 from sample import RUNS
 from training import metrics
+from training.command_line import Parser
 from training.config import Config
 from training.config_files import load as load_recipe
 from training.flops import count_parameters
@@ -136,7 +137,7 @@ def draw(path: Path, runs: list[Run]) -> None:
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    p = argparse.ArgumentParser(prog="python -m evals.compare", description="Compare runs.", allow_abbrev=False)
+    p = Parser("python -m evals.compare", "Compare runs.")
     p.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs")
     p.add_argument("--out", type=Path, default=RUNS / "compare.png", metavar="FILE", help="the picture, a .png; "
         "default: runs/compare.png")  # fmt: skip

@@ -44,12 +44,15 @@ def tokens_of(source: str, text_column: str, limit: int, tokenizer: Tokenizer, f
 
 
 def own_validation(run: Path, config: Config) -> AnyShards:
-    """The validation text of a run, cached or tokenized again. Raises CheckpointError if the text has changed."""
+    """The validation text of a run, cached or tokenized again. Raises CheckpointError if it has none or another."""
+    trained_on = read_state(find(run, "latest"), verify=())["identity"]["text"]
+    if not trained_on:
+        raise CheckpointError(f"{run} was imported and has no validation text; give --text FILE")
     data = config.data.preparation
     if config.data.tokenizer not in KINDS:  # a file, which may be gone: the run has a copy
         data["tokenizer"] = str(run / "tokenizer.json")
     folder = prepare(**data)
-    if folder.name != read_state(find(run, "latest"), verify=())["identity"]["text"]:
+    if folder.name != trained_on:
         raise CheckpointError(f"{run}: data.source = {config.data.name!r} has changed since; name a --text")
     return open_shards(folder, "val")
 

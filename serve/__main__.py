@@ -16,14 +16,12 @@ from dataclasses import fields
 from pathlib import Path
 
 from serve.limits import Limits
+from training.command_line import Parser
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    p = argparse.ArgumentParser(
-        prog="python -m serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )  # fmt: skip
+    p = Parser("python -m serve", __doc__)
     p.add_argument("run", type=Path, metavar="RUN", help="folder of the run; its name is the model's name")
     p.add_argument("--checkpoint", default="best", help="best, latest or a step such as step-000500; default: best")
     p.add_argument("--quantize", choices=["none", "bf16", "int8"], help="convert the weights, as in sample.py")

@@ -6,11 +6,11 @@ from transformers import LogitsProcessorList
 from transformers.generation import logits_process as theirs
 
 from data import chat_format
-from data.tokenizer import EOT, Tokenizer
+from data.tokenizer import EOT, Tokenizer, TokenizerError
 from inference.engine import CppEngine, EagerEngine
 from inference.stop_strings import GeneratedText
 from model import KVCache
-from sample import SamplingParams, generate, load, stream_generate
+from sample import SamplingParams, generate, load, print_samples, stream_generate
 from tests.conftest import TINY, command, randomized
 
 # Probabilities ------------------------------------------------------------------------------------------------------
@@ -257,18 +257,35 @@ def test_interactive_continues_after_an_error(runs, sample_py):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--temperature", "0"], "temperature = 0.0: must be at least 1e-6"),
-        (["--max-new-tokens", "0"], "max_new_tokens = 0, num_samples = 1: both must be at least 1"),
+        (["--temperature", "0"], "sample.py: --temperature 0.0: must be at least 1e-6"),
+        (["--top-k", "-1"], "sample.py: --top-k -1: must be at least 0"),
+        (["--interactive", "--prompt", "hi"], "--prompt 'hi': excludes --interactive"),
+        (["--stop", ""], "--stop '': must not be empty"),
+        (["--system", "Be brief."], "--system 'Be brief.': needs --chat"),
+        (["--max-new-tokens", "0"], "--max-new-tokens: 0: must be from 1 to 1,000,000"),
+        (["--max-new-tokens", "10000000000000"], "--max-new-tokens: 10000000000000: must be from 1 to 1,000,000"),
+        (["--num-samples", "10000000000000"], "--num-samples: 10000000000000: must be from 1 to 1,000"),
+        (["--seed", "99999999999999999999999"], "--seed: 99999999999999999999999: must be from 0 to"),
         (["--run", "runs/nothing"], "runs/nothing: no such run"),
         (["--checkpoint", "step-9"], "no checkpoint 'step-9'; there are: step-0000"),
         (["--max-new-tokens", "many"], "invalid int value: 'many'"),
-        (["--top_k", "3"], "unrecognized arguments: --top_k"),
+        (["--top_k", "3"], "--top_k: no such option; did you mean --top-k?"),
     ],
 )
 def test_errors_are_one_line(runs, words, message, sample_py):
     done = sample_py(*words, where=runs)
-    assert done.returncode == 2
-    assert message in done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert message in done.stderr
+
+
+def test_an_error_before_the_first_token_has_a_line_of_its_own(capsys):
+    def refused():
+        raise TokenizerError("character 0, 'Z', is not in the vocabulary")
+        yield
+
+    with pytest.raises(TokenizerError):
+        print_samples(["Zz"], refused())
+    assert capsys.readouterr().out == ""
 
 
 def test_missing_run_prints_a_hint(tmp_path, sample_py):

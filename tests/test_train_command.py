@@ -37,6 +37,7 @@ def test_print_config(capsys):
     [
         (["shakespear"], "shakespeare-quick, tinystories; did you mean shakespeare?"),
         (["shakespeare", "--model.n_layr", "3"], "--model.n_layr: no such option; did you mean --model.n_layer?"),
+        (["shakespeare", "--train.steps"], "argument --train.steps: expected one argument"),
         (["shakespeare", "--model.n_layer", "six"], "model.n_layer = 'six': must be a whole number"),
         (["shakespeare", "--data.source", "no.txt"], "data.source = 'no.txt': no such file"),
         (["shakespeare", "--resume", "--overwrite"], "--resume and --overwrite exclude each other"),

@@ -1,4 +1,4 @@
-"""Old names of configuration fields and flags. An old name is an error that states the new one."""
+"""Old names of configuration fields and of flags (without dashes). An old name is an error that states the new one."""
 
 RENAMED = {
     "optim.decay": "optim.lr_decay_frac",
@@ -8,5 +8,5 @@ RENAMED = {
     "train.micro_batch": "train.micro_batch_size",
     "train.evals": "train.num_evals",
     "train.keep": "train.keep_checkpoints",
-    "--tokens": "--max-new-tokens",
+    "tokens": "max-new-tokens",
 }

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import __main__ as bench
 from benchmarks import inference, inference_engines
@@ -19,6 +20,21 @@ def test_bytes_per_step():
     assert bytes_per_step(TINY, "fp32", 3, 10.0) == 4 * weights + 3 * 10 * row * 4
     assert bytes_per_step(TINY, "bf16", 1, 10.0) == 2 * weights + 10 * row * 2
     assert bytes_per_step(TINY, "int8", 1, 10.0) == 1 * weights + 10 * row * 2
+
+
+@pytest.mark.parametrize("fastest", ["sum", "linalg_vector_norm", "dot", "mv"])
+def test_the_bandwidth_is_that_of_the_fastest_kernel(fastest, monkeypatch):
+    class Clock(TorchDispatchMode):
+        now = 0.0
+
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            self.now += 2 if op.overloadpacket.__name__ == fastest else 3
+            return op(*args, **kwargs or {})
+
+    monkeypatch.setattr(inference, "allocate_huge_pages", lambda size: bytearray(1 << 16))
+    with Clock() as clock:
+        monkeypatch.setattr(inference.time, "perf_counter", lambda: clock.now)
+        assert inference.bandwidth(torch.get_num_threads()) == (1 << 16) / 2
 
 
 def test_names_of_sizes_are_their_parameters():

@@ -63,5 +63,9 @@ def test_a_wrong_setting_is_named():
         run("shakespeare", "train.context_parallel=2")
     with pytest.raises(ValueError, match=r"model\.n_embt: no such field; did you mean model\.n_embd"):
         run("shakespeare", "model.n_embt=3")
+    with pytest.raises(ConfigError, match=r"^n_embd=3: must be SECTION.FIELD=VALUE$"):
+        run("shakespeare", "n_embd=3")
+    with pytest.raises(ConfigError, match=r"^--pairs 0: must be at least 1$"):
+        run("shakespeare", "--pairs", "0")
     with pytest.raises(ValueError, match="no such recipe"):
         run("hamlet")

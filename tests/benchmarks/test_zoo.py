@@ -12,6 +12,7 @@ from benchmarks import __main__ as bench
 from benchmarks.zoo import members, recall, run, text
 from benchmarks.zoo.results import Results, best_rate
 from model import GPT, ModelConfig
+from tests.conftest import command
 
 BASE = ModelConfig(vocab_size=96, context=64, n_layer=2, n_head=2, n_kv_head=2, n_embd=64, head_dim=32, n_ffn=176)
 
@@ -119,6 +120,12 @@ def test_wrong_arguments_are_one_line(words, message):
     with pytest.raises(ValueError) as error:
         bench.main(bench.arguments(["zoo", *words]))
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+def test_results_that_cannot_be_written_are_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    done = command("benchmarks", "zoo", "recall", "--quick", "--out", str(tmp_path / "file"), where=tmp_path)
+    assert (done.returncode, done.stderr) == (2, f"benchmarks: {tmp_path / 'file' / 'quick'}: Not a directory\n")
 
 
 def test_only_some_members(toy, tmp_path):

@@ -96,9 +96,9 @@ def test_ctrl_c_and_a_kill_end_the_workers_too(tmp_path, how, status):
         ("prepaer shakespeare", "argument command: invalid choice: 'prepaer'"),
         ("prepare shakespear", "shakespear: no such recipe, only"),
         ("prepare nowhere.toml", "nowhere.toml: no such file"),
-        ("prepare shakespeare more", "more: no such option; only --data.FIELD and --processes apply here"),
+        ("prepare shakespeare more", "more: no such option; see --help"),
         ("prepare shakespeare --data.sorce x", "--data.sorce: no such option; did you mean --data.source?"),
-        ("prepare shakespeare --train.steps 3", "--train.steps: no such option; only --data.FIELD and --processes"),
+        ("prepare shakespeare --train.steps 3", "--train.steps: no such option; see --help"),
         ("prepare shakespeare --data.limit=-1", "--data.limit: data.limit = -1: must be at least 0"),
         ("prepare shakespeare --data.limit=x", "--data.limit: data.limit = 'x': must be a whole number"),
         ("prepare shakespeare --processes 0", "--processes 0: must be at least 1"),
@@ -110,7 +110,9 @@ def test_ctrl_c_and_a_kill_end_the_workers_too(tmp_path, how, status):
 )
 def test_a_mistake_is_one_line(words, message, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert command.main(words.split()) == 2
+    with pytest.raises(SystemExit) as left:
+        sys.exit(command.main(words.split()))
+    assert left.value.code == 2
     said = capsys.readouterr().err
     assert said.startswith(f"data: {message}") and said.count("\n") == 1
 

@@ -77,7 +77,7 @@ def test_the_assistant_answers_and_keeps_the_conversation(own, sample_py):
             ["--chat"],
             "has no <|im_start|> and <|im_end|>: it was not trained to chat; train it with python train.py chat",
         ),
-        (["--system", "Be brief."], "system = 'Be brief.': needs --chat"),
+        (["--system", "Be brief."], "--system 'Be brief.': needs --chat"),
     ],
 )
 def test_what_cannot_be_is_one_line(runs, words, message, sample_py):

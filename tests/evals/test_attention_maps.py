@@ -143,6 +143,12 @@ def test_weights_that_are_not_the_kernels_are_refused(songs, capsys, monkeypatch
     assert re.search(r"weights times values differ from the kernel's output by \d\.\de-0\d", capsys.readouterr().err)
 
 
+def test_a_control_character_is_escaped_for_the_font():
+    pieces = ["", " a\n", "\t$", "\x00", "\r\x1b", "\u200b", "é语"]
+    shown = ["∅", "·a⏎", r"⇥\$", r"\x00", r"\r\x1b", r"\u200b", "é语"]
+    assert [attention_pictures.visible(piece) for piece in pieces] == shown
+
+
 def test_the_picture_shows_the_large_head_and_all_tokens(tmp_path, monkeypatch):
     """With a text of more tokens than an axis can name, some are left out."""
     import matplotlib.pyplot as plt

@@ -237,6 +237,11 @@ def test_command_with_tasks_skips_the_validation_split(runs, items):
         (["RUN", "--text", "no.txt"], "--text 'no.txt': no such file; give a path"),
         (["RUN", "--text", "ROWS"], "--text-column 'text': '"),
         (["RUN", "--limit", "-1"], "--limit -1: must be at least 0"),
+        (["RUN", "--items", "5"], "--lengths, --items and --out: go with --needle"),
+        (["RUN", "--needle", "--items", "0"], "--items 0: must be at least 1"),
+        (["BARE"], "bare: is not the folder of a run: there is no "),
+        (["IMPORTED"], "imported was imported and has no validation text; give --text FILE"),
+        (["IMPORTED", "--needle"], "imported was imported and has no validation text; give --text FILE"),
         (["RUN", "--tasks", "no.jsonl"], "no.jsonl: cannot be read"),
         (["RUN", "--tasks", "LONG"], "long.jsonl, line 1: 81 tokens to score: must be 1 to model.context = 32"),
         (["RUN", "--tasks", "EMPTY"], "empty.jsonl: has no items"),
@@ -251,10 +256,16 @@ def test_errors_are_one_line(words, message, runs, text, tmp_path, capsys, monke
     (tmp_path / "kjv.txt").write_text("<|endoftext|>\n".join(f"Verse {n} of many.\n" for n in range(500)))
     changed = tmp_path / "changed"
     shutil.copytree(runs / "songs", changed)
+    bare, imported = (shutil.copytree(changed, tmp_path / name) for name in ("bare", "imported"))
+    (bare / "config.toml").unlink()
+    for file in imported.glob("*/state.json"):
+        state = json.loads(file.read_text())
+        state["identity"]["text"] = ""  # as `convert from-hf` writes it
+        file.write_text(json.dumps(state))
     config = (changed / "config.toml").read_text()
     (changed / "config.toml").write_text(re.sub(r'(?m)^source = ".*"', 'source = "kjv.txt"', config))
     places = {"RUN": runs / "songs", "ROWS": "rows.jsonl", "LONG": "long.jsonl", "EMPTY": "empty.jsonl",
-              "CHANGED": changed}  # fmt: skip
+              "CHANGED": changed, "BARE": bare, "IMPORTED": imported}  # fmt: skip
     assert evaluate.main([str(places.get(word, word)) for word in words]) == 2
     error = capsys.readouterr().err
     assert message in error

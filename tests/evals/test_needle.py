@@ -170,7 +170,7 @@ def test_the_command(runs, tmp_path, capsys, monkeypatch):
     for wrong, why in (
         (["--needle", "--lengths=33"], "--lengths 33: must be from 1 to model.context = 32"),
         (["--needle", "--items=0"], "--items 0: must be at least 1"),
-        (["--lengths=5"], "--lengths and --out: go with --needle"),
+        (["--lengths=5"], "--lengths, --items and --out: go with --needle"),
         (["--needle", "--tasks=docs/example_tasks.jsonl"], "goes with one --text at most, and without --tasks"),
     ):
         assert evaluate.main([run, *wrong]) == 2

@@ -260,6 +260,15 @@ def test_the_backend_follows_from_the_device_and_says_why(monkeypatch, device, c
 
 
 @pytest.mark.parametrize(
+    ("compiles", "chosen", "slower"), [(True, "cpp", "batched matmuls"), (False, "blocks", "torch's sdpa")]
+)
+def test_each_backend_of_a_cpu_has_its_own_reason(monkeypatch, compiles, chosen, slower):
+    monkeypatch.setattr(kernels.cpu, "trains", lambda dtype: compiles)
+    backend, why = preferred(torch.device("cpu"))
+    assert backend == chosen and why.endswith(f"faster than {slower}")
+
+
+@pytest.mark.parametrize(
     ("card", "train", "options", "chosen"),
     [
         ("a measured card", True, {}, "flash"),
