@@ -224,3 +224,21 @@ def test_a_lost_process_ends_the_run_and_its_checkpoint_loads(tmp_path, text, ho
     assert "dtype float32 (bfloat16 matmul 0.1x fp32, measured)" in said[0]
     state = checkpoint.read_state(checkpoint.find(tmp_path / "run", "latest"))
     assert state["step"] == 3 and state["dtype"] == "float32"
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"WORLD_SIZE": "2"}, "RANK is not set"),
+        ({"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "29500"}, "MASTER_ADDR is not set"),
+        ({"WORLD_SIZE": "x", "RANK": "0", "LOCAL_RANK": "0"}, "WORLD_SIZE is 'x', must be a whole number"),
+    ],
+)
+def test_variables_of_another_launcher_are_one_line(monkeypatch, variables, says):
+    for name in distributed.TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError) as told:
+        distributed.init_distributed()
+    assert str(told.value) == f"environment variable {says}: start with torchrun, or unset WORLD_SIZE"
