@@ -2,7 +2,7 @@
 
     python train.py                                  list the configs
     python train.py CONFIG --model.n_layer 8         CONFIG is a name in configs/ or a path; any field can be overridden
-    python train.py CONFIG --resume                  continue an interrupted run
+    python train.py CONFIG --resume                  continue an interrupted run with its own settings
     torchrun --nproc-per-node 8 train.py CONFIG      the same run on several devices
 
 A run is a folder, runs/NAME/: config.toml, tokenizer.json, metrics.jsonl, loss.png and checkpoints. A step is a
@@ -12,9 +12,9 @@ one that was not, bit for bit on the same CPU with the same number of threads.
 
 import argparse
 import dataclasses
-import difflib
 import math
 import os
+import re
 import sys
 import time
 
@@ -39,8 +39,7 @@ from training import checkpoint, collapse, device, distributed, init_from, metri
 from training.apply_fused_layers import optimize_layers
 from training.checkpoint import CheckpointError
 from training.config import SECTIONS, Config, ConfigError
-from training.config_files import documentation, dump, fields, load, recipes
-from training.deprecated_names import RENAMED
+from training.config_files import about_unknown_flag, documentation, dump, fields, load, recipes
 from training.device_memory import check_fits, peak_memory
 from training.distributed import DistributedError
 from training.flops import count_parameters, flops_per_token, peak_flops
@@ -124,13 +123,14 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
         checkpoint.load_weights(latest, model)
         checkpoint.load_optimizers(latest, optimizers)
         step, (num_steps, seconds) = state["step"], resumed(config, state)
-        log(f"resume {latest}, {num_steps - step if num_steps else 'an unknown number of'} steps left")
+        left = f"{num_steps - step if num_steps else 'an unknown number of'} steps left"
+        log(f"resume {latest} with its own settings, {left}")
         log(f"changed {changes or 'nothing'}")
     world.barrier()  # all processes have read what the main process changes now
     if world.main and not resume:
         run_folder.start(run, config, tokenizer)
     record = metrics.Metrics(run, step, config) if world.main else None
-    if world.main and resume:  # the records could be repaired: nothing refuses any more
+    if world.main and resume:  # all checks of --resume have passed
         checkpoint.replace_file(run / "config.toml", dump(config))
     world.barrier()  # all processes read the same records
     val_losses = {r["step"]: r["val_loss"] for r in metrics.read(run / metrics.NAME) if "val_loss" in r}
@@ -162,7 +162,7 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
         val_losses[step] = val_loss
         if record:
             saver.wait()
-            if val_loss == min(val_losses.values()):  # before the record: a resumed run repeats what has none
+            if val_loss == min(val_losses.values()):  # before the record: resuming repeats an evaluation without one
                 checkpoint.point(run, "best", run / f"step-{step:06d}")
             val_bpb = bits_per_byte(val_loss, eval_text)
             record.log(step, val_loss=val_loss, val_bpb=val_bpb, seconds=budget.elapsed, **inside)
@@ -332,11 +332,12 @@ def split_batch(config: Config, devices: int) -> tuple[int, int]:
 
 def main() -> None:
     """Run the command. A user's mistake is one line on stderr and exit status 2, never a traceback."""
+    mistakes = (ConfigError, CorpusError, TokenizerError, ShardError, CheckpointError, DistributedError, Diverged)
     try:
         if parsed := parse_args(sys.argv[1:]):
             with distributed.together():
                 train(*parsed)
-    except (ConfigError, CorpusError, TokenizerError, ShardError, CheckpointError, DistributedError, Diverged) as error:
+    except (argparse.ArgumentError, *mistakes) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:  # a full disk, a file that may not be read
@@ -349,12 +350,14 @@ def parse_args(argv: list[str]) -> tuple[Config, bool, bool] | None:
 
     The configuration includes what another run decides (--init-from, --resume).
     """
-    recipe = argv[0] if argv and not argv[0].startswith("-") else None
+    recipe = argv[0] if argv and argv[0] not in ("-h", "--help") else None
+    if recipe and recipe.startswith("-"):
+        raise ConfigError("the recipe comes first: python train.py CONFIG [options]")
     defaults = load(recipe) if recipe else Config("CONFIG")
-    parser = argparse.ArgumentParser(
-        usage="python train.py CONFIG [options]", description=recipes().get(recipe or "", ""), allow_abbrev=False
-    )
-    parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
+    about, usage = recipes().get(recipe or "", ""), "python train.py CONFIG [options]"
+    parser = argparse.ArgumentParser(usage=usage, description=about, allow_abbrev=False, exit_on_error=False)
+    parser._negative_number_matcher = re.compile(r"-\.?\d")  # -1e-3 is a value
+    parser.add_argument("--resume", action="store_true", help="continue a run with its own settings; flags change them")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing run")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
     parser.add_argument("--name", metavar="STR", help=f"folder under runs/; default: {defaults.name}")
@@ -369,12 +372,7 @@ def parse_args(argv: list[str]) -> tuple[Config, bool, bool] | None:
             group.add_argument(f"--{section}.{name}", metavar=kind.__name__.upper(), help=text)
     known, unknown = parser.parse_known_args(argv[1:] if recipe else argv)
     if unknown:
-        flag = unknown[0].partition("=")[0]
-        if new := RENAMED.get(flag.removeprefix("--")):
-            raise ConfigError(f"{flag}: renamed to --{new}")
-        flags = [option for action in parser._actions for option in action.option_strings]
-        near = difflib.get_close_matches(flag, flags, 1)
-        raise ConfigError(f"{unknown[0]}: no such option{f'; did you mean {near[0]}?' if near else ''}")
+        raise ConfigError(about_unknown_flag(unknown[0].partition("=")[0]))
     if recipe is None:
         print("python train.py CONFIG [--help], where CONFIG is a path to a TOML file or one of\n")
         for name, line in recipes().items():
@@ -382,9 +380,12 @@ def parse_args(argv: list[str]) -> tuple[Config, bool, bool] | None:
         return None
     flags_only = ("resume", "overwrite", "print_config")
     overrides = {k: v for k, v in vars(known).items() if v is not None and k not in flags_only}
-    config = load(recipe, overrides)
     if known.resume and known.overwrite:
         raise ConfigError("--resume and --overwrite exclude each other")
+    own = RUNS / (name := overrides.get("name", defaults.name)) / "config.toml"
+    if known.resume and os.path.isfile(own):  # the run's settings, not the recipe's
+        recipe, overrides = str(own), overrides | {"name": name}
+    config = load(recipe, overrides)
     if known.resume:
         config = init_from.config_for_resume(config, RUNS / config.name, overrides)
     elif config.init_from:

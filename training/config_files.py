@@ -25,6 +25,11 @@ RECIPES = Path(__file__).resolve().parent.parent / "configs"
 TOP = ("name", "init_from")  # fields above the sections
 SOURCES = "data.sources"  # the tables [[data.sources]] of a mixture
 
+OTHERS = {  # names in other projects
+    "batch_size": "train.batch_tokens", "epochs": "train.steps", "max_iters": "train.steps",
+    "block_size": "model.context", "learning_rate": "optim.lr",
+}  # fmt: skip
+
 
 def fields(section: str) -> dict[str, type]:
     """Field name -> type (int, float, str or bool) of a section, or of [[data.sources]]."""
@@ -39,6 +44,20 @@ def documentation(section: str) -> dict[str, str]:
         if isinstance(above, ast.AnnAssign) and isinstance(below, ast.Expr):
             found[ast.unparse(above.target)] = ast.literal_eval(below.value)
     return found
+
+
+def about_unknown_flag(flag: str) -> str:
+    """The message about a flag that does not exist: it has a new name, or is like another one."""
+    dotted = flag.lstrip("-")
+    if dotted in RENAMED:
+        return f"{flag}: renamed to --{RENAMED[dotted]}"
+    known = {name: f"{section}.{name}" for section in SECTIONS for name in fields(section)} | OTHERS
+    known |= {name: name for name in ("name", "init-from", "resume", "overwrite", "print-config")}
+    name = dotted.rpartition(".")[2]
+    if name not in known and "." in dotted:
+        return f"{flag}: no such option{_closest(dotted, known.values(), '--')}"
+    near = difflib.get_close_matches(name, known, 1)
+    return f"{flag}: no such option" + (f"; did you mean --{known[near[0]]}?" if near else "")
 
 
 def recipes() -> dict[str, str]:

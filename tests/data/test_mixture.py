@@ -231,8 +231,8 @@ def test_a_resumed_run_is_bitwise_equal(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "validate", real)
     killed = train_here(tmp_path, recipe, "--name=killed", *SHORT, "--resume")
     assert losses(killed) == losses(whole) and len(losses(killed)) == 6 and weights(killed) == weights(whole)
-    changed = Path(recipe).read_text().replace("weight = 6.0", "weight = 5.0")
-    Path(recipe).write_text(changed)
+    changed = (killed / "config.toml").read_text().replace("weight = 6.0", "weight = 5.0")
+    (killed / "config.toml").write_text(changed)
     with pytest.raises(CheckpointError, match=r"killed cannot be resumed: the text's hash was"):
         train_here(tmp_path, recipe, "--name=killed", *SHORT, "--resume")
 
