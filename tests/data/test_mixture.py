@@ -176,7 +176,10 @@ def test_the_tokenizer_is_trained_on_a_weighted_sample(sources, monkeypatch):
     ("change", "message"),
     [
         ({"source": "nowhere.txt"}, r"data.sources\[1\].source = 'nowhere.txt': no such file"),
-        ({"text_column": "text"}, r"data.text_column = 'text': '.*letters.jsonl' has body"),
+        (
+            {"text_column": "text"},
+            r"data.text_column = 'text': must be a column of '.*letters.jsonl', which has 'body'",
+        ),
         ({"limit": 1}, r"letters.jsonl': too short to hold out a part for validation"),
         ({"format": "chat"}, r"letters.jsonl:1: has no \"messages\""),
     ],
