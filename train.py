@@ -89,7 +89,7 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
     context, micro_batch, share = config.model.context, *split_batch(config, world.data_size)  # share: sequences
     num_params, token_flops = count_parameters(config.model), flops_per_token(config.model)
     shard = distributed.devices_per_copy(config.train.shard, world)
-    check_fits(num_params, machine.device, shard)
+    check_fits(config, num_params, machine.device, shard)
     torch.manual_seed(config.train.seed)
     model = GPT(config.model)
     model.model.document_start = config.data.document_start(tokenizer)
