@@ -203,7 +203,7 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
             inputs, targets = (batch[first : first + micro_batch] for batch in (x, y))
             distributed.reduce_gradients(model, last=first + micro_batch == share)
             with machine.autocast():
-                part = model.loss(inputs.to(machine.device), targets.to(machine.device)) / max(num_targets, 1)
+                part = model.loss(inputs.to(machine.device), targets.to(machine.device)) / (num_targets or 1)
             part.backward()
             loss += part.detach()
         grad_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip))
