@@ -87,7 +87,7 @@ class ModelConfig:
     yarn_factor: float = 1.0
     """extend the context beyond yarn_original_context by this factor, with YaRN; 1 is off"""
     yarn_original_context: int = 0
-    """context length that the weights were trained with, if yarn_factor is not 1"""
+    """context length that the weights were trained with, at least 7, if yarn_factor is not 1"""
     norm_eps: float = 1e-6
     """added to the mean square in RMSNorm"""
 
@@ -111,8 +111,8 @@ class ModelConfig:
         must(self.window >= 1 or "S" not in self.layer_pattern, "window", "must be at least 1: layer_pattern has an S")
         must(self.window == 0 or "S" in self.layer_pattern, "window", "has no effect: layer_pattern has no S")
         must(0 <= self.n_expert <= 10_000, "n_expert", "must be from 0 to 10000")
-        active = 1 <= self.n_expert_active <= self.n_expert or self.n_expert == self.n_expert_active == 0
-        must(active, "n_expert_active", "must be from 1 to model.n_expert, or 0 without experts")
+        must(0 <= self.n_expert_active <= self.n_expert, "n_expert_active", "must be from 1 to model.n_expert")
+        must(not self.n_expert or self.n_expert_active > 0, "n_expert", "needs model.n_expert_active, at least 1")
         must(self.router_aux_loss_coef >= 0.0, "router_aux_loss_coef", "must be at least 0")
         must(self.positions in POSITIONS, "positions", f"must be {', '.join(POSITIONS[:-1])} or {POSITIONS[-1]}")
         for letter in self.layer_pattern:
@@ -124,9 +124,9 @@ class ModelConfig:
         must(self.rope_theta > 1.0, "rope_theta", "must be above 1")
         must(self.norm_eps > 0.0, "norm_eps", "must be above 0")
         must(self.yarn_factor >= 1.0, "yarn_factor", "must be at least 1")
-        stretched = self.yarn_factor > 1.0
-        must(not stretched or self.positions == "rope", "yarn_factor", "goes with positions = 'rope'")
-        must(stretched == (self.yarn_original_context > 0), "yarn_original_context", "goes with yarn_factor above 1")
+        yarn, original = self.yarn_factor > 1.0, self.yarn_original_context
+        must(not yarn or self.positions == "rope", "yarn_factor", "goes with positions = 'rope'")
+        must(original >= 7 if yarn else not original, "yarn_original_context", "at least 7 with yarn_factor, else 0")
 
     def letter(self, layer: int) -> str:
         """The letter of layer number `layer`."""
@@ -282,7 +282,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.dropout = config.dropout
         self.activation_checkpointing = False  # in training, recompute a layer's activations in the backward pass
-        self.document_start: int | None = None  # the token before which attention ends (data.document_mask)
+        self.document_start: int | None = None  # the token that starts a document; nothing before it is attended to
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
         self.embed_positions = position_embedding(config)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
@@ -318,7 +318,7 @@ class Decoder(nn.Module):
         cos, sin = (table[positions][:, :, None].to(x.dtype) for table in (self.cos, self.sin))  # (B or 1, T, 1, D)
         if documents is None and cache is None:
             documents = self.documents(tokens)
-        options: dict[str, Any] = {} if documents is None else {"document_ids": documents}  # which zoo/ does not know
+        options: dict[str, Any] = {} if documents is None else {"document_ids": documents}  # zoo/ does not accept it
         for layer in self.layers:
             if self.activation_checkpointing and self.training:  # Chen et al. 2016, arXiv 1604.06174
                 x = checkpoint(layer, x, cos, sin, use_reentrant=False, **options)

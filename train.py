@@ -2,7 +2,7 @@
 
     python train.py                                  list the configs
     python train.py CONFIG --model.n_layer 8         CONFIG is a name in configs/ or a path; any field can be overridden
-    python train.py CONFIG --resume                  continue an interrupted run
+    python train.py CONFIG --resume                  continue an interrupted run with its own settings
     torchrun --nproc-per-node 8 train.py CONFIG      the same run on several devices
 
 A run is a folder, runs/NAME/: config.toml, tokenizer.json, metrics.jsonl, loss.png and checkpoints. A step is a
@@ -88,7 +88,7 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
     context, micro_batch, share = config.model.context, *split_batch(config, world.data_size)  # share: sequences
     num_params, token_flops = count_parameters(config.model), flops_per_token(config.model)
     shard = distributed.devices_per_copy(config.train.shard, world)
-    check_fits(num_params, machine.device, shard)
+    check_fits(config, num_params, machine.device, shard)
     torch.manual_seed(config.train.seed)
     model = GPT(config.model)
     model.model.document_start = config.data.document_start(tokenizer)
@@ -122,13 +122,14 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
         checkpoint.load_weights(latest, model)
         checkpoint.load_optimizers(latest, optimizers)
         step, (num_steps, seconds) = state["step"], resumed(config, state)
-        log(f"resume {latest}, {num_steps - step if num_steps else 'an unknown number of'} steps left")
+        left = f"{num_steps - step if num_steps else 'an unknown number of'} steps left"
+        log(f"resume {latest} with its own settings, {left}")
         log(f"changed {changes or 'nothing'}")
     world.barrier()  # all processes have read what the main process changes now
     if world.main and not resume:
         run_folder.start(run, config, tokenizer)
     record = metrics.Metrics(run, step, config) if world.main else None
-    if world.main and resume:  # the records could be repaired: nothing refuses any more
+    if world.main and resume:  # all checks of --resume have passed
         checkpoint.replace_file(run / "config.toml", dump(config))
     world.barrier()  # all processes read the same records
     val_losses = {r["step"]: r["val_loss"] for r in metrics.read(run / metrics.NAME) if "val_loss" in r}
@@ -160,7 +161,7 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
         val_losses[step] = val_loss
         if record:
             saver.wait()
-            if val_loss == min(val_losses.values()):  # before the record: a resumed run repeats what has none
+            if val_loss == min(val_losses.values()):  # before the record: resuming repeats an evaluation without one
                 checkpoint.point(run, "best", run / f"step-{step:06d}")
             val_bpb = bits_per_byte(val_loss, eval_text)
             record.log(step, val_loss=val_loss, val_bpb=val_bpb, seconds=budget.elapsed, **inside)
@@ -201,7 +202,7 @@ def train(config: Config, resume: bool, overwrite: bool) -> None:
             inputs, targets = (batch[first : first + micro_batch] for batch in (x, y))
             distributed.reduce_gradients(model, last=first + micro_batch == share)
             with machine.autocast():
-                part = model.loss(inputs.to(machine.device), targets.to(machine.device)) / max(num_targets, 1)
+                part = model.loss(inputs.to(machine.device), targets.to(machine.device)) / (num_targets or 1)
             part.backward()
             loss += part.detach()
         grad_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip))
@@ -347,10 +348,12 @@ def parse_args(argv: list[str]) -> tuple[Config, bool, bool] | None:
 
     The configuration includes what another run decides (--init-from, --resume).
     """
-    recipe = argv[0] if argv and not argv[0].startswith("-") else None
+    recipe = argv[0] if argv and argv[0] not in ("-h", "--help") else None
+    if recipe and recipe.startswith("-"):
+        raise ConfigError("the recipe comes first: python train.py CONFIG [options]")
     defaults = load(recipe) if recipe else Config("CONFIG")
     parser = Parser("train.py", recipes().get(recipe or "", ""), usage="python train.py CONFIG [options]")
-    parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
+    parser.add_argument("--resume", action="store_true", help="continue a run with its own settings; flags change them")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing run")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
     parser.add_argument("--name", metavar="STR", help=f"folder under runs/; default: {defaults.name}")
@@ -371,9 +374,12 @@ def parse_args(argv: list[str]) -> tuple[Config, bool, bool] | None:
         return None
     flags_only = ("resume", "overwrite", "print_config")
     overrides = {k: v for k, v in vars(known).items() if v is not None and k not in flags_only}
-    config = load(recipe, overrides)
     if known.resume and known.overwrite:
         raise ConfigError("--resume and --overwrite exclude each other")
+    own = RUNS / (name := overrides.get("name", defaults.name)) / "config.toml"
+    if known.resume and os.path.isfile(own):  # the run's settings, not the recipe's
+        recipe, overrides = str(own), overrides | {"name": name}
+    config = load(recipe, overrides)
     if known.resume:
         config = init_from.config_for_resume(config, RUNS / config.name, overrides)
     elif config.init_from:

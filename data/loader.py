@@ -1,9 +1,9 @@
 """From token shards to batches. A batch is a function of (seed, step, rank) alone.
 
 An epoch divides the text into sequences of `context` tokens, starting at a random offset, and visits them in random
-order: sampling without replacement, so every token is predicted once before any token is predicted twice. Offset and
-order depend on (seed, epoch) alone. A run resumes from its step number, and any number of processes gets the same
-samples in the same order.
+order: sampling without replacement, so no token is predicted twice in an epoch. Fewer than `context` tokens are left
+out, others in each epoch. Offset and order depend on (seed, epoch) alone. A run resumes from its step number, and any
+number of processes gets the same samples in the same order.
 
 Shapes: B sequences, T = context.
 """

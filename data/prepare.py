@@ -85,6 +85,8 @@ def prepare(
     """
     if not val_source and not 0 < val_fraction <= 0.5:
         raise CorpusError(f"data.val_fraction = {val_fraction}: must be above 0 and at most 0.5, or set val_source")
+    if not (there := next(path for path in (cache, *cache.parents) if path.exists())).is_dir():
+        raise CorpusError(f"HEED_CACHE = {str(cache)!r}: must be a folder, {there} is a file")
     chat = "chat" in (format, *(table.get("format") for table in sources))
     ready = None if tokenizer in KINDS else get_tokenizer(tokenizer)
     ready = chat_format.add_special_tokens(ready) if ready and chat else ready

@@ -299,7 +299,9 @@ def rows(load: Callable[[], Any], text_column: str, where: str) -> Iterator[Piec
         if head is None:
             raise CorpusError(f"{where}: no rows; training needs some text")
         if text_column not in head:
-            raise CorpusError(f"data.text_column = {text_column!r}: {where.partition(' = ')[2]} has {', '.join(head)}")
+            columns = ", ".join(repr(column) for column in head)
+            name = where.partition(" = ")[2]
+            raise CorpusError(f"data.text_column = {text_column!r}: must be a column of {name}, which has {columns}")
         for number, row in enumerate(chain([head], stream)):
             text = "" if row[text_column] is None else row[text_column]
             if not isinstance(text, str):

@@ -31,7 +31,7 @@ def test_a_mistake_is_one_line(program, mistake, capsys):
     wrong = flag[:-2] + flag[-1]
     given, message = {
         "misspelled": ([wrong], f"{wrong}: no such option; did you mean {flag}?"),
-        "misspelled with a value": ([f"{wrong}=x"], f"{wrong}=x: no such option; did you mean {flag}?"),
+        "misspelled with a value": ([f"{wrong}=x"], f"{wrong}: no such option; did you mean {flag}?"),
         "unknown": (["--zyzzyva"], "--zyzzyva: no such option; see --help"),
         "without a value": ([flag], f"argument {flag}: expected one argument"),
     }[mistake]
@@ -44,4 +44,4 @@ def test_a_mistake_is_one_line(program, mistake, capsys):
 def test_the_process_ends_the_same_way(program, tmp_path):
     done = command(program, "--temprature=1", *["RUN"] * (program == "serve"), where=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"{program}: --temprature=1: no such option") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"{program}: --temprature: no such option") and done.stderr.count("\n") == 1

@@ -87,7 +87,8 @@ def test_gate_equals_qwen3_next():
 
 
 @pytest.mark.parametrize(
-    ("factor", "original", "D", "theta"), [(4.0, 256, 64, 1e4), (2.5, 4096, 128, 1e6), (8.0, 64, 16, 1e4)]
+    ("factor", "original", "D", "theta"),
+    [(4.0, 256, 64, 1e4), (2.5, 4096, 128, 1e6), (8.0, 64, 16, 1e4), (4.0, 7, 6, 1e4), (4.0, 7, 64, 1e4)],
 )
 def test_yarn_equals_transformers(factor, original, D, theta):
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -296,12 +297,14 @@ def test_parameters_and_flops_equal_the_counted_ones(flags):
         ({"layer_pattern": "BL", "positions": "alibi"}, "model.positions = 'alibi': BigBird, B in layer_pattern, does"),
         ({"layer_pattern": "LA", "scale_scores": False}, "model.scale_scores = False: AdditiveAttention, A in layer"),
         ({"layer_pattern": "SQ", "window": 4, "gate": True}, "model.gate = True: TopKMemory, Q in layer_pattern"),
-        ({"n_expert": 4}, "model.n_expert_active = 0: must be from 1 to model.n_expert"),
+        ({"n_expert": 4}, "model.n_expert = 4: needs model.n_expert_active, at least 1"),
         ({"n_expert": 4, "n_expert_active": 5}, "model.n_expert_active = 5: must be from 1 to model.n_expert"),
-        ({"n_expert_active": 2}, "model.n_expert_active = 2: must be from 1 to model.n_expert, or 0 without"),
+        ({"n_expert_active": 2}, "model.n_expert_active = 2: must be from 1 to model.n_expert"),
         ({"n_expert": -1}, "model.n_expert = -1: must be from 0"),
         ({"router_aux_loss_coef": -1.0}, "model.router_aux_loss_coef = -1.0: must be at least 0"),
-        ({"yarn_factor": 2.0}, "model.yarn_original_context = 0: goes with yarn_factor"),
+        ({"yarn_factor": 2.0}, "model.yarn_original_context = 0: at least 7 with yarn_factor, else 0"),
+        ({"yarn_factor": 2.0, "yarn_original_context": 6}, "model.yarn_original_context = 6: at least 7"),
+        ({"yarn_original_context": 64}, "model.yarn_original_context = 64: at least 7 with yarn_factor, else 0"),
         ({"vocab_size": -1}, "model.vocab_size = -1"),
     ],
 )

@@ -32,6 +32,9 @@ def test_print_config(capsys):
     assert "n_layer = 8\n" in capsys.readouterr().out
 
 
+ALONE = ("shakespear", "--model.n_layer")  # a flag that follows would hide the mistake
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -47,6 +50,15 @@ def test_print_config(capsys):
             ["shakespeare", "--train.micro_batch_size", "3"],
             "are not divisible into 1 devices x micro-batches of 3 sequences",
         ),
+        (["--resume"], "the recipe comes first: python train.py CONFIG [options]"),
+        (["--model.n_layer", "8", "shakespeare"], "the recipe comes first: python train.py CONFIG [options]"),
+        (["shakespeare", "--optim.lr", "-1e-3"], "optim.lr = -0.001: must be above 0"),
+        (["shakespeare", "--model.n_layer"], "argument --model.n_layer: expected one argument"),
+        (["shakespeare", "--lr", "3"], "--lr: no such option; did you mean --optim.lr?"),
+        (["shakespeare", "--n_layers", "3"], "--n_layers: no such option; did you mean --model.n_layer?"),
+        (["shakespeare", "--batch_size=3"], "--batch_size: no such option; did you mean --train.batch_tokens?"),
+        (["shakespeare", "--train.max_iters", "3"], "no such option; did you mean --train.steps?"),
+        (["shakespeare", "--resum"], "--resum: no such option; did you mean --resume?"),
         (["shakespeare", "--train.evals", "3"], "--train.evals: renamed to --train.num_evals"),
         (["shakespeare", "--optim.decay=0.5"], "--optim.decay: renamed to --optim.lr_decay_frac"),
         (["shakespeare", "--train.device", "cuda"], "train.device = 'cuda': not available on this machine"),
@@ -55,7 +67,7 @@ def test_print_config(capsys):
 def test_errors_are_one_line_and_leave_no_run(text, tmp_path, words, message, monkeypatch, capsys):
     monkeypatch.setattr(train, "RUNS", tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    source = [] if "--data.source" in words or words == ["shakespear"] else ["--data.source", str(text)]
+    source = [] if "--data.source" in words or words[-1] in ALONE else ["--data.source", str(text)]
     monkeypatch.setattr(sys, "argv", ["train.py", *words, *source])
     with pytest.raises(SystemExit) as left:
         train.main()

@@ -2,10 +2,11 @@
 
 import argparse
 import difflib
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
-from training.deprecated_names import RENAMED
+from training.deprecated_names import OTHERS, RENAMED
 
 
 class Parser(argparse.ArgumentParser):
@@ -17,6 +18,7 @@ class Parser(argparse.ArgumentParser):
             prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
             **options,
         )  # fmt: skip
+        self._negative_number_matcher = re.compile(r"-\.?\d")  # -1e-3 is a value, not a flag
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Parse, also for the parser of a subcommand, whose own flags are then those that may be meant."""
@@ -25,12 +27,24 @@ class Parser(argparse.ArgumentParser):
             flag = unknown[0].partition("=")[0]
             if (new := f"--{RENAMED.get(flag.removeprefix('--'))}") in self._option_string_actions:
                 self.error(f"{flag}: renamed to {new}")
-            near = difflib.get_close_matches(flag, self._option_string_actions, 1)
-            self.error(f"{unknown[0]}: no such option; {f'did you mean {near[0]}?' if near else 'see --help'}")
+            near = closest(flag, self._option_string_actions) if flag.startswith("-") else None
+            self.error(f"{flag}: no such option; {f'did you mean {near}?' if near else 'see --help'}")
         return known, unknown
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog.removeprefix('python -m ').split()[0]}: {' '.join(message.split())}\n")
+
+
+def closest(flag: str, options: Iterable[str]) -> str | None:
+    """The option that an unknown flag is most like: its last part (`--lr` is --optim.lr), a name that other projects
+    have, or the whole of it."""
+    full = {option: option for option in options}
+    last = {option.lstrip("-").rpartition(".")[2]: option for option in full}
+    last |= {other: f"--{name}" for other, name in OTHERS.items() if f"--{name}" in full}
+    name = flag.lstrip("-").rpartition(".")[2]
+    known, word = (full, flag) if "." in flag and name not in last else (last, name)
+    near = difflib.get_close_matches(word, known, 1)
+    return known[near[0]] if near else None
 
 
 def whole(least: int, most: int) -> Callable[[str], int]:

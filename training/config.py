@@ -185,7 +185,8 @@ class TrainConfig:
     batch_tokens: int = 16384
     """tokens per optimizer step, over all devices; a multiple of model.context"""
     micro_batch_size: int = 16
-    """sequences per forward pass on one device: lower it if memory runs out, the result stays the same"""
+    """sequences per forward pass on one device: lower it if memory runs out; up to rounding, the result without
+    dropout stays the same"""
     shard: int = 1
     """devices that hold one copy of the model together: 1 gives each device its own, 0 takes all of a machine"""
     context_parallel: int = 1
@@ -224,7 +225,7 @@ class TrainConfig:
             seed=(0 <= self.seed < 2**31, "must be from 0 to 2147483647"),
             steps=(
                 self.steps >= 0 and (self.steps > 0) != (self.minutes > 0),
-                "one of steps and minutes must be above 0",
+                "exactly one of steps and minutes must be above 0",
             ),
             minutes=(self.minutes >= 0, "must be at least 0"),
             batch_tokens=(self.batch_tokens >= 1, "must be at least 1"),

@@ -10,3 +10,7 @@ RENAMED = {
     "train.keep": "train.keep_checkpoints",
     "tokens": "max-new-tokens",
 }
+OTHERS = {  # names that other projects have for fields
+    "batch_size": "train.batch_tokens", "epochs": "train.steps", "max_iters": "train.steps",
+    "block_size": "model.context", "learning_rate": "optim.lr",
+}  # fmt: skip

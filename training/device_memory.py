@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+    from training.config import Config
+
 
 def peak_memory(device: "torch.device | None" = None) -> int:
     """Peak memory in bytes: on a CUDA device what torch allocated, else the resident memory of this process.
@@ -30,11 +32,22 @@ def peak_memory(device: "torch.device | None" = None) -> int:
     return used if sys.platform == "darwin" else used * 1024
 
 
-def check_fits(num_params: int, device: "torch.device", devices: int = 1) -> None:
+def state_bytes(config: "Config") -> int:
+    """Bytes of weights, gradients and optimizer states in fp32: per parameter 16, or 12 where Muon has one moment."""
+    import torch
+
+    from model import GPT
+    from training.optimizers import by_muon
+
+    with torch.device("meta"):
+        named = GPT(config.model).named_parameters()
+        return sum(p.numel() * (12 if by_muon(name, p, config.optim) else 16) for name, p in named)
+
+
+def check_fits(config: "Config", num_params: int, device: "torch.device", devices: int = 1) -> None:
     """Raise ConfigError if the memory of the device is too small for the model alone, before it is allocated.
 
-    Training takes 16 bytes per parameter: weight, gradient and two moments in fp32. Activations come on top.
-    devices: that hold the model together.
+    Activations come on top. devices: that hold the model together.
     """
     from training.config import ConfigError
 
@@ -46,7 +59,7 @@ def check_fits(num_params: int, device: "torch.device", devices: int = 1) -> Non
         there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     else:
         return
-    if (needed := num_params * 16 / devices) > there:
+    if (needed := state_bytes(config) / devices) > there:
         raise ConfigError(
             f"model: {num_params:,} parameters need at least {needed / 2**30:,.1f} GiB of memory, "
             f"{device} has {there / 2**30:,.1f}; choose a smaller model, or with several devices a larger train.shard"

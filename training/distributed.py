@@ -35,6 +35,7 @@ from training.matrix_owners import rows_of
 
 TIMEOUT = datetime.timedelta(minutes=10)  # of a collective: torch.compile and a save take minutes
 PATIENCE = datetime.timedelta(hours=4)  # a large corpus takes hours to tokenize
+TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # environment variables
 T = TypeVar("T")
 
 
@@ -130,8 +131,14 @@ def backends(cuda: bool) -> str:
 def init_distributed(timeout: datetime.timedelta = TIMEOUT, context: int = 1) -> World:
     """Join the process group, if torchrun started one.
 
-    timeout: of a collective. context: `train.context_parallel`; raises ConfigError if it does not divide the processes.
+    timeout: of a collective. context: `train.context_parallel`; raises ConfigError if it does not divide the processes,
+    or if torchrun's environment variables are incomplete.
     """
+    if "WORLD_SIZE" in os.environ:
+        for name in TORCHRUN:
+            if not (value := os.environ.get(name, "")) or (name != "MASTER_ADDR" and not value.isdecimal()):
+                why = f"is {value!r}, must be a whole number" if value else "is not set"
+                raise ConfigError(f"environment variable {name} {why}: start with torchrun, or unset WORLD_SIZE")
     if (devices := int(os.environ.get("WORLD_SIZE", "1"))) % context:
         raise ConfigError(f"train.context_parallel = {context}: must divide the number of devices, {devices}")
     if "WORLD_SIZE" not in os.environ:

@@ -5,7 +5,6 @@ its own context and dropouts, which fit any weights except learned positions, an
 """
 
 import dataclasses
-import tomllib
 from pathlib import Path
 
 from model import ModelConfig
@@ -40,12 +39,9 @@ def config_for_resume(config: Config, run: Path, given: dict[str, str]) -> Confi
     """The configuration of a resumed run, with what was decided when it started.
 
     That is the dtype, which a measurement may have chosen: resuming is exact. And the run that its weights came from,
-    which may no longer exist. A run that was killed before its first checkpoint begins again: of such a run, only
-    `init_from` is known.
+    which may no longer exist. A run that was killed before its first checkpoint begins again.
     """
     if run_folder.unstarted(run):
-        if not config.init_from:
-            config = dataclasses.replace(config, init_from=_init_from(run / "config.toml"))
         return config_for_init(config, run, given) if config.init_from else config
     latest, state = checkpoint.open_checkpoint(run, "latest", warn=lambda _: None, verify=())  # train.py verifies
     try:
@@ -61,14 +57,6 @@ def config_for_resume(config: Config, run: Path, given: dict[str, str]) -> Confi
     if not init_from:
         return config
     return _take(dataclasses.replace(config, init_from=init_from), checkpoint.model_config(latest, state), run)
-
-
-def _init_from(path: Path) -> str:
-    """`init_from` of a config.toml; "" if it is not readable."""
-    try:
-        return str(tomllib.loads(path.read_text(encoding="utf-8"))["init_from"])
-    except (OSError, ValueError, KeyError):
-        return ""
 
 
 def _take(config: Config, shape: ModelConfig, run: Path) -> Config:

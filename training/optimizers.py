@@ -85,15 +85,19 @@ class Muon(torch.optim.Optimizer):
         return list(torch._foreach_lerp(gradients, buffers, momentum))
 
 
+def by_muon(name: str, p: Tensor, config: OptimConfig) -> bool:
+    """Whether Muon takes a parameter: a matrix of a block."""
+    return config.optimizer == "muon" and p.ndim == 2 and ".layers." in name
+
+
 def build_optimizers(model: nn.Module, config: OptimConfig, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
     """The optimizers of a run. Every parameter is in exactly one group, with its name; gains have no weight decay.
 
     dtype: of Muon's matmuls.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    by_muon = {name for name, p in named if p.ndim == 2 and ".layers." in name and config.optimizer == "muon"}
-    muon = [(name, p) for name, p in named if name in by_muon]
-    matrices = [(name, p) for name, p in named if p.ndim == 2 and name not in by_muon]
+    muon = [(name, p) for name, p in named if by_muon(name, p, config)]
+    matrices = [(name, p) for name, p in named if p.ndim == 2 and not by_muon(name, p, config)]
     gains = [(name, p) for name, p in named if p.ndim != 2]  # and the decays and convolutions of zoo/
     if sorted(name for name, _ in muon + matrices + gains) != sorted(name for name, _ in named):
         raise AssertionError("a parameter is in no group, or in two")

@@ -96,6 +96,10 @@ def check_resume(run: Path, state: dict[str, Any], identity: dict[str, Any], con
         for part in ("tokenizer", "text"):
             if then[part] != identity[part]:
                 refused.append(f"the {part}'s hash was {then[part][:12]}, is {identity[part][:12]}")
+        if then["text"] != identity["text"]:
+            data = {k: v for k, v in dataclasses.asdict(config.data).items() if k != "sources"}
+            saved = state["config"]["data"]
+            refused += [f"data.{k} was {saved[k]!r}, is {v!r}" for k, v in data.items() if saved.get(k, v) != v]
         changed = {
             f"{section}.{name}": (was, now)
             for section in ("optim", "train")

@@ -1,6 +1,6 @@
 """Token mixers other than attention, one mechanism a file: the other letters of `layer_pattern`.
 
-A mixer is a module of the layer's number with
+A mixer is constructed as Mixer(config, layer) and has
 
 - `forward(x, cos, sin, cache)`: (B, T, C) -> (B, T, C), causal; the same path with and without a cache;
 - `state_shapes(config, layer, batch, context)`: shapes of what it keeps between tokens, which KVCache allocates;

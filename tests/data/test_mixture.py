@@ -176,7 +176,10 @@ def test_the_tokenizer_is_trained_on_a_weighted_sample(sources, monkeypatch):
     ("change", "message"),
     [
         ({"source": "nowhere.txt"}, r"data.sources\[1\].source = 'nowhere.txt': no such file"),
-        ({"text_column": "text"}, r"data.text_column = 'text': '.*letters.jsonl' has body"),
+        (
+            {"text_column": "text"},
+            r"data.text_column = 'text': must be a column of '.*letters.jsonl', which has 'body'",
+        ),
         ({"limit": 1}, r"letters.jsonl': too short to hold out a part for validation"),
         ({"format": "chat"}, r"letters.jsonl:1: has no \"messages\""),
     ],
@@ -231,8 +234,8 @@ def test_a_resumed_run_is_bitwise_equal(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "validate", real)
     killed = train_here(tmp_path, recipe, "--name=killed", *SHORT, "--resume")
     assert losses(killed) == losses(whole) and len(losses(killed)) == 6 and weights(killed) == weights(whole)
-    changed = Path(recipe).read_text().replace("weight = 6.0", "weight = 5.0")
-    Path(recipe).write_text(changed)
+    changed = (killed / "config.toml").read_text().replace("weight = 6.0", "weight = 5.0")
+    (killed / "config.toml").write_text(changed)
     with pytest.raises(CheckpointError, match=r"killed cannot be resumed: the text's hash was"):
         train_here(tmp_path, recipe, "--name=killed", *SHORT, "--resume")
 

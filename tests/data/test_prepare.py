@@ -297,3 +297,11 @@ def test_memory_does_not_grow_with_the_text(tmp_path: Path, monkeypatch: pytest.
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.1 * peaks[0], peaks
+
+
+@pytest.mark.parametrize("below", ["", "cache"])
+def test_a_cache_in_a_file_is_one_line(stories: Path, tmp_path: Path, below: str) -> None:
+    (file := tmp_path / "file").write_text("")
+    with pytest.raises(CorpusError) as told:
+        prepare(str(stories), cache=file / below)
+    assert str(told.value) == f"HEED_CACHE = {str(file / below)!r}: must be a folder, {file} is a file"

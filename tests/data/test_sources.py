@@ -85,7 +85,10 @@ BAD = {
     "cut.txt": (b"one \xe2\x82", r"ends inside a UTF-8 character at byte 4 \(line 1\)"),
     "nul.txt": (b"one\n\ntwo\0", r"has a NUL byte at byte 8 \(line 3\)"),
     "*.xyz": (None, "no file matches"),
-    "r.jsonl": (b'{"body": "x", "id": 1}', "data.text_column = 'text': .*r.jsonl' has body, id"),
+    "r.jsonl": (
+        b'{"body": "x", "id": 1}',
+        "data.text_column = 'text': must be a column of '.*r.jsonl', which has 'body', 'id'",
+    ),
     "n.jsonl": (b'{"text": 1}', "data.text_column = 'text': row 0 has type int"),
     "bad.jsonl": (b'{"text": "x"}\nnot json\n', "cannot be read as a table"),
     "empty.jsonl": (b"", "cannot be read as a table|no rows"),
@@ -127,7 +130,7 @@ def test_hub_datasets_are_streamed(tmp_path: Path) -> None:
     assert [piece.text for piece in test.pieces()] == [f"test {i}" for i in range(5)]
     assert open_corpus(f"hf:{tmp_path}", split="test").fingerprint == open_corpus(f"hf:{tmp_path}::test").fingerprint
     assert test.fingerprint != corpus.fingerprint
-    with pytest.raises(CorpusError, match=r"data.text_column = 'body': .* has text"):
+    with pytest.raises(CorpusError, match=r"data.text_column = 'body': .* has 'text'"):
         list(open_corpus(f"hf:{tmp_path}", text_column="body").pieces())
     with pytest.raises(CorpusError, match=r"data.split = 'dev'"):
         list(open_corpus(f"hf:{tmp_path}", split="dev").pieces())

@@ -235,7 +235,7 @@ def test_command_with_tasks_skips_the_validation_split(runs, items):
     [
         (["none"], "none: no such run"),
         (["RUN", "--text", "no.txt"], "--text 'no.txt': no such file; give a path"),
-        (["RUN", "--text", "ROWS"], "--text-column 'text': '"),
+        (["RUN", "--text", "ROWS"], "--text-column 'text': must be a column of '"),
         (["RUN", "--limit", "-1"], "--limit -1: must be at least 0"),
         (["RUN", "--items", "5"], "--lengths, --items and --out: go with --needle"),
         (["RUN", "--needle", "--items", "0"], "--items 0: must be at least 1"),

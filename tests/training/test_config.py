@@ -72,7 +72,7 @@ def test_budget_override_replaces_the_recipes_budget():
         load("shakespeare", {"train.steps": "7"}).train.steps,
         load("shakespeare", {"train.steps": "7"}).train.minutes,
     ) == (7, 0)
-    with pytest.raises(ConfigError, match="one of steps and minutes"):
+    with pytest.raises(ConfigError, match="exactly one of steps and minutes"):
         load("shakespeare", {"train.steps": "7", "train.minutes": "1"})
 
 
@@ -90,7 +90,7 @@ def test_dumped_config_loads_equal(recipe):
         ('[model]\n\nn_layer = "six"', ":3: model.n_layer = 'six': must be a whole number, is a string"),
         ("[model]\nn_layer = 1.5", ":2: model.n_layer = 1.5: must be a whole number, is a number"),
         ("[model]\nn_layer = true", ":2: model.n_layer = True: must be a whole number, is true or false"),
-        ("[train]\nminutes = 1\nsteps = 2", ":3: train.steps = 2: one of steps and minutes must be above 0"),
+        ("[train]\nminutes = 1\nsteps = 2", ":3: train.steps = 2: exactly one of steps and minutes must be above 0"),
         ("[model]\nn_head = 4\nn_kv_head = 3", ":3: model.n_kv_head = 3: must divide model.n_head = 4"),
         ("[model]\ncontext = 0", ":2: model.context = 0: must be at least 1"),
         ("[data]\nval_fraction = 0.9", ":2: data.val_fraction = 0.9: must be above 0 and at most 0.5"),

@@ -3,10 +3,14 @@
 import dataclasses
 
 import pytest
+import torch
 
-from model import ModelConfig
-from training.config import SECTIONS, ConfigError, DataConfig, OptimConfig, TrainConfig
+from model import GPT, ModelConfig
+from tests.conftest import TINY
+from training.config import SECTIONS, Config, ConfigError, DataConfig, OptimConfig, TrainConfig
 from training.config_files import fields, load
+from training.device_memory import state_bytes
+from training.optimizers import build_optimizers
 
 FLOATS = [f"{section}.{name}" for section in SECTIONS for name, kind in fields(section).items() if kind is float]
 INTS = [f"{section}.{name}" for section in SECTIONS for name, kind in fields(section).items() if kind is int]
@@ -45,6 +49,20 @@ def test_a_long_name_is_one_line():
     load("shakespeare", {"name": "a" * 200})
     with pytest.raises(ConfigError, match=r"must be a folder name .* at most 200 characters"):
         load("shakespeare", {"name": "a" * 300})
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_the_memory_of_a_model_is_that_of_its_weights_gradients_and_moments(optimizer):
+    config = Config("x", model=TINY, optim=OptimConfig(optimizer=optimizer))
+    model = GPT(TINY)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    tensors = [*model.parameters(), *(p.grad for p in model.parameters())]
+    for built in build_optimizers(model, config.optim, torch.float32):
+        built.step()
+        tensors += [moment for state in built.state.values() for name, moment in state.items() if name != "step"]
+    used = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    assert state_bytes(config) == used
 
 
 def test_a_model_that_cannot_fit_is_refused_before_it_is_made(run_training):

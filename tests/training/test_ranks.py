@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import train
 from data import shards
 from data.loader import Loader
+from kernels.reference_attention import IGNORE_INDEX
 from model import GPT
 from tests.conftest import SMALL, TINY, losses
 from tests.training import ranks
@@ -201,6 +202,33 @@ def test_a_run_on_several_meshes_is_that_of_one_process(run_training, text, tmp_
     assert all(torch.allclose(ours[name], weight, atol=1e-5) for name, weight in theirs.items())
 
 
+def with_one_target(batch):
+    """Loader.batch, but of all targets of a step only the first is left."""
+
+    def sparse(self, step, sequences, rank=0, ranks=1):
+        x, y = batch(self, step, sequences, rank, ranks)
+        kept = torch.full_like(y, IGNORE_INDEX)
+        kept[0, 0] = y[0, 0] if rank == 0 else IGNORE_INDEX
+        return x, kept
+
+    return sparse
+
+
+def trained_on_one_target(rank, *args):
+    Loader.batch = with_one_target(Loader.batch)
+    trained(rank, *args)
+
+
+def test_fewer_targets_than_processes_have_the_gradient_of_one_process(run_training, text, tmp_path, monkeypatch):
+    words = ("--train.steps=2", "--train.num_evals=1", "--train.micro_batch_size=2")
+    flags = ["shakespeare", "--name=run", *SMALL, f"--data.source={text}", *words]
+    assert Ranks(2, trained_on_one_target, tmp_path, flags, -1, 0).ends() == [0, 0]
+    monkeypatch.setattr(Loader, "batch", with_one_target(Loader.batch))
+    alone = run_training("alone", *words)
+    for key in ("loss", "grad_norm"):
+        assert losses(tmp_path / "run", key) == pytest.approx(losses(alone, key), rel=1e-5)
+
+
 @pytest.mark.parametrize("flag", ["train.shard", "train.context_parallel"])
 def test_a_number_of_devices_that_cannot_share_is_one_line(tmp_path, text, flag):
     context = "--model.context=30", "--train.batch_tokens=240"
@@ -224,3 +252,21 @@ def test_a_lost_process_ends_the_run_and_its_checkpoint_loads(tmp_path, text, ho
     assert "dtype float32 (bfloat16 matmul 0.1x fp32, measured)" in said[0]
     state = checkpoint.read_state(checkpoint.find(tmp_path / "run", "latest"))
     assert state["step"] == 3 and state["dtype"] == "float32"
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"WORLD_SIZE": "2"}, "RANK is not set"),
+        ({"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "29500"}, "MASTER_ADDR is not set"),
+        ({"WORLD_SIZE": "x", "RANK": "0", "LOCAL_RANK": "0"}, "WORLD_SIZE is 'x', must be a whole number"),
+    ],
+)
+def test_variables_of_another_launcher_are_one_line(monkeypatch, variables, says):
+    for name in distributed.TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError) as told:
+        distributed.init_distributed()
+    assert str(told.value) == f"environment variable {says}: start with torchrun, or unset WORLD_SIZE"

@@ -1,4 +1,4 @@
-"""--resume means what the flags say: what it restores, what it keeps, refuses and begins again."""
+"""--resume: what it restores, what it keeps, what flags change, what it refuses and begins again."""
 
 import dataclasses
 import json
@@ -59,6 +59,36 @@ def test_what_a_resumed_run_may_not_change_is_refused_by_name(run_training, flag
     with pytest.raises(CheckpointError, match=says):
         run_training("fixed", "--train.steps=6", "--train.num_evals=1", flag, "--resume")
     assert (weights(run), losses(run)) == before
+
+
+def test_a_resumed_run_has_its_own_settings_not_the_recipes(run_training, tmp_path, capsys):
+    words = ("--train.steps=6", "--train.num_evals=2", "--optim.lr=0.01", "--train.eval_tokens=200")
+    whole, run = run_training("whole", *words), run_training("own", *words)
+    before = (run / "config.toml").read_text()
+    (run / "latest").write_text("step-000003\n")
+    train_here(tmp_path, "shakespeare", "--name=own", "--resume")
+    assert weights(run) == weights(whole) and losses(run) == losses(whole)
+    assert (run / "config.toml").read_text() == before
+    said = capsys.readouterr().out
+    assert "step-000003 with its own settings, 3 steps left\nchanged nothing\n" in said
+    train_here(tmp_path, "shakespeare", "--name=own", "--resume", "--optim.lr=0.02", "--train.steps=7")
+    assert "changed optim.lr 0.01 -> 0.02, train.steps 6 -> 7\n" in capsys.readouterr().out
+    train_here(tmp_path, "shakespeare", "--name=own", "--resume")
+    assert "changed nothing\n" in capsys.readouterr().out
+
+
+def test_a_renamed_run_is_resumed_under_its_new_name(run_training, tmp_path):
+    run = run_training("old", "--train.steps=2", "--train.num_evals=1").rename(tmp_path / "new")
+    assert train_here(tmp_path, "shakespeare", "--name=new", "--resume", "--train.steps=3") == run
+    assert max(losses(run)) == 3 and not (tmp_path / "old").exists()
+
+
+def test_another_text_is_refused_with_the_setting_that_differs(run_training, text, tmp_path):
+    run_training("mine", "--train.steps=1", "--train.num_evals=1")
+    (tmp_path / "other.txt").write_text(text.read_text()[:9000])
+    with pytest.raises(CheckpointError, match=rf"data.source was '{text}', is '{tmp_path}/other.txt'"):
+        train_here(tmp_path, "shakespeare", "--name=mine", "--resume", f"--data.source={tmp_path / 'other.txt'}",
+                   "--data.vocab_size=280")  # fmt: skip
 
 
 def budgeted(minutes: float) -> Config:
