@@ -167,7 +167,7 @@ def print_samples(prompts: list[str], samples: Iterator[tuple[int, str]]) -> str
             print(text if num_tokens else texts[0] + text, end="", flush=True)
         num_tokens, first = num_tokens + 1, first or time.perf_counter() - start
         texts[sample] += text
-    print("" if stream else f"\n{'-' * 60}\n".join(texts))
+    print("" if stream and num_tokens else f"\n{'-' * 60}\n".join(texts))
     seconds = time.perf_counter() - start
     speed = f"{num_tokens / seconds:,.0f} tok/s, TTFT {first * 1000:,.0f} ms"
     print(f"[{num_tokens} tokens in {seconds:.2f} s: {speed}]", file=sys.stderr)

@@ -390,3 +390,9 @@ def test_unusable_prompt_files_are_one_line(runs, sample_py, tmp_path, words, co
     done = sample_py("--prompts", str(tmp_path / "prompts.txt"), *words, where=runs)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith("sample.py: --prompts ") and message in done.stderr
+
+
+def test_a_prompt_that_nothing_follows_is_printed(capsys):
+    for prompts, printed in ((["To be"], "To be\n"), (["To be", "or not"], f"To be\n{'-' * 60}\nor not\n")):
+        assert print_samples(prompts, iter(())) == "To be"
+        assert capsys.readouterr().out == printed
