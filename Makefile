@@ -1,5 +1,5 @@
 # make shakespeare   set up, download the text, train for five minutes, generate samples
-# make zoo           compare attention with its alternatives in 20 minutes on two cores, see python -m benchmarks zoo
+# make zoo           compare attention with its alternatives in 15 minutes on two cores, see python -m benchmarks zoo
 # make test          set up, lint and type-check, run all tests
 # make test-full     the same with larger parameter grids for the kernel tests
 # make coverage      make test, and the lines that no test runs
