@@ -88,7 +88,7 @@ def run(a: argparse.Namespace) -> None:
     print(f"random tokens cost {before:.2f} nats/token, at their second occurrence {after:.2f}")
     if not (wrong := difference(model, tokens)) <= TOLERANCE:  # nor NaN
         raise ValueError(f"{a.run}: weights times values differ from the kernel's output by {wrong:.1e} of the largest")
-    print(f"weights times values are the output of the model's kernel: the largest difference is {wrong:.0e} of it")
+    print(f"weights times values equal the output of the model's kernel within {wrong:.0e} of the largest output")
     pieces = [tokenizer.decode([token]) for token in tokens.tolist()]
     signed = [None if found is None else (found.sign() * shares(found)).cpu() for found in maps]
     names = {(head.layer, head.head): head.name for head in heads}
